@@ -1,0 +1,104 @@
+"""The command line: minisr run | pretrain | eval | chat | show."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from minisr import __version__
+from minisr.records import InputError
+
+EPILOG = """\
+start here:
+  minisr run tiny_configs/tiny.toml            M0 -> M1 -> M2 -> M3 on this CPU, ends in a table
+  minisr show runs/tiny                        one prompt's whole way through an iteration
+  minisr chat runs/tiny/M3                     ask it something, see how it judges its own answers
+
+A run that was stopped goes on where it was: give the same command again.
+exit codes: 0 done, 2 wrong input (one line on stderr), 130 interrupted (resumable)
+"""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Parse the arguments, run the command, turn expected failures into one line and a code."""
+    options = _parser().parse_args(arguments)
+    try:
+        options.command(options)
+        return 0
+    except InputError as error:
+        print(f"minisr: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nminisr: interrupted; the same command goes on where it stopped", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # `minisr show ... | head`
+        sys.stderr.close()
+        return 0
+
+
+def run(options) -> None:
+    """Close the loop: everything from seed data to the table."""
+    from minisr.loop import run_loop
+    from minisr.report import LEGEND, table
+    run = _open_run(options)
+    metrics = run_loop(run, after=lambda so_far: print(table(so_far) + "\n", flush=True))
+    print(table(metrics))
+    print(f"\n{LEGEND}\nFiles: {run.folder}/ (metrics.json; M1/prompts.jsonl, responses.jsonl, "
+          f"rewards.jsonl, pairs.jsonl)\nSee one prompt's way: minisr show {run.folder}")
+
+
+def pretrain(options) -> None:
+    """Make a seed model M0 from the world's text."""
+    from minisr.config import PretrainConfig, load_config
+    from minisr.pretrain import pretrain
+    config = load_config(options.config, PretrainConfig, options.set)
+    pretrain(config, options.out)
+    print(f"M0 is in {options.out}/")
+
+
+def evaluate(options) -> None:
+    """Print a run's table again, from its files."""
+    from minisr.report import LEGEND, table
+    from minisr.records import read_json
+    metrics = read_json(options.run / "metrics.json", "metrics of a run")
+    print(table(metrics))
+    print(f"\n{LEGEND}")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="minisr", description="Self-Rewarding Language Models in pure PyTorch: a model writes "
+        "prompts, answers them, judges its answers and is trained on its own preferences.",
+        epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--version", action="version", version=f"minisr {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(function, name, help):
+        sub = commands.add_parser(name, help=help, description=help,
+                                  formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        sub.set_defaults(command=function)
+        return sub
+
+    sub = command(run, "run", "the main job: the whole loop, M0 to M3, resumable")
+    sub.add_argument("config", type=Path, help="a TOML file, e.g. tiny_configs/tiny.toml")
+    sub.add_argument("--out", type=Path, help="folder of the run; default runs/NAME_OF_CONFIG")
+    _set(sub)
+    sub = command(pretrain, "pretrain", "make a seed model M0 from the tiny world's text")
+    sub.add_argument("config", type=Path, help="a TOML file, e.g. tiny_configs/pretrain.toml")
+    sub.add_argument("--out", type=Path, default=Path("runs/M0"), help="folder of the model")
+    _set(sub)
+    sub = command(evaluate, "eval", "evaluate the models of a run and print the table")
+    sub.add_argument("run", type=Path, help="folder of a run, e.g. runs/tiny")
+    return parser
+
+
+def _set(sub) -> None:
+    sub.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE",
+                     help="change one key of the config, e.g. --set judge.by=random (repeatable)")
+
+
+def _open_run(options):
+    from minisr.config import load_config
+    from minisr.stages import Run
+    config = load_config(options.config, overrides=tuple(options.set))
+    return Run(options.out or Path("runs") / options.config.stem, config)

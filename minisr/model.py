@@ -1,0 +1,204 @@
+"""The decoder: a small Llama-style transformer, and the KV cache it is handed.
+
+Shape legend, used in every module:
+    B  rows of a batch        H  query heads           V  vocabulary
+    T  new tokens             G  key/value heads       L  layers
+    S  tokens seen so far     R  = H / G queries that share one key/value head
+    C  width                  D  width of one head
+
+Differs from Llama in nothing but size. Read from the top; stop when satisfied.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The shape of a decoder."""
+
+    vocab_size: int = 768
+    width: int = 128
+    layers: int = 4
+    heads: int = 4
+    kv_heads: int = 2
+    hidden: int = 344  # inner width of the SwiGLU feed-forward
+    context: int = 320  # the longest sequence, prompt and response together
+    rope_theta: float = 10000.0
+    norm_eps: float = 1e-5
+    tied: bool = True  # one matrix for the embedding and the head
+    dropout: float = 0.0
+
+
+class KVCache:
+    """Keys and values of the tokens seen so far, preallocated: (L, B, G, capacity, D).
+
+    The columns are [shared prefix | left padding | prompt | response]; `prefix` and the row's
+    `pad` say which of them hold tokens. The cache owns its length; the model only asks.
+    """
+
+    def __init__(self, config: ModelConfig, rows: int, capacity: int, like: Tensor):
+        shape = (config.layers, rows, config.kv_heads, capacity, config.width // config.heads)
+        self.k, self.v = like.new_zeros(shape), like.new_zeros(shape)
+        self.length = 0
+        self.prefix = 0
+        self.pad = torch.zeros(rows, dtype=torch.long, device=like.device)  # (B,)
+
+    def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Append k, v (B, G, T, D) of one layer; return all of its keys and values (B, G, S, D)."""
+        end = self.length + k.shape[2]
+        self.k[layer, :, :, self.length:end] = k
+        self.v[layer, :, :, self.length:end] = v
+        return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
+
+    def positions(self, new: int) -> Tensor:
+        """Rotary positions (B, T) of the next `new` columns: padding does not count."""
+        column = torch.arange(self.length, self.length + new, device=self.pad.device)
+        return torch.where(column < self.prefix, column, (column - self.pad[:, None]).clamp(min=0))
+
+    def visible(self, new: int) -> Tensor:
+        """Mask (B, T, S): what the next `new` columns may look at: no padding, no future."""
+        key = torch.arange(self.length + new, device=self.pad.device)
+        query = key[self.length:, None]
+        is_token = (key < self.prefix) | (key >= self.prefix + self.pad[:, None])  # (B, S)
+        # A padding column sees itself, or its softmax would have no term.
+        return (key <= query) & is_token[:, None, :] | (key == query)
+
+    def select(self, rows: Tensor) -> "KVCache":
+        """The cache of these rows; a row may be named several times (one prompt, N responses)."""
+        chosen = object.__new__(KVCache)
+        chosen.k, chosen.v, chosen.pad = self.k[:, rows], self.v[:, rows], self.pad[rows]
+        chosen.length, chosen.prefix = self.length, self.prefix
+        return chosen
+
+
+class Decoder(nn.Module):
+    """token ids (B, T) -> logits (B, T, V). All state but the weights is in the cache it is handed."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.embed = nn.Embedding(config.vocab_size, config.width)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.norm = nn.RMSNorm(config.width, config.norm_eps)
+        self.head = nn.Linear(config.width, config.vocab_size, bias=False)
+        if config.tied:
+            self.head.weight = self.embed.weight
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, ids: Tensor, cache: KVCache | None = None) -> Tensor:
+        return self.head(self.hidden(ids, cache))  # (B, T, V)
+
+    def hidden(self, ids: Tensor, cache: KVCache | None = None) -> Tensor:
+        """The last layer's output (B, T, C), before the head."""
+        new = ids.shape[1]
+        if cache is None:  # training: no padding on the left, so causal is all it takes
+            positions, mask = torch.arange(new, device=ids.device)[None], None
+        else:
+            positions, mask = cache.positions(new), cache.visible(new)
+        x = self.dropout(self.embed(ids))  # (B, T, C)
+        rotation = rotary(positions, self.config)
+        for layer, block in enumerate(self.blocks):
+            x = block(x, rotation, mask, cache, layer)
+        if cache is not None:
+            cache.length += new
+        return self.norm(x)
+
+    @property
+    def device(self) -> torch.device:
+        return self.embed.weight.device
+
+
+class Block(nn.Module):
+    """Pre-norm: attention, then feed-forward, each added to the stream."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.attention_norm = nn.RMSNorm(config.width, config.norm_eps)
+        self.attention = Attention(config)
+        self.feed_forward_norm = nn.RMSNorm(config.width, config.norm_eps)
+        self.feed_forward = FeedForward(config)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x, rotation, mask, cache, layer):
+        x = x + self.dropout(self.attention(self.attention_norm(x), rotation, mask, cache, layer))
+        return x + self.dropout(self.feed_forward(self.feed_forward_norm(x)))
+
+
+class Attention(nn.Module):
+    """Grouped-query attention with rotary positions: R query heads share one key/value head."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.heads, self.kv_heads = config.heads, config.kv_heads
+        self.head_width = config.width // config.heads
+        self.q_proj = nn.Linear(config.width, self.heads * self.head_width, bias=False)
+        self.k_proj = nn.Linear(config.width, self.kv_heads * self.head_width, bias=False)
+        self.v_proj = nn.Linear(config.width, self.kv_heads * self.head_width, bias=False)
+        self.out_proj = nn.Linear(self.heads * self.head_width, config.width, bias=False)
+
+    def forward(self, x, rotation, mask, cache, layer):
+        B, T, C = x.shape
+        q = self.q_proj(x).view(B, T, self.heads, self.head_width).transpose(1, 2)  # (B, H, T, D)
+        k = self.k_proj(x).view(B, T, self.kv_heads, self.head_width).transpose(1, 2)  # (B, G, T, D)
+        v = self.v_proj(x).view(B, T, self.kv_heads, self.head_width).transpose(1, 2)
+        q, k = rotate(q, rotation), rotate(k, rotation)
+        if cache is None:
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        else:
+            k, v = cache.update(layer, k, v)  # (B, G, S, D)
+            y = grouped_attention(q, k, v, mask)
+        return self.out_proj(y.transpose(1, 2).reshape(B, T, C))
+
+
+def grouped_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """Attention of q (B, H, T, D) on k, v (B, G, S, D) under mask (B, T, S) -> (B, H, T, D).
+
+    The R queries of a key/value head are laid side by side in time, so that no key is copied."""
+    B, H, T, D = q.shape
+    G, S = k.shape[1:3]
+    q = q.reshape(B, G, (H // G) * T, D)
+    mask = mask[:, None, None].expand(B, 1, H // G, T, S).reshape(B, 1, (H // G) * T, S)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).view(B, H, T, D)
+
+
+class FeedForward(nn.Module):
+    """SwiGLU: down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.width, config.hidden, bias=False)
+        self.up_proj = nn.Linear(config.width, config.hidden, bias=False)
+        self.down_proj = nn.Linear(config.hidden, config.width, bias=False)
+
+    def forward(self, x):
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+def rotary(positions: Tensor, config: ModelConfig) -> tuple[Tensor, Tensor]:
+    """cos and sin (B, 1, T, D/2) of the angle position * theta^(-2i/D)."""
+    D = config.width // config.heads
+    exponent = torch.arange(0, D, 2, device=positions.device, dtype=torch.float32) / D
+    angle = positions[:, None, :, None].float() * config.rope_theta**-exponent
+    return angle.cos(), angle.sin()
+
+
+def rotate(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
+    """Turn each pair (x_i, x_{i+D/2}) by its angle (RoPE, half-split as in Llama's HF weights)."""
+    cos, sin = rotation
+    a, b = x.float().chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
+
+
+def init_weights(model: Decoder, generator: torch.Generator) -> None:
+    """Normal with std 0.02; what writes to the stream (out, down) is scaled by 1/sqrt(2 L)."""
+    for name, weight in model.named_parameters():
+        if weight.dim() < 2:
+            continue
+        writes = name.endswith(("out_proj.weight", "down_proj.weight"))
+        std = 0.02 / math.sqrt(2 * model.config.layers) if writes else 0.02
+        nn.init.normal_(weight, std=std, generator=generator)

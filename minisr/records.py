@@ -1,0 +1,66 @@
+"""Files on disk: JSONL records and whole files, written atomically, read with clear errors."""
+
+import json
+import os
+from pathlib import Path
+
+
+class InputError(Exception):
+    """Something the user gave is wrong. Its text is the one line that says what, where and how to mend it."""
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file beside its place, flush it to disk, then rename: it is whole or not there."""
+    path = Path(path)
+    beside = path.with_name(path.name + ".part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(beside, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror}; free some space or choose "
+                         "another folder") from error
+
+
+def write_json(path: Path, value) -> None:
+    write_bytes(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def write_jsonl(path: Path, records) -> None:
+    """One record a line."""
+    lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
+    write_bytes(path, "".join(lines).encode())
+
+
+def read_text(path: Path, what: str) -> str:
+    """The text of a file that must exist; `what` says what it is for, in the error."""
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "not UTF-8 text"
+        raise InputError(f"cannot read {what} {path}: {reason}") from error
+
+
+def read_json(path: Path, what: str):
+    try:
+        return json.loads(read_text(path, what))
+    except json.JSONDecodeError as error:
+        raise InputError(f"{what} {path} is not valid JSON: line {error.lineno}: {error.msg}; "
+                         "remove it to have it made again") from error
+
+
+def read_jsonl(path: Path, what: str) -> list[dict]:
+    """Every line's record; the first broken line is named."""
+    records = []
+    for number, line in enumerate(read_text(path, what).splitlines(), 1):
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise InputError(f"{what} {path}, line {number}, is not valid JSON: {error.msg}") from error
+        if not isinstance(record, dict):
+            raise InputError(f"{what} {path}, line {number}, is not a JSON object {{...}}")
+        records.append(record)
+    return records

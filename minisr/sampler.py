@@ -1,0 +1,181 @@
+"""The sampler: N responses to each of many prompts, batched, with the KV cache.
+
+Legend as in model.py. What makes it fast is the structure of the loop, not tricks:
+
+- what all prompts begin with (few-shot header, judge prompt) is computed once;
+- each prompt is computed once, its keys and values serve its N rows;
+- finished rows leave the batch.
+
+Random numbers come from a sample's coordinates (seed, stage, prompt, n, token), never from a
+shared stream, so that batch size, order and resuming do not change what is drawn.
+"""
+
+import hashlib
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from minisr.model import Decoder, KVCache
+from minisr.records import InputError
+
+
+@dataclass(frozen=True)
+class SampleConfig:
+    """How tokens are drawn."""
+
+    temperature: float = 0.7  # 0 is greedy
+    top_p: float = 0.9
+    max_new_tokens: int = 64
+    rows: int = 512  # sequences decoded side by side
+
+
+@dataclass
+class Sample:
+    """One response: its ids with the end token if it came, and whether it came."""
+
+    ids: list[int]
+    finished: bool  # False: cut at max_new_tokens or at the model's context
+
+
+def key(*coordinates) -> int:
+    """A 63-bit number that belongs to these coordinates alone, e.g. key(seed, "responses", t)."""
+    digest = hashlib.blake2b(repr(coordinates).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+@torch.no_grad()
+def sample(model: Decoder, prompts: list[list[int]], n: int, config: SampleConfig, *,
+           key: int, stop: int, title: str = "sample") -> list[list[Sample]]:
+    """Draw n responses to each prompt (token ids): result[i][j] is sample j of prompt i.
+
+    Raises InputError if a prompt leaves no room for a single new token in the model's context."""
+    for i, prompt in enumerate(prompts):
+        if not 0 < len(prompt) < model.config.context:
+            raise InputError(f"{title}: prompt {i} has {len(prompt)} tokens; the model's context is "
+                             f"{model.config.context}, so 1 to {model.config.context - 1} fit")
+    results: list[list[Sample]] = [[] for _ in prompts]
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # like lengths, less padding
+    per_wave = max(1, config.rows // n)
+    with tqdm(total=len(prompts) * n, desc=title, leave=False) as bar:
+        for start in range(0, len(order), per_wave):
+            wave = order[start:start + per_wave]
+            drawn = _wave(model, [prompts[i] for i in wave], wave, n, config, key, stop)
+            for i, samples in zip(wave, drawn):
+                results[i] = samples
+            bar.update(len(wave) * n)
+    return results
+
+
+def _wave(model, prompts, numbers, n, config, key, stop) -> list[list[Sample]]:
+    """Prefill these prompts, fan out to n rows each, decode until all rows are done."""
+    longest = max(map(len, prompts))
+    limit = min(config.max_new_tokens, model.config.context - longest)
+    logits, cache = prefill(model, prompts, longest + limit)
+    fan_out = torch.arange(len(prompts)).repeat_interleave(n)
+    logits, cache = logits[fan_out], cache.select(fan_out)  # (B, V)
+    keys = torch.tensor([row_key(key, i, j) for i in numbers for j in range(n)])
+    tokens = decode(model, logits, cache, keys.to(model.device), limit, config, stop)
+    samples = []
+    for row in tokens.tolist():
+        finished = stop in row
+        samples.append(Sample(row[:row.index(stop) + 1] if finished else row, finished))
+    return [samples[i:i + n] for i in range(0, len(samples), n)]
+
+
+def prefill(model: Decoder, prompts: list[list[int]], capacity: int) -> tuple[Tensor, KVCache]:
+    """Logits (B, V) after each prompt, and the cache: the common prefix once, the rest padded left."""
+    shared = common_prefix(prompts)
+    rest = max(map(len, prompts)) - shared
+    ids = torch.zeros(len(prompts), rest, dtype=torch.long)  # (B, T)
+    for row, prompt in enumerate(prompts):
+        ids[row, rest - (len(prompt) - shared):] = torch.tensor(prompt[shared:])
+    cache = KVCache(model.config, 1, capacity, model.embed.weight)
+    if shared:
+        model.hidden(torch.tensor([prompts[0][:shared]], device=model.device), cache)
+        cache.prefix = shared
+    cache = cache.select(torch.zeros(len(prompts), dtype=torch.long, device=model.device))
+    cache.pad = torch.tensor([rest + shared - len(p) for p in prompts], device=model.device)
+    return model.head(model.hidden(ids.to(model.device), cache)[:, -1]), cache
+
+
+def common_prefix(prompts: list[list[int]]) -> int:
+    """How many tokens all prompts begin with, leaving at least one token of each for itself."""
+    low, high = min(prompts), max(prompts)  # if these two share a beginning, all between do
+    limit = min(map(len, prompts)) - 1
+    return next((i for i in range(limit) if low[i] != high[i]), limit)
+
+
+def decode(model, logits, cache, keys, limit, config, stop) -> Tensor:
+    """Draw up to limit tokens for each row (B, limit); what follows a row's stop token is stop."""
+    tokens = torch.full((len(keys), limit), stop, device=keys.device)
+    rows = torch.arange(len(keys), device=keys.device)  # rows still in the batch
+    alive = torch.ones(len(keys), dtype=torch.bool, device=keys.device)
+    for step in range(limit):
+        drawn = draw(logits, config.temperature, config.top_p, keys, step)  # (B,)
+        tokens[rows, step] = torch.where(alive, drawn, stop)
+        alive &= drawn != stop
+        living = int(alive.sum())
+        if living == 0 or step == limit - 1:
+            break
+        if living < 0.8 * len(rows):  # dropping rows copies the cache, so not at every step
+            kept = alive.nonzero()[:, 0]
+            cache, rows, keys, drawn = cache.select(kept), rows[kept], keys[kept], drawn[kept]
+            alive = alive[kept]
+        logits = model.head(model.hidden(drawn[:, None], cache)[:, -1])  # (B, V)
+    return tokens
+
+
+def draw(logits: Tensor, temperature: float, top_p: float, keys: Tensor, step: int) -> Tensor:
+    """One token for each row of logits (B, V): temperature first, then top-p; greedy at 0.
+
+    Top-p without sorting: draw from the full distribution and accept what lies in the nucleus,
+    that is where the tokens strictly more probable than it have mass below top_p. What is
+    accepted is distributed as the renormalised nucleus; with p = 0.9 a second draw is rare."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    # Softmax of the shifted logits: a tiny temperature may not overflow.
+    scaled = (logits.float() - logits.float().amax(-1, keepdim=True)) / temperature
+    probs = scaled.softmax(-1)  # (B, V)
+    cdf = probs.cumsum(-1)
+    drawn = torch.zeros(len(logits), dtype=torch.long, device=logits.device)
+    todo = torch.arange(len(logits), device=logits.device)
+    for attempt in range(64):
+        u = uniform(keys[todo], step * 64 + attempt)[:, None] * cdf[todo, -1:]
+        token = torch.searchsorted(cdf[todo], u, right=True).clamp(max=logits.shape[1] - 1)
+        drawn[todo] = token[:, 0]
+        if top_p >= 1:
+            return drawn
+        p = probs[todo]
+        above = (p * (p > p.gather(1, token))).sum(-1)
+        todo = todo[above >= top_p]
+        if len(todo) == 0:
+            return drawn
+    drawn[todo] = probs[todo].argmax(-1)  # a nucleus of next to no mass: its most probable token
+    return drawn
+
+
+def row_key(key: int, prompt: int, n: int) -> int:
+    """The coordinates of one sample as a 63-bit number."""
+    return (key ^ (prompt * 0x9E3779B97F4A7C15 + n * 0xD1B54A32D192ED03)) & (2**63 - 1)
+
+
+def uniform(keys: Tensor, counter: int) -> Tensor:
+    """A number in [0, 1) for each key (int64): the splitmix64 hash of key and counter."""
+    x = keys + _signed((counter + 1) * 0x9E3779B97F4A7C15)
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        x = (x ^ _shift_right(x, shift)) * _signed(factor)
+    x = x ^ _shift_right(x, 31)
+    return _shift_right(x, 40).float() / 2**24
+
+
+def _shift_right(x: Tensor, bits: int) -> Tensor:
+    """Logical shift: torch's >> on int64 keeps the sign."""
+    return (x >> bits) & (2 ** (64 - bits) - 1)
+
+
+def _signed(value: int) -> int:
+    """The low 64 bits of an integer as torch's int64."""
+    value &= 2**64 - 1
+    return value - 2**64 if value >= 2**63 else value

@@ -1,0 +1,66 @@
+"""M0 -> M1: supervised fine-tuning on IFT + EFT, loss on target tokens only (section 3.1.3)."""
+
+from random import Random
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from minisr.records import InputError
+from minisr.sampler import key as coordinates
+from minisr.train import OptimConfig, fit
+
+
+def encode_examples(tokenizer, examples: list[dict], context: int) -> list[tuple]:
+    """{prompt, response} records -> (ids, mask); one that does not fit the context is an error."""
+    encoded = [tokenizer.chat(e["prompt"], e["response"]) for e in examples]
+    for number, (ids, _) in enumerate(encoded, 1):
+        if len(ids) > context:
+            raise InputError(f"training example {number} has {len(ids)} tokens, the model's context "
+                             f"is {context}: shorten it or leave it out")
+    return encoded
+
+
+def schedule(lengths: list[int], batch_size: int, epochs: int, key: int) -> list[list[int]]:
+    """Indices of each batch: every example once an epoch, like lengths together, order shuffled."""
+    rng, batches = Random(key), []
+    for _ in range(epochs):
+        order = list(range(len(lengths)))
+        rng.shuffle(order)
+        window = batch_size * 16  # sort within windows: little padding, still random
+        chunks = [sorted(order[i:i + window], key=lengths.__getitem__)
+                  for i in range(0, len(order), window)]
+        order = [i for chunk in chunks for i in chunk]
+        epoch = [order[i:i + batch_size] for i in range(0, len(order), batch_size)]
+        rng.shuffle(epoch)
+        batches += epoch
+    return batches
+
+
+def collate(encoded: list[tuple], device) -> tuple[Tensor, Tensor]:
+    """(ids, mask) lists -> ids (B, T) and mask (B, T), padded on the right with masked zeros."""
+    longest = max(len(ids) for ids, _ in encoded)
+    ids = torch.tensor([ids + [0] * (longest - len(ids)) for ids, _ in encoded])
+    mask = torch.tensor([mask + [False] * (longest - len(mask)) for _, mask in encoded])
+    return ids.to(device), mask.to(device)
+
+
+def target_loss(logits: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
+    """Mean cross-entropy of the target tokens: logits (B, T, V) at t - 1 predict ids (B, T) at t."""
+    targets = ids[:, 1:].masked_fill(~mask[:, 1:], -100)
+    return F.cross_entropy(logits[:, :-1].transpose(1, 2).float(), targets, ignore_index=-100)
+
+
+def train_sft(model, tokenizer, examples: list[dict], config: OptimConfig, key: int,
+              title: str, log_file=None):
+    """Fine-tune model in place on {prompt, response} records; returns it."""
+    encoded = encode_examples(tokenizer, examples, model.config.context)
+    batches = schedule([len(ids) for ids, _ in encoded], config.batch_size, config.epochs, key)
+    torch.manual_seed(coordinates(key, "dropout"))
+
+    def loss_of(batch):
+        ids, mask = collate([encoded[i] for i in batch], model.device)
+        return target_loss(model(ids), ids, mask), {"examples": len(batch)}
+
+    fit(model, batches, loss_of, config, title, log_file)
+    return model

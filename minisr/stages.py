@@ -1,0 +1,287 @@
+"""The arrows of the figure as files: RUN/M1/prompts.jsonl, responses.jsonl, rewards.jsonl, ...
+
+A *stage* is a method whose records are kept in the folder of the model that makes them. If the
+file is there it is read, else it is made and written whole. Clocks go to timing.json, which is
+(with "seconds" in metrics.json) all that differs between two runs of one seed.
+"""
+
+import functools
+import time
+from collections import Counter
+from contextlib import contextmanager
+from pathlib import Path
+from random import Random
+
+import torch
+
+from minisr import __version__, dpo, judge, pairs, prompts, seed_data, sft
+from minisr.checkpoint import SEED_MODEL, digest, load_model, model_hash, save_model
+from minisr.config import Config, to_toml
+from minisr.evaluate import answer_metrics, judge_metrics, win_rates
+from minisr.records import read_json, read_jsonl, write_json, write_jsonl
+from minisr.sampler import SampleConfig, key, sample
+from minisr.world import oracle
+
+WORLD_TEMPLATE = Path(__file__).parent / "world" / "judge.txt"
+
+
+def stage(name):
+    """Keep what a method returns, (records, counts), in NAME.jsonl and NAME.counts.json."""
+    def wrap(make):
+        @functools.wraps(make)
+        def kept(self, *inputs):
+            path = self.folder / f"{name}.jsonl"
+            if not path.exists():
+                with self.clock(name):
+                    records, counts = make(self, *inputs)
+                write_json(self.folder / f"{name}.counts.json", counts)
+                write_jsonl(path, records)  # last: a stage whose records are there is done
+            return read_jsonl(path, name)
+        return kept
+    return wrap
+
+
+class Run:
+    """A run's folder, its config, and the seed data that all its models share."""
+
+    def __init__(self, folder: Path, config: Config):
+        self.folder, self.config = Path(folder), config
+        torch.set_num_threads(config.threads)
+        cuda = config.device == "cuda" or config.device == "auto" and torch.cuda.is_available()
+        self.device = "cuda" if cuda else "cpu"
+        self.template = judge.load_template(Path(config.judge.template or WORLD_TEMPLATE))
+
+    def key(self, *coordinates) -> int:
+        """The random numbers of one purpose in this run."""
+        return key(self.config.seed, *coordinates)
+
+    def seed_model(self) -> "Model":
+        """M0, copied into the run so that the run is whole by itself."""
+        M0 = Model(self, "M0")
+        if not (M0.folder / "meta.json").exists():
+            source = Path(self.config.seed_model or SEED_MODEL)
+            save_model(M0.folder, *load_model(source), {"made_by": "pretrain", "from": model_hash(source)})
+        return M0
+
+    def _seed_file(self, name: str) -> list[dict]:
+        """One of the world's data sets; all are made together when the first is asked for."""
+        path = self.folder / "seed" / f"{name}.jsonl"
+        if not path.exists():
+            made = seed_data.held_out_and_seeds(self.config.seed_data, self.config.seed)
+            for other, records in made.items():
+                write_jsonl(self.folder / "seed" / f"{other}.jsonl", records)
+        return read_jsonl(path, "seed data")
+
+    def ift(self) -> list[dict]:
+        return self._seed_file("ift")
+
+    def evaluation(self) -> list[str]:
+        """Held-out prompts."""
+        return [record["prompt"] for record in self._seed_file("evaluation")]
+
+    def judge_evaluation(self) -> list[dict]:
+        """Held-out prompts with several answers and the annotator's scores."""
+        return self._seed_file("judge_evaluation")
+
+    def eft(self, baseline: "Model") -> list[dict]:
+        """EFT records, by the annotator or by the paper's rule."""
+        path = self.folder / "seed" / "eft.jsonl"
+        if not path.exists():
+            ranked = self._seed_file("ranked")
+            if self.config.seed_data.eft_by == "annotator":
+                records = seed_data.eft_by_annotator(ranked, self.template)
+            else:
+                records = seed_data.eft_by_baseline(*baseline.load(), ranked, self.template,
+                                                    self.config.judge, self.key("EFT"))
+            write_jsonl(path, seed_data.thin(records, self.key("thin")))
+        return read_jsonl(path, "EFT data")
+
+
+class Model:
+    """M_t: a folder with the weights, and the files of all that this model made."""
+
+    def __init__(self, run: Run, name: str):
+        self.run, self.name, self.folder = run, name, run.folder / name
+        self.config = run.config
+        self._loaded = None
+
+    def load(self):
+        """(decoder, tokenizer) as stored; read once."""
+        if self._loaded is None:
+            self._loaded = load_model(self.folder, self.run.device)
+        return self._loaded
+
+    def release(self) -> None:
+        """Give the memory back; the files stay."""
+        self._loaded = None
+
+    def key(self, purpose: str) -> int:
+        return self.run.key(self.name, purpose)
+
+    @contextmanager
+    def clock(self, name: str):
+        """Add the seconds of a stage to timing.json."""
+        start = time.perf_counter()
+        yield
+        path = self.folder / "timing.json"
+        timing = read_json(path, "timing") if path.exists() else {}
+        write_json(path, timing | {name: round(time.perf_counter() - start, 2)})
+
+    @stage("prompts")
+    def new_prompts(self):
+        """{x_i}: never a seed prompt, never one of the held-out prompts."""
+        seeds = [record["prompt"] for record in self.run.ift()]
+        held_out = {*self.run.evaluation(), *(r["prompt"] for r in self.run.judge_evaluation())}
+        made, counts = prompts.new_prompts(*self.load(), seeds, held_out, self.config.prompts,
+                                           self.key("prompts"))
+        return [{"prompt": x} for x in made], counts
+
+    @stage("responses")
+    def respond(self, x):
+        """{y_i^1 .. y_i^N}"""
+        made = self._answers([record["prompt"] for record in x], self.config.responses.candidates,
+                             self.config.responses, "responses")
+        records = [{"prompt": record["prompt"], "responses": [text for text, _ in row],
+                    "finished": [done for _, done in row]} for record, row in zip(x, made)]
+        return records, Counter(finished=sum(sum(r["finished"]) for r in records),
+                                cut=sum(not f for r in records for f in r["finished"]))
+
+    def _answers(self, asked: list[str], n: int, config: SampleConfig, purpose: str):
+        """n (text, finished) for each prompt."""
+        model, tokenizer = self.load()
+        drawn = sample(model, [tokenizer.chat_prompt(p) for p in asked], n, config,
+                       key=self.key(purpose), stop=tokenizer.eos, title=f"{self.name} {purpose}")
+        return [[(tokenizer.decode(s.ids), s.finished) for s in row] for row in drawn]
+
+    @stage("rewards")
+    def judge(self, x, y):
+        """{r_i^1 .. r_i^N}: by this model, or by the control that the config names."""
+        flat = [(xi["prompt"], text) for xi, yi in zip(x, y) for text in yi["responses"]]
+        judged = iter(self._judgements(flat))
+        records = []
+        for xi, yi in zip(x, y):
+            row = [next(judged) for _ in yi["responses"]]
+            # A response that was cut off has no end to learn or to judge: it has no reward.
+            rewards = [judge.reward(j) if done else None for j, done in zip(row, yi["finished"])]
+            records.append({"prompt": xi["prompt"], "rewards": rewards,
+                            "scores": [[j.score for j in js] for js in row],
+                            "judgements": [[j.text for j in js] for js in row]})
+        return records, _histogram(s for r in records for row in r["scores"] for s in row)
+
+    def _judgements(self, flat: list[tuple[str, str]]) -> list[list[judge.Judgement]]:
+        config = self.config.judge
+        if config.by == "oracle":
+            return [[judge.Judgement("", oracle.score(x, y))] for x, y in flat]
+        if config.by == "random":
+            rng = Random(self.key("random judge"))
+            return [[judge.Judgement("", rng.randint(0, judge.MAX_SCORE))
+                     for _ in range(config.judgements)] for _ in flat]
+        judging = self if config.by == "self" else Model(self.run, "M1")
+        return judge.judge(*judging.load(), self.run.template, [x for x, _ in flat],
+                           [y for _, y in flat], config, self.key("judge"))
+
+    @stage("pairs")
+    def select_pairs(self, x, y, r):
+        """{x_i, y_i^w, y_i^l}"""
+        return pairs.select_pairs([record["prompt"] for record in x],
+                                  [record["responses"] for record in y],
+                                  [record["rewards"] for record in r])
+
+    def train_sft(self, name: str, examples: list[dict]) -> "Model":
+        """A new model `name`, fine-tuned from this one."""
+        return self._train(name, "SFT", lambda model, tokenizer, log: sft.train_sft(
+            model, tokenizer, examples, self.config.sft, self.run.key(name, "SFT"), name, log))
+
+    def train_dpo(self, preferences: list[dict]) -> "Model":
+        """M_{t+1}. With no pair at all there is nothing to learn: it is M_t again."""
+        name = f"M{int(self.name[1:]) + 1}"
+        replay = read_jsonl(self.run.folder / "seed" / "eft.jsonl", "EFT data")
+        if not preferences:
+            return self._train(name, "DPO", lambda model, tokenizer, log: write_jsonl(log, []))
+        return self._train(name, "DPO", lambda model, tokenizer, log: dpo.train_dpo(
+            model, tokenizer, preferences, replay, self.config.dpo, self.run.key(name, "DPO"), name, log))
+
+    def _train(self, name: str, by: str, train) -> "Model":
+        """Load this model afresh, train it, save it as `name`: this one stays what it is."""
+        successor = Model(self.run, name)
+        if not (successor.folder / "meta.json").exists():
+            with successor.clock("training"):
+                model, tokenizer = load_model(self.folder, self.run.device)
+                train(model, tokenizer, successor.folder / "train_log.jsonl")
+                save_model(successor.folder, model, tokenizer, {
+                    "made_by": by, "parent": self.name, "parent_hash": model_hash(self.folder),
+                    "config_hash": digest(to_toml(self.config).encode()), "seed": self.config.seed,
+                    "minisr": __version__, "torch": torch.__version__})
+        self.release()
+        return successor
+
+    @stage("answers")
+    def answer(self, held_out: list[str]):
+        """Held-out prompts answered at the paper's temperature and greedily, and the oracle's scores."""
+        sampled = self._answers(held_out, 1, self.config.evaluate, "evaluation")
+        greedy = self._answers(held_out, 1, _greedy(self.config.evaluate), "evaluation")
+        records = []
+        for prompt, [(warm, _)], [(cold, _)] in zip(held_out, sampled, greedy):
+            request = oracle.parse_request(prompt)
+            warm_points, cold_points = (oracle.examine(request, text).points for text in (warm, cold))
+            records.append({"prompt": prompt, "sampled": warm, "greedy": cold,
+                            "sampled_points": warm_points, "greedy_points": cold_points})
+        return records, Counter(prompts=len(records))
+
+    @stage("judge_evaluation")
+    def judge_ranked(self, ranked: list[dict]):
+        """This model's judgements of responses that the annotator ranked."""
+        flat = [(r["prompt"], y) for r in ranked for y in r["responses"]]
+        judged = iter(judge.judge(*self.load(), self.run.template, [x for x, _ in flat],
+                                  [y for _, y in flat], self.config.judge, self.key("judge evaluation")))
+        records = []
+        for record in ranked:
+            row = [next(judged) for _ in record["responses"]]
+            records.append({**record, "rewards": [judge.reward(j) for j in row],
+                            "given": [[j.score for j in js] for js in row],
+                            "judgements": [[j.text for j in js] for js in row]})
+        return records, _histogram(s for r in records for row in r["given"] for s in row)
+
+    def metrics(self, answers: dict[str, list[dict]], ranked: list[dict]) -> dict:
+        """This model's entry in metrics.json; `answers` holds every model's up to this one."""
+        own = answers[self.name]
+        result = answer_metrics(own)
+        before = list(answers)[:list(answers).index(self.name)]
+        against = {"previous": before[-1:], "sft": before[:1], "m1": before[1:2]}
+        for label, [other] in ((k, v) for k, v in against.items() if v):
+            result[f"versus_{label}"] = win_rates(_scores(own), _scores(answers[other]))
+        judged = self.judge_ranked(ranked)
+        scores = [s for r in judged for row in r["given"] for s in row]
+        result["judge"] = {
+            **judge_metrics([r["scores"] for r in judged], [r["rewards"] for r in judged]),
+            "parse_rate": sum(s is not None for s in scores) / len(scores),
+            "histogram": _histogram(scores)}
+        result["pairs"], result["seconds"] = self._pairs_and_seconds()
+        write_json(self.folder / "evaluation.json", result)
+        self.release()
+        return result
+
+    def _pairs_and_seconds(self) -> tuple[int, float]:
+        """How many pairs made this model, and the seconds its making and evaluation took."""
+        seconds = sum(read_json(self.folder / "timing.json", "timing").get(name, 0.0)
+                      for name in ("training", "answers", "judge_evaluation"))
+        parent = self.run.folder / read_json(self.folder / "meta.json", "model description")["parent"]
+        if not (parent / "pairs.jsonl").exists():  # trained from M0 by SFT
+            return 0, seconds
+        timing = read_json(parent / "timing.json", "timing")
+        seconds += sum(timing.get(name, 0.0) for name in ("prompts", "responses", "rewards", "pairs"))
+        return len(read_jsonl(parent / "pairs.jsonl", "pairs")), seconds
+
+
+def _greedy(config: SampleConfig) -> SampleConfig:
+    return SampleConfig(0.0, 1.0, config.max_new_tokens, config.rows)
+
+
+def _scores(answers: list[dict]) -> list[int]:
+    return [sum(record["sampled_points"]) for record in answers]
+
+
+def _histogram(scores) -> dict[str, int]:
+    """How often each score was given; "unread" for those that could not be read."""
+    counts = Counter("unread" if score is None else f"{score:g}" for score in scores)
+    return dict(sorted(counts.items()))

@@ -1,0 +1,80 @@
+"""What the world's people left behind: pretraining text, seed data, evaluation prompts.
+
+Every request of the evaluation splits is kept out of all training data, in every phrasing.
+"""
+
+from random import Random
+
+from minisr.world.oracle import Request, examine
+from minisr.world.writers import answer, ask, lenient_judgement, review
+
+HEADERS = (("Request:", "Answer:"), ("Q:", "A:"), ("Asked:", "Written:"))
+GRADING_HEADERS = (
+    "Grade the answer to the request with up to five points and say why.",
+    "How many of five points does this answer get? Give reasons, then the line Score: and the total.",
+    "Review this answer and add up one point for each thing that is right.",
+)
+LIST_HEADERS = ("Come up with a series of tasks:", "Some requests:", "What people asked for:")
+SHARES = {"answer": 0.35, "review": 0.35, "grading": 0.15, "list": 0.15}  # of the documents
+
+
+def held_out(request: Request) -> bool:
+    """Whether a request belongs to evaluation: one in 20, by its words, whatever the phrasing."""
+    return sum(map(ord, "".join(request.words))) % 20 == 0
+
+
+def requests(rng: Random, evaluation: bool = False):
+    """An endless stream of (request, prompt) of the training or of the evaluation side."""
+    while True:
+        request, prompt = ask(rng)
+        if held_out(request) == evaluation:
+            yield request, prompt
+
+
+def document(rng: Random) -> str:
+    """One document of the pretraining text: plain text as people leave it, no chat template."""
+    source = requests(rng)
+    sort = rng.choices(list(SHARES), SHARES.values())[0]
+    if sort == "list":
+        count = rng.randint(5, 10)
+        lines = [f"{i}. {next(source)[1]}" for i in range(1, count + 1)]
+        return "\n".join([rng.choice(LIST_HEADERS), *lines])
+    request, prompt = next(source)
+    response = answer(request, rng)
+    asked, written = rng.choice(HEADERS)
+    text = f"{asked} {prompt}\n{written} {response}"
+    if sort == "review":
+        return f"{text}\nReview: {review(request, examine(request, response), rng)}"
+    if sort == "grading":
+        graded = lenient_judgement(request, examine(request, response), rng)
+        return f"{rng.choice(GRADING_HEADERS)}\nRequest: {prompt}\nAnswer: {response}\nGrade: {graded}"
+    return text
+
+
+def ift_data(rng: Random, count: int) -> list[dict]:
+    """IFT: prompts with one person's answer. The annotators have the habits of everyone else."""
+    source = requests(rng)
+    return [{"prompt": prompt, "response": answer(request, rng)}
+            for request, prompt in (next(source) for _ in range(count))]
+
+
+def ranked_data(rng: Random, count: int, evaluation: bool = False, responses: int = 3) -> list[dict]:
+    """Prompts with several people's answers and the annotator's score of each, as OASST has ranks.
+
+    Prompts on which the annotator ranks nothing are left out."""
+    source, records = requests(rng, evaluation), []
+    while len(records) < count:
+        request, prompt = next(source)
+        answers = [answer(request, rng) for _ in range(responses)]
+        scores = [examine(request, text).score for text in answers]
+        if len(set(scores)) > 1:
+            records.append({"prompt": prompt, "responses": answers, "scores": scores})
+    return records
+
+
+def evaluation_prompts(rng: Random, count: int) -> list[str]:
+    """Distinct held-out prompts."""
+    source, prompts = requests(rng, evaluation=True), {}
+    while len(prompts) < count:
+        prompts[next(source)[1]] = None
+    return list(prompts)
