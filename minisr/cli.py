@@ -1,7 +1,6 @@
 """The command line: minisr run | pretrain | eval | chat | show."""
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
@@ -58,8 +57,8 @@ def pretrain(options) -> None:
 
 def evaluate(options) -> None:
     """Print a run's table again, from its files."""
-    from minisr.report import LEGEND, table
     from minisr.records import read_json
+    from minisr.report import LEGEND, table
     metrics = read_json(options.run / "metrics.json", "metrics of a run")
     print(table(metrics))
     print(f"\n{LEGEND}")

@@ -12,7 +12,8 @@ from random import Random
 import numpy as np
 from tqdm import tqdm
 
-from minisr.sampler import SampleConfig, key as coordinates, sample
+from minisr.sampler import SampleConfig, sample
+from minisr.sampler import key as coordinates
 
 HEADER = "Come up with a series of tasks:"
 
