@@ -64,6 +64,21 @@ def evaluate(options) -> None:
     print(f"\n{LEGEND}")
 
 
+def show(options) -> None:
+    """One prompt's whole way through an iteration."""
+    from minisr.show import show_way
+    show_way(options.run, options.model, options.prompt)
+
+
+def chat(options) -> None:
+    """Ask a model; it answers several times and judges each answer."""
+    from minisr.sampler import SampleConfig
+    from minisr.show import chat
+    from minisr.stages import WORLD_TEMPLATE
+    chat(options.model, options.ask, options.n, options.template or WORLD_TEMPLATE,
+         SampleConfig(temperature=options.temperature), options.seed)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="minisr", description="Self-Rewarding Language Models in pure PyTorch: a model writes "
@@ -88,6 +103,18 @@ def _parser() -> argparse.ArgumentParser:
     _set(sub)
     sub = command(evaluate, "eval", "evaluate the models of a run and print the table")
     sub.add_argument("run", type=Path, help="folder of a run, e.g. runs/tiny")
+    sub = command(show, "show", "one prompt's answers, judgements in words, pair and log-probabilities")
+    sub.add_argument("run", type=Path, help="folder of a run, e.g. runs/tiny")
+    sub.add_argument("--model", default="M1", help="whose iteration: M1, M2, ...")
+    sub.add_argument("--prompt", type=int, default=0, metavar="I", help="which x_i")
+    sub = command(chat, "chat", "ask a model, see several answers and how it judges them")
+    sub.add_argument("model", type=Path, help="folder of a model, e.g. runs/tiny/M3")
+    sub.add_argument("--ask", metavar="PROMPT", help="one question; without it, read them from the terminal")
+    sub.add_argument("-n", type=int, default=4, choices=range(1, 65), metavar="N", help="answers to each")
+    sub.add_argument("--temperature", type=float, default=0.7, help="0 is greedy")
+    sub.add_argument("--template", type=Path, help="your own judge prompt, a text file with {prompt} and "
+                     "{response}; default: the tiny world's")
+    sub.add_argument("--seed", type=int, default=0, help="another seed, other answers")
     return parser
 
 
@@ -100,4 +127,4 @@ def _open_run(options):
     from minisr.config import load_config
     from minisr.stages import Run
     config = load_config(options.config, overrides=tuple(options.set))
-    return Run(options.out or Path("runs") / options.config.stem, config)
+    return Run.open(options.out or Path("runs") / options.config.stem, config)

@@ -64,8 +64,7 @@ class PretrainConfig:
 
     seed: int = 0
     threads: int = 2
-    tokens: int = 20_000_000
-    row_tokens: int = 256  # whole documents are packed into rows of this length
+    tokens: int = 12_000_000  # of text
     tokenizer_documents: int = 5000
     model: ModelConfig = field(default_factory=ModelConfig)
     train: OptimConfig = field(default_factory=OptimConfig)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 class ModelConfig:
     """The shape of a decoder."""
 
-    vocab_size: int = 768
+    vocab_size: int = 1152
     width: int = 128
     layers: int = 4
     heads: int = 4

@@ -9,16 +9,18 @@ import functools
 import time
 from collections import Counter
 from contextlib import contextmanager
+from dataclasses import asdict, replace
 from pathlib import Path
 from random import Random
 
 import torch
 
-from minisr import __version__, dpo, judge, pairs, prompts, seed_data, sft
+from minisr import __version__, dpo, pairs, prompts, seed_data, sft
 from minisr.checkpoint import SEED_MODEL, digest, load_model, model_hash, save_model
-from minisr.config import Config, to_toml
+from minisr.config import Config, differences, load_config, to_toml
 from minisr.evaluate import answer_metrics, judge_metrics, win_rates
-from minisr.records import read_json, read_jsonl, write_json, write_jsonl
+from minisr.judge import MAX_SCORE, Judgement, judge, load_template, reward
+from minisr.records import InputError, read_json, read_jsonl, write_bytes, write_json, write_jsonl
 from minisr.sampler import SampleConfig, key, sample
 from minisr.world import oracle
 
@@ -49,7 +51,22 @@ class Run:
         torch.set_num_threads(config.threads)
         cuda = config.device == "cuda" or config.device == "auto" and torch.cuda.is_available()
         self.device = "cuda" if cuda else "cpu"
-        self.template = judge.load_template(Path(config.judge.template or WORLD_TEMPLATE))
+        self.template = load_template(Path(config.judge.template or WORLD_TEMPLATE))
+
+    @classmethod
+    def open(cls, folder: Path, config: Config) -> "Run":
+        """A new run, or one to go on with: then the config must be the same, but for more iterations."""
+        run, stored = cls(folder, config), Path(folder) / "config.toml"
+        if stored.exists():
+            old = load_config(stored)
+            changed = differences(asdict(replace(old, iterations=config.iterations)), asdict(config))
+            if config.iterations < old.iterations:
+                changed.append(f"iterations: {old.iterations} -> {config.iterations}")
+            if changed:
+                raise InputError(f"{folder} was made with another config ({'; '.join(changed)}); "
+                                 "choose another folder with --out, or delete this one")
+        write_bytes(stored, to_toml(config).encode())
+        return run
 
     def key(self, *coordinates) -> int:
         """The random numbers of one purpose in this run."""
@@ -162,22 +179,22 @@ class Model:
         for xi, yi in zip(x, y):
             row = [next(judged) for _ in yi["responses"]]
             # A response that was cut off has no end to learn or to judge: it has no reward.
-            rewards = [judge.reward(j) if done else None for j, done in zip(row, yi["finished"])]
+            rewards = [reward(j) if done else None for j, done in zip(row, yi["finished"])]
             records.append({"prompt": xi["prompt"], "rewards": rewards,
                             "scores": [[j.score for j in js] for js in row],
                             "judgements": [[j.text for j in js] for js in row]})
         return records, _histogram(s for r in records for row in r["scores"] for s in row)
 
-    def _judgements(self, flat: list[tuple[str, str]]) -> list[list[judge.Judgement]]:
+    def _judgements(self, flat: list[tuple[str, str]]) -> list[list[Judgement]]:
         config = self.config.judge
         if config.by == "oracle":
-            return [[judge.Judgement("", oracle.score(x, y))] for x, y in flat]
+            return [[Judgement("", oracle.score(x, y))] for x, y in flat]
         if config.by == "random":
             rng = Random(self.key("random judge"))
-            return [[judge.Judgement("", rng.randint(0, judge.MAX_SCORE))
+            return [[Judgement("", rng.randint(0, MAX_SCORE))
                      for _ in range(config.judgements)] for _ in flat]
         judging = self if config.by == "self" else Model(self.run, "M1")
-        return judge.judge(*judging.load(), self.run.template, [x for x, _ in flat],
+        return judge(*judging.load(), self.run.template, [x for x, _ in flat],
                            [y for _, y in flat], config, self.key("judge"))
 
     @stage("pairs")
@@ -232,12 +249,12 @@ class Model:
     def judge_ranked(self, ranked: list[dict]):
         """This model's judgements of responses that the annotator ranked."""
         flat = [(r["prompt"], y) for r in ranked for y in r["responses"]]
-        judged = iter(judge.judge(*self.load(), self.run.template, [x for x, _ in flat],
+        judged = iter(judge(*self.load(), self.run.template, [x for x, _ in flat],
                                   [y for _, y in flat], self.config.judge, self.key("judge evaluation")))
         records = []
         for record in ranked:
             row = [next(judged) for _ in record["responses"]]
-            records.append({**record, "rewards": [judge.reward(j) for j in row],
+            records.append({**record, "rewards": [reward(j) for j in row],
                             "given": [[j.score for j in js] for js in row],
                             "judgements": [[j.text for j in js] for js in row]})
         return records, _histogram(s for r in records for row in r["given"] for s in row)

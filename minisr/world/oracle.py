@@ -42,9 +42,9 @@ def _pattern(frame: str) -> str:
 
 def _sentences_of(kind: str) -> list[tuple[int, re.Pattern]]:
     """Each sentence that may stand in an answer of this kind, with its place (3 = an extra)."""
-    frames = [(i, f.replace("{}", "{%s}" % slot)) for i, slot in enumerate(SLOTS[kind])
+    frames = [(i, f.format("{" + slot + "}")) for i, slot in enumerate(SLOTS[kind])
               for f in ANSWERS[kind][i]]
-    frames += [(3, f.replace("{}", "{%s}" % slot)) for slot, f in EXTRAS.items()]
+    frames += [(3, f.format("{" + slot + "}")) for slot, f in EXTRAS.items()]
     return [(place, re.compile(_pattern(frame))) for place, frame in frames]
 
 

@@ -1,0 +1,81 @@
+"""For people: one prompt's whole way through an iteration, and a chat in which the model judges itself."""
+
+import sys
+from pathlib import Path
+
+import torch
+
+from minisr import dpo, judge
+from minisr.checkpoint import load_model
+from minisr.records import InputError, read_jsonl
+from minisr.sampler import SampleConfig, key, sample
+
+
+def show_way(run: Path, name: str, number: int) -> None:
+    """Print {x_i}, its responses, every judgement in words, the pair, and what DPO did to it."""
+    folder = run / name
+    if not (folder / "rewards.jsonl").exists():
+        done = sorted(path.parent.name for path in run.glob("M*/rewards.jsonl"))
+        raise InputError(f"{folder} holds no judged iteration; models that do: {', '.join(done) or 'none'}")
+    y = read_jsonl(folder / "responses.jsonl", "responses")
+    r = read_jsonl(folder / "rewards.jsonl", "rewards")
+    if not 0 <= number < len(y):
+        raise InputError(f"{folder} has the prompts 0 to {len(y) - 1}; there is no {number}")
+    print(f"x  {y[number]['prompt']}\n")
+    for n, response in enumerate(y[number]["responses"]):
+        reward = r[number]["rewards"][n]
+        print(f"y^{n + 1}  {response}")
+        print(f"     reward {'unread' if reward is None else f'{reward:.2f}'}"
+              f" = mean of {r[number]['scores'][n]}; the first judgement:")
+        print("     | " + r[number]["judgements"][n][0].replace("\n", "\n     | ") + "\n")
+    pairs = [p for p in read_jsonl(folder / "pairs.jsonl", "pairs") if p["prompt"] == y[number]["prompt"]]
+    if not pairs:
+        print("no pair: equal rewards, or fewer than two that could be read")
+        return
+    print(f"chosen    y_w  {pairs[0]['chosen']}\nrejected  y_l  {pairs[0]['rejected']}\n")
+    _show_training(run, name, pairs[0])
+
+
+def _show_training(run: Path, name: str, pair: dict) -> None:
+    """The pair's log-probabilities before and after DPO, and which tokens bear loss."""
+    successor = f"M{int(name[1:]) + 1}"
+    if not (run / successor / "meta.json").exists():
+        print(f"{successor} is not trained yet")
+        return
+    print(f"{'log p(y|x)':14}{'chosen':>10}{'rejected':>10}{'difference':>12}")
+    for which in (name, successor):
+        model, tokenizer = load_model(run / which)
+        encoded = dpo.encode_pairs(tokenizer, [pair], model.config.context)
+        with torch.no_grad():
+            chosen, rejected, _ = (value.item() for value in dpo.pair_logps(model, encoded))
+        print(f"{which:14}{chosen:10.2f}{rejected:10.2f}{chosen - rejected:12.2f}")
+    print(f"\nwhat bears loss (green):\n{tokenizer.paint(*encoded[0][0])}\n{tokenizer.paint(*encoded[0][1])}")
+
+
+def chat(folder: Path, question: str | None, n: int, template: Path, config: SampleConfig, seed: int) -> None:
+    """Answer a question n times and judge each answer; without a question, ask for one after another."""
+    model, tokenizer = load_model(folder)
+    judge_template = judge.load_template(template)
+    if question is not None:
+        _answer(model, tokenizer, question, n, judge_template, config, seed)
+        return
+    if sys.stdin.isatty():
+        print("Ask something, e.g. Write a story about a sad pig at the river.   (Ctrl-D ends)")
+    for turn, line in enumerate(sys.stdin):
+        if line.strip():
+            try:
+                _answer(model, tokenizer, line.strip(), n, judge_template, config, seed + turn)
+            except InputError as error:  # one question too long is no reason to hang up
+                print(error, file=sys.stderr)
+
+
+def _answer(model, tokenizer, question, n, template, config, seed) -> None:
+    [drawn] = sample(model, [tokenizer.chat_prompt(question)], n, config, key=key(seed, "chat"),
+                     stop=tokenizer.eos)
+    texts = [tokenizer.decode(s.ids) for s in drawn]
+    judged = judge.judge(model, tokenizer, template, [question] * n, texts, judge.JudgeConfig(),
+                         key(seed, "chat judge"))
+    for text, judgements in sorted(zip(texts, judged), key=lambda tj: -(judge.reward(tj[1]) or 0)):
+        reward = judge.reward(judgements)
+        print(f"{'unread' if reward is None else f'{reward:6.2f}'}  {text}")
+        print("        | " + judgements[0].text.replace("\n", "\n        | "))
