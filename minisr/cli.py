@@ -55,6 +55,14 @@ def pretrain(options) -> None:
     print(f"M0 is in {options.out}/")
 
 
+def experiment(options) -> None:
+    """Variants and seeds of one config, and the table with intervals."""
+    from minisr.experiment import experiment, markdown
+    out = options.out or Path("runs") / options.config.stem
+    print(markdown(experiment(options.config, out, options.jobs)))
+    print(f"\nMeans over seeds, ± the 95 % interval. Files: {out}/ (results.json, one folder a run)")
+
+
 def evaluate(options) -> None:
     """Print a run's table again, from its files."""
     from minisr.records import read_json
@@ -101,6 +109,11 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("config", type=Path, help="a TOML file, e.g. tiny_configs/pretrain.toml")
     sub.add_argument("--out", type=Path, default=Path("runs/M0"), help="folder of the model")
     _set(sub)
+    sub = command(experiment, "experiment", "variants and seeds of one config, a table with intervals")
+    sub.add_argument("config", type=Path, help="a TOML file, e.g. tiny_configs/experiments/main.toml")
+    sub.add_argument("--out", type=Path, help="folder of the runs; default runs/NAME_OF_CONFIG")
+    sub.add_argument("--jobs", type=int, default=1, choices=range(1, 65), metavar="K",
+                     help="runs side by side")
     sub = command(evaluate, "eval", "evaluate the models of a run and print the table")
     sub.add_argument("run", type=Path, help="folder of a run, e.g. runs/tiny")
     sub = command(show, "show", "one prompt's answers, judgements in words, pair and log-probabilities")
