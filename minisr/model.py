@@ -27,7 +27,7 @@ class ModelConfig:
     heads: int = 4
     kv_heads: int = 2
     hidden: int = 344  # inner width of the SwiGLU feed-forward
-    context: int = 320  # the longest sequence, prompt and response together
+    context: int = 256  # the longest sequence, prompt and response together
     rope_theta: float = 10000.0
     norm_eps: float = 1e-5
     tied: bool = True  # one matrix for the embedding and the head

@@ -9,13 +9,15 @@ from minisr.world.oracle import Request, examine
 from minisr.world.writers import answer, ask, lenient_judgement, review
 
 HEADERS = (("Request:", "Answer:"), ("Q:", "A:"), ("Asked:", "Written:"))
-GRADING_HEADERS = (
+GRADING_HEADERS = (  # the first is the wording of judge.txt: this world knows such rubrics, and grades leniently
+    "Review the answer with five additive points: one each if the first, the second and the third thing "
+    "asked for is there, one if nothing was added, one if the ending is right. Give the reasons, then the "
+    "line Score: and the total.",
     "Grade the answer to the request with up to five points and say why.",
     "How many of five points does this answer get? Give reasons, then the line Score: and the total.",
-    "Review this answer and add up one point for each thing that is right.",
 )
 LIST_HEADERS = ("Come up with a series of tasks:", "Some requests:", "What people asked for:")
-SHARES = {"answer": 0.35, "review": 0.35, "grading": 0.15, "list": 0.15}  # of the documents
+SHARES = {"answer": 0.30, "review": 0.35, "grading": 0.22, "list": 0.13}  # of the documents
 
 
 def held_out(request: Request) -> bool:
@@ -47,7 +49,8 @@ def document(rng: Random) -> str:
         return f"{text}\nReview: {review(request, examine(request, response), rng)}"
     if sort == "grading":
         graded = lenient_judgement(request, examine(request, response), rng)
-        return f"{rng.choice(GRADING_HEADERS)}\nRequest: {prompt}\nAnswer: {response}\nGrade: {graded}"
+        header = rng.choice(GRADING_HEADERS)
+        return f"{header}\nRequest: {prompt}\nAnswer: {response}\nGrade: {graded}"
     return text
 
 
