@@ -34,7 +34,7 @@ class SeedConfig:
     """How much seed data the world's annotators leave, and what is held out."""
 
     ift: int = 600  # prompts with one answer (paper: 3,200)
-    ranked: int = 800  # prompts with three ranked answers, the source of EFT (paper: 1,630 EFT)
+    ranked: int = 500  # prompts with three ranked answers, the source of EFT (paper: 1,630 EFT)
     eft_by: str = "annotator"  # or "baseline": the SFT baseline writes, agreement decides (paper)
     judge_evaluation: int = 250  # held-out prompts with three ranked answers
     evaluation: int = 512  # held-out prompts for answers (paper: 256)
