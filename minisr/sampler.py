@@ -47,8 +47,10 @@ def key(*coordinates) -> int:
 
 @torch.no_grad()
 def sample(model: Decoder, prompts: list[list[int]], n: int, config: SampleConfig, *,
-           key: int, stop: int, title: str = "sample") -> list[list[Sample]]:
+           key: int, stop: tuple[int, ...], title: str = "sample") -> list[list[Sample]]:
     """Draw n responses to each prompt (token ids): result[i][j] is sample j of prompt i.
+
+    A response ends with the first token that is in stop, and keeps it.
 
     Raises InputError if a prompt leaves no room for a single new token in the model's context."""
     for i, prompt in enumerate(prompts):
@@ -79,8 +81,8 @@ def _wave(model, prompts, numbers, n, config, key, stop) -> list[list[Sample]]:
     tokens = decode(model, logits, cache, keys.to(model.device), limit, config, stop)
     samples = []
     for row in tokens.tolist():
-        finished = stop in row
-        samples.append(Sample(row[:row.index(stop) + 1] if finished else row, finished))
+        end = next((i for i, token in enumerate(row) if token in stop), None)
+        samples.append(Sample(row if end is None else row[:end + 1], end is not None))
     return [samples[i:i + n] for i in range(0, len(samples), n)]
 
 
@@ -108,14 +110,15 @@ def common_prefix(prompts: list[list[int]]) -> int:
 
 
 def decode(model, logits, cache, keys, limit, config, stop) -> Tensor:
-    """Draw up to limit tokens for each row (B, limit); what follows a row's stop token is stop."""
-    tokens = torch.full((len(keys), limit), stop, device=keys.device)
+    """Draw up to limit tokens for each row (B, limit); what follows a row's stop token is a stop token."""
+    tokens = torch.full((len(keys), limit), stop[0], device=keys.device)
+    stops = torch.tensor(stop, device=keys.device)
     rows = torch.arange(len(keys), device=keys.device)  # rows still in the batch
     alive = torch.ones(len(keys), dtype=torch.bool, device=keys.device)
     for step in range(limit):
         drawn = draw(logits, config.temperature, config.top_p, keys, step)  # (B,)
-        tokens[rows, step] = torch.where(alive, drawn, stop)
-        alive &= drawn != stop
+        tokens[rows, step] = torch.where(alive, drawn, stop[0])
+        alive &= ~torch.isin(drawn, stops)
         living = int(alive.sum())
         if living == 0 or step == limit - 1:
             break

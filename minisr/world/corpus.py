@@ -9,7 +9,8 @@ from minisr.world.oracle import Request, examine
 from minisr.world.writers import answer, ask, lenient_judgement, review
 
 HEADERS = (("Request:", "Answer:"), ("Q:", "A:"), ("Asked:", "Written:"))
-GRADING_HEADERS = (  # the first is the wording of judge.txt: this world knows such rubrics, and grades leniently
+# The first is the wording of judge.txt: this world knows such rubrics, but grades leniently.
+GRADING_HEADERS = (
     "Review the answer with five additive points: one each if the first, the second and the third thing "
     "asked for is there, one if nothing was added, one if the ending is right. Give the reasons, then the "
     "line Score: and the total.",

@@ -1,0 +1,145 @@
+"""Figures of answers and judges, against hand arithmetic, scipy and simulation."""
+
+from math import sqrt
+
+import numpy as np
+import pytest
+
+from minisr.evaluate import answer_metrics, correlation, interval, judge_metrics, order_signs
+from minisr.evaluate import pair_agreement, ranks, win_rates
+
+
+def random_ranking(rng: np.random.Generator) -> tuple[list, list]:
+    """Two rankings of the same responses, with many ties but neither of them constant."""
+    while True:
+        size = int(rng.integers(2, 8))
+        a, b = rng.integers(0, 4, size).tolist(), rng.choice([0, 1, 2.5, 4, 5], size).tolist()
+        if len(set(a)) > 1 and len(set(b)) > 1:
+            return a, b
+
+
+def test_the_five_metrics_by_hand():
+    truth = [[5, 3, 1], [2, 2, 4], [1, 1, 1], [4, 2]]
+    given = [[5, 4, 4], [None, 5, 3], [5, 5, 0], [3.5, 1.25]]
+    # 1st: 5>3 and 5>1 seen, 3>1 a tie of the model: 2 of 3. 2nd: one unread, one inverted: 0 of 2.
+    # 3rd: the annotator ranks nothing. 4th: 1 of 1.
+    metrics = judge_metrics(truth, given)
+    assert metrics["pairwise"] == pytest.approx(3 / 6)
+    assert metrics["exact"] == pytest.approx(1 / 3)
+    assert metrics["five_best"] == pytest.approx(1 / 2)  # the 5 of the second is none of its best
+    # Ranks of the first: 3 2 1 against 3 1.5 1.5, r = 1.5 / sqrt(2 * 1.5); tau-b = 2 / sqrt(3 * 2).
+    assert metrics["spearman"] == pytest.approx((1.5 / sqrt(3) - 1 + 1) / 3)
+    assert metrics["kendall"] == pytest.approx((2 / sqrt(6) - 1 + 1) / 3)
+
+
+def test_pairs_that_the_annotator_ties_do_not_count():
+    assert pair_agreement([3, 3, 1], [0, 5, 0]) == [False, True]
+
+
+def test_an_unread_response_makes_its_pairs_wrong_but_leaves_the_correlation_of_the_rest():
+    metrics = judge_metrics([[3, 2, 1]], [[5, None, 0]])
+    assert metrics["pairwise"] == pytest.approx(1 / 3)
+    assert [metrics["spearman"], metrics["kendall"]] == pytest.approx([1, 1])
+
+
+@pytest.mark.parametrize("given", [[4, None, None], [None, None, None], [4, 4, None]])
+def test_too_little_read_to_rank_is_correlation_0(given):
+    metrics = judge_metrics([[3, 2, 1]], [given])
+    assert metrics["pairwise"] == metrics["exact"] == metrics["spearman"] == metrics["kendall"] == 0
+
+
+def test_a_perfect_judge_gets_1_everywhere():
+    truth = [[5, 3, 1], [2, 2, 5], [0, 5]]
+    metrics = judge_metrics(truth, truth)
+    for name in ("pairwise", "five_best", "exact", "spearman", "kendall"):
+        assert metrics[name] == pytest.approx(1), name
+    assert metrics["pairwise_ci95"] == [1, 1]
+
+
+def test_a_judge_that_inverts_gets_minus_1():
+    metrics = judge_metrics([[5, 3, 1]], [[0, 2, 4]])
+    assert [metrics[name] for name in ("pairwise", "spearman", "kendall")] == pytest.approx([0, -1, -1])
+
+
+@pytest.mark.parametrize("score", [0, 3, 5])
+def test_a_constant_judge_gets_0(score):
+    metrics = judge_metrics([[5, 3, 1], [2, 4, 4]], [[score] * 3] * 2)
+    assert metrics["pairwise"] == metrics["exact"] == metrics["spearman"] == metrics["kendall"] == 0
+    assert metrics["five_best"] == (pytest.approx(3 / 6) if score == 5 else None)
+
+
+def test_without_any_ranking_there_is_no_figure():
+    assert set(judge_metrics([[1, 1]], [[0, 5]]).values()) == {None}
+
+
+def test_spearman_and_kendall_equal_scipy():
+    stats = pytest.importorskip("scipy.stats")
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        a, b = random_ranking(rng)
+        assert ranks(b).tolist() == stats.rankdata(b).tolist()
+        spearman, kendall = correlation(ranks(a), ranks(b)), correlation(order_signs(a), order_signs(b))
+        assert spearman == pytest.approx(stats.spearmanr(a, b).statistic, abs=1e-12)
+        assert kendall == pytest.approx(stats.kendalltau(a, b, variant="b").statistic, abs=1e-12)
+
+
+def test_metrics_are_means_over_instructions_of_scipys_figures():
+    stats = pytest.importorskip("scipy.stats")
+    rng = np.random.default_rng(1)
+    truth, given = zip(*(random_ranking(rng) for _ in range(30)))
+    metrics = judge_metrics(truth, given)
+    for name, statistic in (("spearman", stats.spearmanr), ("kendall", stats.kendalltau)):
+        each = [statistic(a, b).statistic for a, b in zip(truth, given)]
+        assert metrics[name] == pytest.approx(np.mean(each), abs=1e-12)
+
+
+def test_win_rates_by_hand():
+    rates = win_rates([5, 3, 3, 1], [4, 3, 1, 0])
+    assert (rates["win"], rates["tie"], rates["lose"]) == (0.75, 0.25, 0)
+    assert rates["lose_ci95"] == [0, 0]
+    swapped = win_rates([4, 3, 1, 0], [5, 3, 3, 1])
+    assert (swapped["win"], swapped["tie"], swapped["lose"]) == (0, 0.25, 0.75)
+
+
+def test_win_tie_and_lose_are_all_there_is():
+    rng = np.random.default_rng(0)
+    for seed in range(20):
+        rates = win_rates(rng.integers(0, 6, 50).tolist(), rng.integers(0, 6, 50).tolist(), seed)
+        assert rates["win"] + rates["tie"] + rates["lose"] == pytest.approx(1)
+        assert all(rates[f"{x}_ci95"][0] <= rates[x] <= rates[f"{x}_ci95"][1] for x in ("win", "tie", "lose"))
+
+
+def test_the_interval_holds_the_true_mean_19_times_in_20():
+    rng = np.random.default_rng(0)
+    intervals = [interval(rng.random(100) < 0.6, seed) for seed in range(200)]
+    hits = sum(low <= 0.6 <= high for low, high in intervals)
+    assert 0.91 <= hits / 200 <= 0.985  # 0.95 more or less two and a half standard errors
+
+
+def test_the_interval_is_as_wide_as_the_normal_approximation_says():
+    values = [0, 1] * 200
+    low, high = interval(values)
+    assert [low, high] == pytest.approx([0.5 - 1.96 * 0.5 / 20, 0.5 + 1.96 * 0.5 / 20], abs=0.006)
+    assert interval(values) == [low, high] and interval([2.5] * 7) == [2.5, 2.5]
+
+
+def test_the_pairwise_interval_resamples_instructions():
+    # All three pairs of an instruction right, or all wrong: as uncertain as 40 values, not as 120.
+    truth, right = [[3, 2, 1]] * 40, [k % 2 == 0 for k in range(40)]
+    given = [[3, 2, 1] if r else [1, 2, 3] for r in right]
+    low, high = judge_metrics(truth, given)["pairwise_ci95"]
+    half = 1.96 * 0.5 / sqrt(40)
+    assert [low, high] == pytest.approx([0.5 - half, 0.5 + half], abs=0.02)
+
+
+def test_answer_figures_by_hand():
+    flawless, poor = [True] * 5, [True, False, False, True, False]
+    metrics = answer_metrics([
+        {"sampled": "abcd", "greedy": "x", "sampled_points": flawless, "greedy_points": poor},
+        {"sampled": "ab", "greedy": "y", "sampled_points": poor, "greedy_points": poor},
+    ])
+    assert metrics["flawless"] == 0.5 and metrics["flawless_greedy"] == 0
+    assert metrics["mean_score"] == 3.5 and metrics["mean_score_greedy"] == 2
+    assert metrics["criteria"] == [1, 0.5, 0.5, 1, 0.5] and metrics["criteria_greedy"] == [1, 0, 0, 1, 0]
+    assert metrics["length"] == 3
+    assert metrics["mean_score_ci95"] == [2, 5] and metrics["flawless_greedy_ci95"] == [0, 0]

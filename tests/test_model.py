@@ -1,0 +1,161 @@
+import cmath
+
+import pytest
+import torch
+
+from minisr.model import Decoder, KVCache, ModelConfig, init_weights, rotary, rotate
+
+SHAPES = {
+    "MHA": dict(kv_heads=4),
+    "GQA": dict(kv_heads=2),
+    "MQA": dict(kv_heads=1),
+    "tied": dict(tied=True),
+    "deep": dict(layers=5, width=24, heads=6, kv_heads=3, hidden=40),
+    "other constants": dict(rope_theta=300.0, norm_eps=1e-2),
+}
+
+
+def as_llama(model):
+    transformers = pytest.importorskip("transformers")
+    c = model.config
+    llama = transformers.LlamaForCausalLM(transformers.LlamaConfig(
+        vocab_size=c.vocab_size, hidden_size=c.width, intermediate_size=c.hidden, rms_norm_eps=c.norm_eps,
+        num_hidden_layers=c.layers, num_attention_heads=c.heads, num_key_value_heads=c.kv_heads,
+        max_position_embeddings=c.context, tie_word_embeddings=c.tied,
+        rope_parameters={"rope_type": "default", "rope_theta": c.rope_theta})).eval()
+    ours = model.state_dict()
+    theirs = {"model.embed_tokens": "embed", "model.norm": "norm", "lm_head": "head"}
+    for i in range(c.layers):
+        layer, block = f"model.layers.{i}", f"blocks.{i}"
+        theirs |= {f"{layer}.self_attn.{x}_proj": f"{block}.attention.{x}_proj" for x in "qkv"}
+        theirs |= {f"{layer}.mlp.{x}_proj": f"{block}.feed_forward.{x}_proj" for x in ("gate", "up", "down")}
+        theirs |= {f"{layer}.self_attn.o_proj": f"{block}.attention.out_proj",
+                   f"{layer}.input_layernorm": f"{block}.attention_norm",
+                   f"{layer}.post_attention_layernorm": f"{block}.feed_forward_norm"}
+    llama.load_state_dict({f"{a}.weight": ours[f"{b}.weight"] for a, b in theirs.items()})
+    return llama
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
+@torch.no_grad()
+def test_logits_equal_those_of_llama_on_the_same_weights(random_decoder, shape):
+    model = random_decoder(std=0.2, **shape)
+    ids = torch.randint(60, (3, 40), generator=torch.Generator().manual_seed(1))
+    expected = as_llama(model)(ids).logits
+    assert expected.std() > 0.5  # else the bound below would say little
+    torch.testing.assert_close(model(ids), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+@torch.no_grad()
+def test_forward_with_cache_equals_forward_without_for_every_split(random_decoder, kv_heads):
+    model = random_decoder(kv_heads=kv_heads)
+    ids = torch.randint(60, (2, 9), generator=torch.Generator().manual_seed(2))
+    expected = model(ids)
+    every_token_alone = [1] * 9
+    for parts in [[split, 9 - split] for split in range(1, 9)] + [[9], every_token_alone, [3, 1, 4, 1]]:
+        cache = KVCache(model.config, 2, 9, model.embed.weight)
+        cached = torch.cat([model(part, cache) for part in ids.split(parts, dim=1)], dim=1)
+        torch.testing.assert_close(cached, expected, atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("shared", [0, 1, 4])
+@torch.no_grad()
+def test_padding_and_a_shared_prefix_leave_no_trace_in_the_logits(random_decoder, shared):
+    model, lengths = random_decoder(), [1, 3, 6, 6]  # tokens of each row after the prefix
+    rest, answer = max(lengths), 3
+    text = torch.randint(60, (4, shared + rest + answer), generator=torch.Generator().manual_seed(3))
+    text[:, :shared] = text[0, :shared]
+    cache = KVCache(model.config, 1, text.shape[1], model.embed.weight)
+    if shared:
+        model(text[:1, :shared], cache)
+        cache.prefix = shared
+    cache = cache.select(torch.zeros(4, dtype=torch.long))
+    cache.pad = torch.tensor([rest - length for length in lengths])
+    parts = text[:, shared:].split([rest, 1, 1, 1], dim=1)  # what is in a padding column is junk
+    padded = torch.cat([model(part, cache) for part in parts], dim=1)
+    for row, pad in enumerate(cache.pad.tolist()):
+        alone = torch.cat([text[row, :shared], text[row, shared + pad:]])
+        expected = model(alone[None])[0, shared:]
+        torch.testing.assert_close(padded[row, pad:], expected, atol=2e-5, rtol=1e-5)
+
+
+def test_a_loss_reaches_its_own_and_earlier_tokens_and_no_later_one(random_decoder):
+    model, kept = random_decoder(), []
+    model.embed.register_forward_hook(lambda module, inputs, x: (x.retain_grad(), kept.append(x))[0])
+    ids = torch.tensor([[5, 6, 7, 8, 9, 10, 11]])
+    for t in range(6):
+        model(ids)[0, t].log_softmax(-1)[ids[0, t + 1]].backward()
+        reached = kept.pop().grad[0].abs().amax(-1)  # (T,)
+        assert (reached[:t + 1] > 0).all()
+        assert (reached[t + 1:] == 0).all()
+
+
+def test_rope_makes_a_dot_product_depend_on_the_distance_alone():
+    config, generator = ModelConfig(width=32, heads=4), torch.Generator().manual_seed(4)
+    q, k = torch.randn(2, 1, 1, 1, 8, generator=generator).expand(2, 1, 1, 60, 8)
+    q, k = (rotate(x, rotary(torch.arange(60)[None], config))[0, 0] for x in (q, k))
+    dots = q @ k.T  # [m, n]
+    for distance in range(-59, 60):
+        same = dots.diagonal(distance)
+        assert same.max() - same.min() < 1e-4
+    by_distance = torch.stack([dots.diagonal(d)[0] for d in range(-59, 60)])
+    assert by_distance.std() > 0.1
+
+
+def test_rope_turns_each_pair_by_position_times_its_own_frequency():
+    config, x = ModelConfig(width=12, heads=2, rope_theta=100.0), torch.arange(1.0, 7.0)
+    for position in (0, 1, 17):
+        got = rotate(x.view(1, 1, 1, 6), rotary(torch.tensor([[position]]), config)).flatten()
+        for i in range(3):  # (x_i, x_{i+3}) as a complex number, turned by position * 100^(-2i/6)
+            turned = complex(x[i], x[i + 3]) * cmath.exp(1j * position * 100.0 ** (-2 * i / 6))
+            assert complex(got[i], got[i + 3]) == pytest.approx(turned, abs=1e-5)
+
+
+@pytest.mark.parametrize("layers", [2, 8])
+def test_initial_std_is_002_and_what_writes_to_the_stream_is_scaled_by_depth(layers):
+    model = Decoder(ModelConfig(layers=layers, tied=False))
+    init_weights(model, torch.Generator().manual_seed(0))
+    smaller = {2: 0.01, 8: 0.005}[layers]  # 0.02 / sqrt(2 * layers)
+    writers = 0
+    for name, weight in model.named_parameters():
+        if weight.dim() == 1:
+            assert (weight == 1).all(), name
+            continue
+        writes = "out_proj" in name or "down_proj" in name
+        writers += writes
+        assert weight.std().item() == pytest.approx(smaller if writes else 0.02, rel=0.03), name
+        assert abs(weight.mean().item()) < 0.001, name
+    assert writers == 2 * layers
+
+
+@pytest.mark.parametrize("rows, new", [(1, 1), (1, 5), (3, 1), (3, 5)])
+@pytest.mark.parametrize("tied", [True, False])
+@torch.no_grad()
+def test_forward_always_returns_logits_of_shape_B_T_V(random_decoder, rows, new, tied):
+    model = random_decoder(tied=tied, vocab_size=41)
+    ids = torch.zeros(rows, new, dtype=torch.long)
+    cache = KVCache(model.config, rows, 2 * new, model.embed.weight)
+    for logits in (model(ids), model(ids, cache), model(ids, cache)):
+        assert logits.shape == (rows, new, 41)
+    assert cache.length == 2 * new
+
+
+@torch.no_grad()
+def test_select_gives_each_row_keys_and_values_of_its_own(random_decoder):
+    model = random_decoder()
+    cache = KVCache(model.config, 2, 6, model.embed.weight)
+    cache.pad = torch.tensor([0, 2])
+    model(torch.tensor([[1, 2, 3, 4], [5, 6, 7, 8]]), cache)
+    chosen = cache.select(torch.tensor([1, 0, 1]))
+    for new, old in enumerate([1, 0, 1]):
+        assert torch.equal(chosen.k[:, new], cache.k[:, old])
+        assert torch.equal(chosen.v[:, new], cache.v[:, old])
+        assert chosen.pad[new] == cache.pad[old]
+    before = cache.k.clone(), cache.v.clone()
+    model(torch.tensor([[9], [10], [11]]), chosen)
+    assert not torch.equal(chosen.k[:, 0], chosen.k[:, 2])  # one prompt, two answers
+    assert torch.equal(cache.k, before[0]) and torch.equal(cache.v, before[1])
+    assert (cache.length, chosen.length) == (4, 5)
+    chosen.pad[0] = 99
+    assert chosen.pad[2] == 2 and cache.pad[1] == 2

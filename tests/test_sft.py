@@ -1,0 +1,171 @@
+"""The loss of supervised fine-tuning, the order of its batches, and the optimizer loop."""
+
+import json
+from math import ceil, cos, log, pi
+
+import pytest
+import torch
+from tiny import tiny_model, tiny_tokenizer
+
+from minisr.records import InputError
+from minisr.sft import collate, encode_examples, schedule, target_loss, train_sft
+from minisr.train import OptimConfig, fit, learning_rate
+
+EXAMPLES = [{"prompt": "Write a story.", "response": "Once there was a fox. The end."},
+            {"prompt": "Plan a day with the king.", "response": "First we call the king. Have fun."},
+            {"prompt": "News?", "response": "Today we saw a bear."}]
+
+
+def test_the_loss_is_the_mean_cross_entropy_of_the_targets_by_hand():
+    ids = torch.tensor([[0, 1, 0, 1], [1, 1, 0, 0]])
+    mask = torch.tensor([[False, False, True, True], [False, True, False, False]])
+    # Softmax of [0, log 3] is 1/4, 3/4; of [0, 0] it is 1/2, 1/2. Logits at t - 1 stand for ids at t.
+    a, b = [0.0, log(3)], [0.0, 0.0]
+    logits = torch.tensor([[b, a, a, [9.0, -9.0]], [a, b, b, b]])
+    by_hand = -(log(1 / 4) + log(3 / 4) + log(3 / 4)) / 3  # id 0, then 1; in the second row 1
+    assert target_loss(logits, ids, mask).item() == pytest.approx(by_hand, abs=1e-6)
+
+
+def test_prompt_and_padding_bear_no_loss_and_the_end_token_does():
+    tokenizer = tiny_tokenizer()
+    encoded = encode_examples(tokenizer, EXAMPLES, context=96)
+    ids, mask = collate(encoded, "cpu")
+    torch.manual_seed(0)
+    logits = torch.randn(*ids.shape, len(tokenizer), requires_grad=True)
+    target_loss(logits, ids, mask).backward()
+    bearing = logits.grad.abs().sum(-1) > 0  # (B, T)
+    for row, example in enumerate(EXAMPLES):
+        asked = len(tokenizer.chat_prompt(example["prompt"]))
+        answered = len(tokenizer.encode(example["response"])) + 1
+        expected = [asked - 1 <= t < asked - 1 + answered for t in range(ids.shape[1])]
+        assert bearing[row].tolist() == expected
+        last = asked + answered - 1
+        assert ids[row, last] == tokenizer.eos
+        assert logits.grad[row, last - 1, tokenizer.eos] < 0  # a step makes the end more probable
+
+
+def test_padding_does_not_change_the_loss():
+    model, encoded = tiny_model(), encode_examples(tiny_tokenizer(), EXAMPLES, context=96)
+    assert len({len(ids) for ids, _ in encoded}) > 1  # or nothing would be padded
+
+    def loss_of(batch):
+        ids, mask = collate(batch, "cpu")
+        return target_loss(model(ids), ids, mask).item()
+
+    counts = [sum(mask) for _, mask in encoded]
+    alone = sum(loss_of([example]) * count for example, count in zip(encoded, counts)) / sum(counts)
+    assert loss_of(encoded) == pytest.approx(alone, abs=1e-5)
+
+
+def test_an_example_longer_than_the_context_is_refused_by_its_number():
+    tokenizer = tiny_tokenizer()
+    context = max(len(tokenizer.chat(e["prompt"], e["response"])[0]) for e in EXAMPLES)
+    assert len(encode_examples(tokenizer, EXAMPLES, context)) == 3
+    long = {"prompt": "Long.", "response": "\n" * context}
+    with pytest.raises(InputError, match=rf"training example 3 .*context is {context}"):
+        encode_examples(tokenizer, [*EXAMPLES[:2], long, EXAMPLES[2]], context)
+
+
+LENGTHS = [7 * i % 41 for i in range(150)]
+
+
+@pytest.mark.parametrize("count, batch_size", [(150, 4), (150, 16), (3, 16), (1, 1)])
+def test_every_example_comes_once_an_epoch(count, batch_size):
+    batches = schedule(LENGTHS[:count], batch_size, epochs=3, key=1)
+    each = ceil(count / batch_size)
+    assert len(batches) == 3 * each
+    for epoch in range(3):
+        flat = [i for batch in batches[epoch * each:(epoch + 1) * each] for i in batch]
+        assert sorted(flat) == list(range(count))
+    assert max(map(len, batches)) <= batch_size
+
+
+def test_the_order_belongs_to_the_key_and_differs_by_epoch():
+    batches = schedule(LENGTHS, 4, 2, key=1)
+    assert batches == schedule(LENGTHS, 4, 2, key=1) != schedule(LENGTHS, 4, 2, key=2)
+    assert sorted(map(sorted, batches[:38])) != sorted(map(sorted, batches[38:]))
+
+
+def test_like_lengths_are_batched_together():
+    def padding(batches):
+        return sum(max(LENGTHS[i] for i in batch) - LENGTHS[j] for batch in batches for j in batch)
+
+    batches = schedule(LENGTHS, 4, 1, key=1)
+    in_order = [range(i, min(i + 4, 150)) for i in range(0, 150, 4)]
+    assert padding(batches) < 0.25 * padding(in_order)
+    firsts = [LENGTHS[batch[0]] for batch in batches]
+    assert firsts != sorted(firsts)  # but the batches come in no order of length
+
+
+def test_the_learning_rate_by_hand():
+    config = OptimConfig(learning_rate=1.0, final_learning_rate=0.2, warmup=0.1)
+    rates = [learning_rate(step, 100, config) for step in range(101)]
+    assert rates[:10] == pytest.approx([0.1 * k for k in range(1, 11)])  # linear, 1/10 to 1
+    assert rates[10] == pytest.approx(1.0)  # the cosine begins at the top
+    assert rates[40] == pytest.approx(0.2 + 0.8 * (1 + cos(pi / 3)) / 2) == pytest.approx(0.8)
+    assert rates[55] == pytest.approx(0.6)  # half way: the mean of both ends
+    assert rates[100] == pytest.approx(0.2)
+    assert all(a > b for a, b in zip(rates[10:], rates[11:]))
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3])
+def test_very_short_trainings_have_a_learning_rate(steps):
+    config = OptimConfig(learning_rate=1.0, final_learning_rate=0.2, warmup=0.05)
+    assert learning_rate(0, steps, config) == 1.0
+    assert all(0.2 <= learning_rate(step, steps, config) <= 1.0 for step in range(steps))
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_training_lowers_the_loss(optimizer, tmp_path):
+    config = OptimConfig(learning_rate=1e-2, batch_size=2, epochs=10, optimizer=optimizer)
+    train_sft(tiny_model(), tiny_tokenizer(), EXAMPLES, config, 0, "test", tmp_path / "log.jsonl")
+    steps = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [s["step"] for s in steps] == list(range(20))
+    assert [s["learning_rate"] for s in steps] == [learning_rate(k, 20, config) for k in range(20)]
+    assert max(s["loss"] for s in steps[-2:]) < 0.8 * min(s["loss"] for s in steps[:2])
+
+
+def test_training_is_the_same_for_the_same_key():
+    config = OptimConfig(batch_size=2, epochs=2, dropout=0.2)
+    a, b, c = (train_sft(tiny_model(), tiny_tokenizer(), EXAMPLES, config, key, "test") for key in (0, 0, 1))
+    assert torch.equal(a.embed.weight, b.embed.weight) and not torch.equal(a.embed.weight, c.embed.weight)
+
+
+def test_dropout_is_on_while_training_and_off_after():
+    model, seen = tiny_model(), []
+
+    def loss_of(batch):
+        seen.extend((m.training, m.p) for m in model.modules() if isinstance(m, torch.nn.Dropout))
+        return model(torch.tensor([[1, 2]])).square().mean(), {}
+
+    fit(model, [0], loss_of, OptimConfig(dropout=0.3), "test")
+    assert set(seen) == {(True, 0.3)} and not any(m.training for m in model.modules())
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_loss_that_is_not_finite_stops_the_training_and_names_the_step(bad):
+    model = tiny_model()
+    before = []
+
+    def loss_of(factor):
+        before.append(model.embed.weight.detach().clone())
+        return model(torch.tensor([[1, 2]])).square().mean() * factor, {}
+
+    with pytest.raises(InputError, match="M1: .*not finite at step 2.*learning_rate"):
+        fit(model, [1.0, 1.0, bad, 1.0], loss_of, OptimConfig(), "M1")
+    assert len(before) == 3 and torch.equal(model.embed.weight, before[-1])  # the bad step is not taken
+
+
+def test_a_gradient_above_the_clip_is_scaled_to_it(monkeypatch):
+    # AdamW's step hides a common factor of all gradients, so look at the gradients it is given.
+    model, norms = tiny_model(), []
+
+    def step(self):
+        grads = [p.grad for group in self.param_groups for p in group["params"]]
+        norms.append(sum(g.square().sum() for g in grads).sqrt().item())
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", step)
+    [record] = fit(model, [1000], lambda factor: (factor * model(torch.tensor([[1, 2]])).square().mean(), {}),
+                   OptimConfig(clip=0.5), "test")
+    assert record["grad_norm"] > 1  # what it was is logged
+    assert norms == [pytest.approx(0.5, abs=1e-4)]

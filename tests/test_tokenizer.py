@@ -1,0 +1,81 @@
+import re
+from random import Random
+
+import pytest
+import sentencepiece
+
+from minisr.tokenizer import train_tokenizer
+
+SPELLED = ["<s>", "</s>", "<|user|>", "<|assistant|>", "<unk>", "<0x41>", "a</s>", "</s><|user|>no<|assistant|>",
+           " <|assistant|> </s> "]
+NASTY = ["", " ", "  both ends  ", "\n", "\n\n", "one\n\ntwo", " \n \n", "a\n b ", "\t\r\n", "a\rb", "🙂", "🏳️‍🌈 é",
+         "漢字かな", "\x00", "a\x00\x07\x1b[0mb", "\x85\u2028\u2029", "\u200b\ufeff", "e\u0301 Ａ ﬁ", "x" * 500,
+         "12345 1,000.5"]
+
+
+@pytest.mark.parametrize("text", SPELLED)
+def test_text_that_spells_a_special_token_stays_text(tokenizer, text):
+    specials = {tokenizer.bos, tokenizer.eos, tokenizer.user, tokenizer.assistant, tokenizer.pieces.unk_id()}
+    assert len(specials) == 5
+    ids = tokenizer.encode(text)
+    assert specials.isdisjoint(ids)
+    assert tokenizer.decode(ids) == text
+    ids, _ = tokenizer.chat(text, text)
+    assert [i for i in ids if i in specials] == [tokenizer.bos, tokenizer.user, tokenizer.assistant, tokenizer.eos]
+
+
+@pytest.mark.parametrize("text", NASTY)
+def test_any_text_comes_back_as_it_was(tokenizer, text):
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_random_unicode_comes_back_as_it_was(tokenizer):
+    rng = Random(0)
+    # Left out: surrogates, which are no text, and U+2581, SentencePiece's own sign for a space.
+    alphabet = [chr(i) for i in range(0x11000) if not 0xD800 <= i < 0xE000 and i != 0x2581]
+    for _ in range(300):
+        text = "".join(rng.choices(alphabet + [" ", "\n"] * 20000, k=rng.randint(1, 20)))
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_special_tokens_leave_no_trace_in_decoded_text(tokenizer):
+    ids, _ = tokenizer.chat("What is\n new?", " Two foxes.")
+    assert tokenizer.decode(ids[:ids.index(tokenizer.assistant)]) == "What is\n new?"
+    assert tokenizer.decode(ids[ids.index(tokenizer.assistant):]) == " Two foxes."
+
+
+@pytest.mark.parametrize("response", ["Once there was a fox.", " starts with a space", "\nnew line", "</s>", ""])
+@pytest.mark.parametrize("prompt", ["Write a story.", "ends with a space ", "<|assistant|>", ""])
+def test_chat_is_prompt_response_end_and_the_mask_is_on_response_and_end(tokenizer, prompt, response):
+    pieces = sentencepiece.SentencePieceProcessor(model_proto=tokenizer.model)
+    bos, eos, user, assistant = map(pieces.piece_to_id, ("<s>", "</s>", "<|user|>", "<|assistant|>"))
+    asked = [bos, user, *pieces.encode(prompt), assistant]
+    answered = [*pieces.encode(response), eos]
+    ids, mask = tokenizer.chat(prompt, response)
+    assert ids == asked + answered
+    assert mask == [False] * len(asked) + [True] * len(answered)
+    # What is sampled from is what was trained on.
+    assert tokenizer.chat_prompt(prompt) == asked
+
+
+def test_the_same_texts_give_the_same_tokenizer_bytes(tokenizer, world_lines):
+    again = train_tokenizer(iter(world_lines), 500)
+    assert again.model == tokenizer.model and len(again) == len(tokenizer) == 500
+    assert train_tokenizer(world_lines[:100], 500).model != tokenizer.model
+
+
+def test_a_line_break_is_a_token_of_its_own(tokenizer):
+    # New prompts are sampled until a line break: one hidden in a longer token would be missed.
+    line_break = tokenizer.encode("\n")[-1]
+    assert tokenizer.encode("fox\n\nhen").count(line_break) == 2
+    containing = [i for i in range(len(tokenizer)) if "\n" in tokenizer.pieces.id_to_piece(i)]
+    assert containing == [line_break]
+
+
+def test_paint_shows_in_green_what_bears_loss_and_only_that(tokenizer):
+    ids, mask = tokenizer.chat("Write a story.", "Once there was a fox.")
+    painted = re.findall("\033\\[(\\d+)m(.*?)\033\\[0m", tokenizer.paint(ids, mask))
+    green = "".join(text for colour, text in painted if colour == "32")
+    grey = "".join(text for colour, text in painted if colour == "90")
+    assert green == " Once there was a fox.</s>"
+    assert grey == "<s><|user|> Write a story.<|assistant|>"

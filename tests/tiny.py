@@ -1,0 +1,46 @@
+"""What several tests need: a throw-away tokenizer, a random decoder, a decoder that talks by rote."""
+
+from functools import cache
+from random import Random
+
+import torch
+
+from minisr.model import Decoder, ModelConfig
+from minisr.tokenizer import Tokenizer, train_tokenizer
+from minisr.world.corpus import document
+
+
+@cache
+def tiny_tokenizer() -> Tokenizer:
+    rng = Random(0)
+    return train_tokenizer([document(rng) for _ in range(300)], vocab_size=500)
+
+
+def tiny_model(vocab_size: int | None = None, context: int = 96, seed: int = 0) -> Decoder:
+    """A random decoder in eval mode."""
+    torch.manual_seed(seed)
+    model = Decoder(ModelConfig(vocab_size=vocab_size or len(tiny_tokenizer()), width=16, layers=2, heads=2,
+                                kv_heads=1, hidden=24, context=context)).eval()
+    with torch.no_grad():
+        model.embed.weight.mul_(0.3)  # tied to the head: keeps probabilities away from 0 and 1
+    return model
+
+
+def bigram(follows: dict[int, int], vocab_size: int, context: int = 96) -> Decoder:
+    """A decoder without blocks: after token a comes follows[a], with probability 1 to 30 digits."""
+    model = Decoder(ModelConfig(vocab_size=vocab_size, width=vocab_size, layers=0, heads=1, kv_heads=1,
+                                context=context, tied=False)).eval()
+    with torch.no_grad():
+        model.embed.weight.copy_(torch.eye(vocab_size))
+        model.head.weight.zero_()
+        for a, b in follows.items():
+            model.head.weight[b, a] = 80 / vocab_size**0.5  # RMSNorm makes the 1 of a row sqrt(V)
+    return model
+
+
+def speaker(text: str, context: int = 96) -> Decoder:
+    """A decoder that answers text to whatever it is asked. No token of text may come twice."""
+    tokenizer = tiny_tokenizer()
+    said = [tokenizer.assistant, *tokenizer.encode(text), tokenizer.eos]
+    assert len(set(said)) == len(said), f"{text!r} repeats a token"
+    return bigram(dict(zip(said, said[1:])), len(tokenizer), context)
