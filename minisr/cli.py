@@ -80,9 +80,9 @@ def show(options) -> None:
 
 def chat(options) -> None:
     """Ask a model; it answers several times and judges each answer."""
+    from minisr.run import WORLD_TEMPLATE
     from minisr.sampler import SampleConfig
     from minisr.show import chat
-    from minisr.stages import WORLD_TEMPLATE
     chat(options.model, options.ask, options.n, options.template or WORLD_TEMPLATE,
          SampleConfig(temperature=options.temperature), options.seed)
 
@@ -138,6 +138,6 @@ def _set(sub) -> None:
 
 def _open_run(options):
     from minisr.config import load_config
-    from minisr.stages import Run
+    from minisr.run import Run
     config = load_config(options.config, overrides=tuple(options.set))
     return Run.open(options.out or Path("runs") / options.config.stem, config)

@@ -33,7 +33,7 @@ def experiment(path: Path, out: Path, jobs: int) -> dict:
     plan = read_plan(path)
     variants = plan["variants"]
     for names in (["base"], [name for name in variants if name != "base"]):  # variants copy from base
-        work = [(name, seed) for name in names for seed in plan["seeds"]]
+        work = [(name, seed) for seed in plan["seeds"] for name in names]
         with ThreadPoolExecutor(jobs) as pool:
             done = pool.map(lambda ns: _run(out, plan, *ns), work)
             list(tqdm(done, total=len(work), desc=" and ".join(names)))

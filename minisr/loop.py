@@ -5,7 +5,8 @@ a run that was stopped goes on at its first unfinished arrow.
 """
 
 from minisr.records import write_json
-from minisr.stages import Model, Run
+from minisr.run import Run
+from minisr.stages import Model
 
 
 def self_reward(M_t: Model) -> Model:
@@ -21,7 +22,7 @@ def run_loop(run: Run, after=lambda metrics: None) -> dict:
     """M0 to M_{T+1} and every model's evaluation; `after` is shown the metrics as they grow.
 
     Returns what metrics.json holds: {"models": {"SFT": {...}, "M1": {...}, ...}}."""
-    M0 = run.seed_model()
+    M0 = Model(run, "M0").copy_seed_model()
     baseline = M0.train_sft("SFT", run.ift())
     M_t = M0.train_sft("M1", run.ift() + run.eft(baseline))
     models = [baseline, M_t]

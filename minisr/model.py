@@ -58,7 +58,7 @@ class KVCache:
     def positions(self, new: int) -> Tensor:
         """Rotary positions (B, T) of the next `new` columns: padding does not count."""
         column = torch.arange(self.length, self.length + new, device=self.pad.device)
-        return torch.where(column < self.prefix, column, (column - self.pad[:, None]).clamp(min=0))
+        return (column - self.pad[:, None]).clamp(min=0)
 
     def visible(self, new: int) -> Tensor:
         """Mask (B, T, S): what the next `new` columns may look at: no padding, no future."""

@@ -55,7 +55,10 @@ def read_json(path: Path, what: str):
 def read_jsonl(path: Path, what: str) -> list[dict]:
     """Every line's record; the first broken line is named."""
     records = []
-    for number, line in enumerate(read_text(path, what).splitlines(), 1):
+    # Not splitlines(): it also breaks at characters such as U+2028 that may stand inside a record.
+    for number, line in enumerate(read_text(path, what).removesuffix("\n").split("\n"), 1):
+        if not line and number == 1:
+            break  # an empty file
         try:
             record = json.loads(line)
         except json.JSONDecodeError as error:

@@ -72,15 +72,16 @@ def sample(model: Decoder, prompts: list[list[int]], n: int, config: SampleConfi
 
 def _wave(model, prompts, numbers, n, config, key, stop) -> list[list[Sample]]:
     """Prefill these prompts, fan out to n rows each, decode until all rows are done."""
-    longest = max(map(len, prompts))
-    limit = min(config.max_new_tokens, model.config.context - longest)
+    shortest, longest = min(map(len, prompts)), max(map(len, prompts))
+    limit = min(config.max_new_tokens, model.config.context - shortest)
     logits, cache = prefill(model, prompts, longest + limit)
     fan_out = torch.arange(len(prompts)).repeat_interleave(n)
     logits, cache = logits[fan_out], cache.select(fan_out)  # (B, V)
     keys = torch.tensor([row_key(key, i, j) for i in numbers for j in range(n)])
     tokens = decode(model, logits, cache, keys.to(model.device), limit, config, stop)
     samples = []
-    for row in tokens.tolist():
+    for number, row in enumerate(tokens.tolist()):
+        row = row[:model.config.context - len(prompts[number // n])]  # each has its own room
         end = next((i for i, token in enumerate(row) if token in stop), None)
         samples.append(Sample(row if end is None else row[:end + 1], end is not None))
     return [samples[i:i + n] for i in range(0, len(samples), n)]
@@ -110,14 +111,14 @@ def common_prefix(prompts: list[list[int]]) -> int:
 
 
 def decode(model, logits, cache, keys, limit, config, stop) -> Tensor:
-    """Draw up to limit tokens for each row (B, limit); what follows a row's stop token is a stop token."""
+    """Draw up to limit tokens for each row: (B, limit). What follows a row's stop token means nothing."""
     tokens = torch.full((len(keys), limit), stop[0], device=keys.device)
     stops = torch.tensor(stop, device=keys.device)
     rows = torch.arange(len(keys), device=keys.device)  # rows still in the batch
     alive = torch.ones(len(keys), dtype=torch.bool, device=keys.device)
     for step in range(limit):
         drawn = draw(logits, config.temperature, config.top_p, keys, step)  # (B,)
-        tokens[rows, step] = torch.where(alive, drawn, stop[0])
+        tokens[rows, step] = drawn
         alive &= ~torch.isin(drawn, stops)
         living = int(alive.sum())
         if living == 0 or step == limit - 1:
@@ -138,9 +139,8 @@ def draw(logits: Tensor, temperature: float, top_p: float, keys: Tensor, step: i
     accepted is distributed as the renormalised nucleus; with p = 0.9 a second draw is rare."""
     if temperature == 0:
         return logits.argmax(-1)
-    # Softmax of the shifted logits: a tiny temperature may not overflow.
-    scaled = (logits.float() - logits.float().amax(-1, keepdim=True)) / temperature
-    probs = scaled.softmax(-1)  # (B, V)
+    # No float32 temperature below 1e-30 is meant; 0 / 0 would be drawn from.
+    probs = (logits.float() / max(temperature, 1e-30)).softmax(-1)  # (B, V)
     cdf = probs.cumsum(-1)
     drawn = torch.zeros(len(logits), dtype=torch.long, device=logits.device)
     todo = torch.arange(len(logits), device=logits.device)
@@ -161,7 +161,7 @@ def draw(logits: Tensor, temperature: float, top_p: float, keys: Tensor, step: i
 
 def row_key(key: int, prompt: int, n: int) -> int:
     """The coordinates of one sample as a 63-bit number."""
-    return (key ^ (prompt * 0x9E3779B97F4A7C15 + n * 0xD1B54A32D192ED03)) & (2**63 - 1)
+    return (key ^ (prompt * 0x8CB92BA72F3D8DD7 + n * 0xD1B54A32D192ED03)) & (2**63 - 1)
 
 
 def uniform(keys: Tensor, counter: int) -> Tensor:

@@ -9,22 +9,20 @@ import functools
 import time
 from collections import Counter
 from contextlib import contextmanager
-from dataclasses import asdict, replace
 from pathlib import Path
 from random import Random
 
 import torch
 
-from minisr import __version__, dpo, pairs, prompts, seed_data, sft
+from minisr import __version__, dpo, pairs, prompts, sft
 from minisr.checkpoint import SEED_MODEL, digest, load_model, model_hash, save_model
-from minisr.config import Config, differences, load_config, to_toml
+from minisr.config import to_toml
 from minisr.evaluate import answer_metrics, judge_metrics, win_rates
-from minisr.judge import MAX_SCORE, Judgement, judge, load_template, reward
-from minisr.records import InputError, read_json, read_jsonl, write_bytes, write_json, write_jsonl
-from minisr.sampler import SampleConfig, key, sample
+from minisr.judge import MAX_SCORE, Judgement, judge, reward
+from minisr.records import read_json, read_jsonl, write_json, write_jsonl
+from minisr.run import Run
+from minisr.sampler import SampleConfig, sample
 from minisr.world import oracle
-
-WORLD_TEMPLATE = Path(__file__).parent / "world" / "judge.txt"
 
 
 def stage(name):
@@ -43,77 +41,6 @@ def stage(name):
     return wrap
 
 
-class Run:
-    """A run's folder, its config, and the seed data that all its models share."""
-
-    def __init__(self, folder: Path, config: Config):
-        self.folder, self.config = Path(folder), config
-        torch.set_num_threads(config.threads)
-        cuda = config.device == "cuda" or config.device == "auto" and torch.cuda.is_available()
-        self.device = "cuda" if cuda else "cpu"
-        self.template = load_template(Path(config.judge.template or WORLD_TEMPLATE))
-
-    @classmethod
-    def open(cls, folder: Path, config: Config) -> "Run":
-        """A new run, or one to go on with: then the config must be the same, but for more iterations."""
-        run, stored = cls(folder, config), Path(folder) / "config.toml"
-        if stored.exists():
-            old = load_config(stored)
-            changed = differences(asdict(replace(old, iterations=config.iterations)), asdict(config))
-            if config.iterations < old.iterations:
-                changed.append(f"iterations: {old.iterations} -> {config.iterations}")
-            if changed:
-                raise InputError(f"{folder} was made with another config ({'; '.join(changed)}); "
-                                 "choose another folder with --out, or delete this one")
-        write_bytes(stored, to_toml(config).encode())
-        return run
-
-    def key(self, *coordinates) -> int:
-        """The random numbers of one purpose in this run."""
-        return key(self.config.seed, *coordinates)
-
-    def seed_model(self) -> "Model":
-        """M0, copied into the run so that the run is whole by itself."""
-        M0 = Model(self, "M0")
-        if not (M0.folder / "meta.json").exists():
-            source = Path(self.config.seed_model or SEED_MODEL)
-            save_model(M0.folder, *load_model(source), {"made_by": "pretrain", "from": model_hash(source)})
-        return M0
-
-    def _seed_file(self, name: str) -> list[dict]:
-        """One of the world's data sets; all are made together when the first is asked for."""
-        path = self.folder / "seed" / f"{name}.jsonl"
-        if not path.exists():
-            made = seed_data.held_out_and_seeds(self.config.seed_data, self.config.seed)
-            for other, records in made.items():
-                write_jsonl(self.folder / "seed" / f"{other}.jsonl", records)
-        return read_jsonl(path, "seed data")
-
-    def ift(self) -> list[dict]:
-        return self._seed_file("ift")
-
-    def evaluation(self) -> list[str]:
-        """Held-out prompts."""
-        return [record["prompt"] for record in self._seed_file("evaluation")]
-
-    def judge_evaluation(self) -> list[dict]:
-        """Held-out prompts with several answers and the annotator's scores."""
-        return self._seed_file("judge_evaluation")
-
-    def eft(self, baseline: "Model") -> list[dict]:
-        """EFT records, by the annotator or by the paper's rule."""
-        path = self.folder / "seed" / "eft.jsonl"
-        if not path.exists():
-            ranked = self._seed_file("ranked")
-            if self.config.seed_data.eft_by == "annotator":
-                records = seed_data.eft_by_annotator(ranked, self.template)
-            else:
-                records = seed_data.eft_by_baseline(*baseline.load(), ranked, self.template,
-                                                    self.config.judge, self.key("EFT"))
-            write_jsonl(path, seed_data.thin(records, self.key("thin")))
-        return read_jsonl(path, "EFT data")
-
-
 class Model:
     """M_t: a folder with the weights, and the files of all that this model made."""
 
@@ -121,6 +48,13 @@ class Model:
         self.run, self.name, self.folder = run, name, run.folder / name
         self.config = run.config
         self._loaded = None
+
+    def copy_seed_model(self) -> "Model":
+        """Make this M0: copied into the run, so that the run is whole by itself."""
+        if not (self.folder / "meta.json").exists():
+            source = Path(self.config.seed_model or SEED_MODEL)
+            save_model(self.folder, *load_model(source), {"made_by": "copy", "from": model_hash(source)})
+        return self
 
     def load(self):
         """(decoder, tokenizer) as stored; read once."""

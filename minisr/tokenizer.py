@@ -55,7 +55,7 @@ class Tokenizer:
 
 
 def train_tokenizer(texts, vocab_size: int) -> Tokenizer:
-    """Train a SentencePiece unigram model on texts; the same texts give the same bytes."""
+    """Train a SentencePiece BPE model on texts; the same texts give the same bytes."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(texts), model_writer=model, vocab_size=vocab_size,

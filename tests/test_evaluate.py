@@ -5,8 +5,16 @@ from math import sqrt
 import numpy as np
 import pytest
 
-from minisr.evaluate import answer_metrics, correlation, interval, judge_metrics, order_signs
-from minisr.evaluate import pair_agreement, ranks, win_rates
+from minisr.evaluate import (
+    answer_metrics,
+    correlation,
+    interval,
+    judge_metrics,
+    order_signs,
+    pair_agreement,
+    ranks,
+    win_rates,
+)
 
 
 def random_ranking(rng: np.random.Generator) -> tuple[list, list]:

@@ -7,7 +7,7 @@ from tiny import speaker, tiny_tokenizer
 
 from minisr.judge import JudgeConfig, Judgement, judge, judge_prompt, load_template, parse_score, reward
 from minisr.records import InputError
-from minisr.stages import WORLD_TEMPLATE
+from minisr.run import WORLD_TEMPLATE
 
 TEMPLATE = "Rate. {prompt} / {response}"
 

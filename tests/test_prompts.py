@@ -5,7 +5,7 @@ from itertools import combinations
 from random import Random
 
 import pytest
-from tiny import tiny_model, tiny_tokenizer
+from tiny import bigram, tiny_model, tiny_tokenizer
 
 from minisr.prompts import PromptConfig, RougeIndex, few_shot, first_prompt, new_prompts, normal
 from minisr.sampler import Sample
@@ -101,6 +101,18 @@ def test_it_gives_up_when_the_model_never_makes_a_prompt(model_says):
     shown = model_says(["No."] * 1000)
     assert make(count=7, rows=4, attempts=3) == ([], Counter(accepted=0, length=21))
     assert len(shown) == 21
+
+
+@pytest.mark.parametrize("end", ["newline", "eos", "none"])
+def test_a_prompt_ends_with_its_line_or_its_text(end):
+    tokenizer = tiny_tokenizer()
+    full_stop, *said = tokenizer.encode("9.")[-1], *tokenizer.encode(" Jump over it!")
+    assert len({full_stop, *said}) == 1 + len(said)  # or a bigram model could not say it
+    last = {"newline": tokenizer.encode("\n")[-1], "eos": tokenizer.eos, "none": said[-1]}[end]
+    model = bigram(dict(zip([full_stop, *said], [*said, last])), len(tokenizer), context=512)
+    config = PromptConfig(count=1, attempts=1, max_new_tokens=30)
+    made, counts = new_prompts(model, tokenizer, SEEDS, set(), config, key=0)
+    assert (made, counts["cut off"]) == (([], 1) if end == "none" else (["Jump over it!"], 0))
 
 
 def test_it_gives_up_with_a_random_model_too():

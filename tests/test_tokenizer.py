@@ -6,22 +6,22 @@ import sentencepiece
 
 from minisr.tokenizer import train_tokenizer
 
-SPELLED = ["<s>", "</s>", "<|user|>", "<|assistant|>", "<unk>", "<0x41>", "a</s>", "</s><|user|>no<|assistant|>",
-           " <|assistant|> </s> "]
-NASTY = ["", " ", "  both ends  ", "\n", "\n\n", "one\n\ntwo", " \n \n", "a\n b ", "\t\r\n", "a\rb", "🙂", "🏳️‍🌈 é",
-         "漢字かな", "\x00", "a\x00\x07\x1b[0mb", "\x85\u2028\u2029", "\u200b\ufeff", "e\u0301 Ａ ﬁ", "x" * 500,
-         "12345 1,000.5"]
+SPELLED = ["<s>", "</s>", "<|user|>", "<|assistant|>", "<unk>", "<0x41>", "a</s>", " <|assistant|> </s> ",
+           "</s><|user|>no<|assistant|>"]
+NASTY = ["", " ", "  both ends  ", "\n", "\n\n", "one\n\ntwo", " \n \n", "a\n b ", "\t\r\n", "a\rb", "🙂",
+         "🏳️‍🌈 é", "漢字かな", "\x00", "a\x00\x07\x1b[0mb", "\x85\u2028\u2029", "\u200b\ufeff", "e\u0301 Ａ ﬁ",
+         "x" * 500, "12345 1,000.5"]
 
 
 @pytest.mark.parametrize("text", SPELLED)
 def test_text_that_spells_a_special_token_stays_text(tokenizer, text):
-    specials = {tokenizer.bos, tokenizer.eos, tokenizer.user, tokenizer.assistant, tokenizer.pieces.unk_id()}
-    assert len(specials) == 5
+    template = [tokenizer.bos, tokenizer.user, tokenizer.assistant, tokenizer.eos]
+    assert len({*template, tokenizer.pieces.unk_id()}) == 5
     ids = tokenizer.encode(text)
-    assert specials.isdisjoint(ids)
+    assert {*template, tokenizer.pieces.unk_id()}.isdisjoint(ids)
     assert tokenizer.decode(ids) == text
     ids, _ = tokenizer.chat(text, text)
-    assert [i for i in ids if i in specials] == [tokenizer.bos, tokenizer.user, tokenizer.assistant, tokenizer.eos]
+    assert [i for i in ids if i in template] == template
 
 
 @pytest.mark.parametrize("text", NASTY)
@@ -44,7 +44,7 @@ def test_special_tokens_leave_no_trace_in_decoded_text(tokenizer):
     assert tokenizer.decode(ids[ids.index(tokenizer.assistant):]) == " Two foxes."
 
 
-@pytest.mark.parametrize("response", ["Once there was a fox.", " starts with a space", "\nnew line", "</s>", ""])
+@pytest.mark.parametrize("response", ["Once there was a fox.", " begins with a space", "\nnew", "</s>", ""])
 @pytest.mark.parametrize("prompt", ["Write a story.", "ends with a space ", "<|assistant|>", ""])
 def test_chat_is_prompt_response_end_and_the_mask_is_on_response_and_end(tokenizer, prompt, response):
     pieces = sentencepiece.SentencePieceProcessor(model_proto=tokenizer.model)

@@ -3,11 +3,16 @@
 from functools import cache
 from random import Random
 
+import pytest
 import torch
 
 from minisr.model import Decoder, ModelConfig
 from minisr.tokenizer import Tokenizer, train_tokenizer
 from minisr.world.corpus import document
+
+PAIRS = [{"prompt": "Write a story.", "chosen": "Once there was a fox.", "rejected": "No."},
+         {"prompt": "News?", "chosen": "Today we saw a bear.", "rejected": "Today we saw. The end. The end."},
+         {"prompt": "Plan a day with the king.", "chosen": "Have fun.", "rejected": "It felt sad."}]
 
 
 @cache
@@ -44,3 +49,27 @@ def speaker(text: str, context: int = 96) -> Decoder:
     said = [tokenizer.assistant, *tokenizer.encode(text), tokenizer.eos]
     assert len(set(said)) == len(said), f"{text!r} repeats a token"
     return bigram(dict(zip(said, said[1:])), len(tokenizer), context)
+
+
+LLAMA_NAMES = (("attention_norm", "input_layernorm"), ("feed_forward_norm", "post_attention_layernorm"),
+               ("attention.", "self_attn."), ("feed_forward.", "mlp."), ("out_proj", "o_proj"),
+               ("blocks.", "model.layers."), ("embed.", "model.embed_tokens."), ("head.", "lm_head."))
+
+
+def llama_name(name: str) -> str:
+    """What transformers calls a weight of ours."""
+    for ours, theirs in LLAMA_NAMES:
+        name = name.replace(ours, theirs)
+    return f"model.{name}" if name.startswith("norm.") else name
+
+
+def as_llama(model: Decoder):
+    """A Llama of transformers with the same weights."""
+    transformers = pytest.importorskip("transformers")
+    c = model.config
+    llama = transformers.LlamaForCausalLM(transformers.LlamaConfig(
+        vocab_size=c.vocab_size, hidden_size=c.width, intermediate_size=c.hidden, num_hidden_layers=c.layers,
+        num_attention_heads=c.heads, num_key_value_heads=c.kv_heads, rms_norm_eps=c.norm_eps,
+        rope_theta=c.rope_theta, tie_word_embeddings=c.tied, pad_token_id=0))
+    llama.load_state_dict({llama_name(name): weight.clone() for name, weight in model.state_dict().items()})
+    return llama

@@ -12,7 +12,7 @@ from random import Random
 from minisr.world.oracle import Request, Verdict
 from minisr.world.words import ANSWERS, CLOSINGS, EXTRAS, REQUESTS, SLOTS, WORDS
 
-OMIT = (0.00, 0.07, 0.65)  # chance that a writer leaves out the first, second, third thing
+OMIT = (0.00, 0.07, 0.55)  # chance that a writer leaves out the first, second, third thing
 SWAP = (0.05, 0.08, 0.08)  # chance that another word of the same sort stands in its place
 ADD = 0.12  # chance of something that nobody asked for
 MISEND = 0.12  # chance of no closing line, or of another kind's

@@ -1,0 +1,77 @@
+"""A run: its folder, its config, and the seed data that all its models share."""
+
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+
+from minisr import seed_data
+from minisr.config import Config, differences, load_config, to_toml
+from minisr.judge import load_template
+from minisr.records import InputError, read_jsonl, write_bytes, write_jsonl
+from minisr.sampler import key
+
+WORLD_TEMPLATE = Path(__file__).parent / "world" / "judge.txt"
+
+
+class Run:
+    """A run's folder, its config, and the seed data that all its models share."""
+
+    def __init__(self, folder: Path, config: Config):
+        self.folder, self.config = Path(folder), config
+        torch.set_num_threads(config.threads)
+        cuda = config.device == "cuda" or config.device == "auto" and torch.cuda.is_available()
+        self.device = "cuda" if cuda else "cpu"
+        self.template = load_template(Path(config.judge.template or WORLD_TEMPLATE))
+
+    @classmethod
+    def open(cls, folder: Path, config: Config) -> "Run":
+        """A new run, or one to go on with: then the config must be the same, but for more iterations."""
+        run, stored = cls(folder, config), Path(folder) / "config.toml"
+        if stored.exists():
+            old = load_config(stored)
+            changed = differences(asdict(replace(old, iterations=config.iterations)), asdict(config))
+            if config.iterations < old.iterations:
+                changed.append(f"iterations: {old.iterations} -> {config.iterations}")
+            if changed:
+                raise InputError(f"{folder} was made with another config ({'; '.join(changed)}); "
+                                 "choose another folder with --out, or delete this one")
+        write_bytes(stored, to_toml(config).encode())
+        return run
+
+    def key(self, *coordinates) -> int:
+        """The random numbers of one purpose in this run."""
+        return key(self.config.seed, *coordinates)
+
+    def _seed_file(self, name: str) -> list[dict]:
+        """One of the world's data sets; all are made together when the first is asked for."""
+        path = self.folder / "seed" / f"{name}.jsonl"
+        if not path.exists():
+            made = seed_data.held_out_and_seeds(self.config.seed_data, self.config.seed)
+            for other, records in made.items():
+                write_jsonl(self.folder / "seed" / f"{other}.jsonl", records)
+        return read_jsonl(path, "seed data")
+
+    def ift(self) -> list[dict]:
+        return self._seed_file("ift")
+
+    def evaluation(self) -> list[str]:
+        """Held-out prompts."""
+        return [record["prompt"] for record in self._seed_file("evaluation")]
+
+    def judge_evaluation(self) -> list[dict]:
+        """Held-out prompts with several answers and the annotator's scores."""
+        return self._seed_file("judge_evaluation")
+
+    def eft(self, baseline) -> list[dict]:
+        """EFT records, by the annotator or, written by the SFT baseline, by the paper's rule."""
+        path = self.folder / "seed" / "eft.jsonl"
+        if not path.exists():
+            ranked = self._seed_file("ranked")
+            if self.config.seed_data.eft_by == "annotator":
+                records = seed_data.eft_by_annotator(ranked, self.template)
+            else:
+                records = seed_data.eft_by_baseline(*baseline.load(), ranked, self.template,
+                                                    self.config.judge, self.key("EFT"))
+            write_jsonl(path, seed_data.thin(records, self.key("thin")))
+        return read_jsonl(path, "EFT data")

@@ -1,0 +1,177 @@
+"""Writes the golden vectors beside this file. Nothing here comes from minisr: hand-made inputs, and
+expected values by hand or by the plainest arithmetic there is, in double precision."""
+
+import json
+from itertools import combinations
+from math import exp, log, log1p, sqrt
+from pathlib import Path
+from statistics import mean
+
+FOLDER = Path(__file__).parent
+
+
+def judge_parsing() -> dict:
+    scores = {
+        "Score: 4": 4, "score:4": 4, "**Score:** 4": 4, "Score: 4/5": 4, "Score: 4.5": 4.5, "Score: 3.": 3,
+        "Score: 0": 0, "Score: 5.0": 5, "Score: 3 out of 5": 3, "“Score: 3”": 3, "Score:\n2": 2,
+        "Score: [4]": 4,
+        "Asked for fox, found fox, yes: 1. Ending none, no: 1.\nScore: 1": 1,
+        "Score: 2\nScore: 4": 4, "Score: 4\nScore: 9": 4, "Score: 4/5, Score: 2/10": 4,
+        "Score: 7\nScore: 9": None,
+        "": None, "\n": None, "4": None, "Score 4": None, "Scores: 4": None, "underscore: 4": None,
+        "Score: five": None, "Score: <total>": None, "Score: 10": None, "Score: 5.01": None,
+        "Score: -1": None,
+        "Score: 4-5": None, "Score: 4 – 5": None, "Score: 4/10": None, "Score: 4 out of 10": None,
+        "Score: 3+1": None, "Score: 4,5": None,
+    }
+    return {
+        "description": "The score in a judge's own text: a number after the word Score (any case, whole "
+                       "word) and a colon; quotes, brackets and Markdown signs around them do not matter. "
+                       "'/5' or 'out of 5' may follow. Ranges, sums, comma numbers and other scales are no"
+                       " score. A score is valid from 0 to 5, fractions included. The last valid one "
+                       "counts; null: there is none.",
+        "cases": [{"text": text, "score": score} for text, score in scores.items()]}
+
+
+def pair_selection() -> dict:
+    cases = [  # responses, rewards, index of chosen, index of rejected; or why there is no pair
+        ("abc", [3, 5, 1], 1, 2), ("abc", [4, None, 2], 0, 2), ("abcd", [None, 0, 1, None], 2, 1),
+        ("abcd", [1, 5, 5, 1], 1, 0), ("ab", [10 / 3, 11 / 3], 1, 0), ("ab", [0, 0.5], 1, 0),
+        ("abc", [3, 3, None], "tie", None), ("ab", [0, 0], "tie", None),
+        ("abc", [4, None, None], "unread", None), ("ab", [None, None], "unread", None),
+        ("", [], "unread", None),
+        ("aa", [5, 1], "identical", None), ("aba", [5, 3, 1], "identical", None),
+    ]
+    return {
+        "description": "Of each prompt's responses the one with the highest reward is chosen, the one with"
+                       " the lowest rejected; the first of equal ones. null is an unread reward: such a "
+                       "response is neither. No pair comes of fewer than two read responses (unread), of "
+                       "equal highest and lowest reward (tie), or of chosen and rejected being the same "
+                       "text (identical). chosen and rejected are indices from 0.",
+        "cases": [{"responses": list(texts), "rewards": rewards,
+                   **({"dropped": a} if b is None else {"chosen": a, "rejected": b})}
+                  for texts, rewards, a, b in cases]}
+
+
+def sequence_logprobs() -> dict:
+    table = [[0.0, 1.0, -1.0, 0.5], [2.0, 0.0, 0.25, -3.0], [-0.5, 0.0, 4.0, 1.0], [0.0, 0.0, 0.0, 0.0]]
+    rows = [  # ids, whether each is a response token
+        ([0, 1, 2, 3, 1], [0, 0, 1, 1, 1]), ([0, 1, 2, 0, 0], [0, 0, 1, 0, 0]),  # the second with padding
+        ([3, 3, 3, 3, 3], [0, 1, 1, 1, 1]), ([2, 2, 2, 2, 0], [0, 0, 0, 1, 1]),
+        ([0, 1, 2, 3, 1], [0, 0, 0, 0, 0]),
+    ]
+
+    def logprob(before: int, token: int) -> float:
+        return table[before][token] - log(sum(exp(x) for x in table[before]))
+
+    return {
+        "description": "A model whose logits depend on the last token alone: logits[a][b] is that of b "
+                       "after a. The log-probability of a response is the sum, over its tokens (mask 1), "
+                       "of the natural log of the softmax at the position before. Prompt and padding (mask"
+                       " 0) add nothing.",
+        "logits": table,
+        "cases": [{"ids": ids, "mask": mask, "logprob": sum(
+            logprob(ids[t - 1], ids[t]) for t in range(1, len(ids)) if mask[t])} for ids, mask in rows]}
+
+
+def dpo_loss() -> dict:
+    inputs = [  # beta, policy chosen, policy rejected, reference chosen, reference rejected
+        (0.1, -20, -30, -20, -30), (0.1, -10, -30, -20, -30), (0.1, -10, -40, -20, -30),
+        (0.1, -30, -20, -20, -30), (0.5, -12.5, -9.25, -14, -8), (0.01, -100, -350, -120, -300),
+        (1.0, -3, -4, -50, -2), (0.1, -900, -2, -3, -4),
+    ]
+    cases = []
+    for beta, pc, pr, rc, rr in inputs:
+        margin = beta * ((pc - rc) - (pr - rr))
+        slope = beta / (1 + exp(margin))
+        cases.append({
+            "beta": beta, "policy_chosen": pc, "policy_rejected": pr, "reference_chosen": rc,
+            "reference_rejected": rr, "loss": max(-margin, 0) + log1p(exp(-abs(margin))),
+            "chosen_reward": beta * (pc - rc), "rejected_reward": beta * (pr - rr),
+            "gradient": {"policy_chosen": -slope, "policy_rejected": slope,
+                         "reference_chosen": slope, "reference_rejected": -slope}})
+    return {
+        "description": "loss = -log sigmoid(beta ((policy_chosen - reference_chosen) - (policy_rejected - "
+                       "reference_rejected))), of log-probabilities of whole responses; rewards are beta "
+                       "(policy - reference); gradient holds the derivatives of the loss by the four "
+                       "inputs. In training the reference is constant and only the first two are used.",
+        "cases": cases}
+
+
+def judge_metrics() -> dict:
+    cases = [  # the annotator's scores and the judge's rewards of each instruction's responses
+        ([[5, 3, 1], [2, 2, 4], [1, 1, 1], [4, 2]], [[5, 4, 4], [None, 5, 3], [5, 5, 0], [3.5, 1.25]]),
+        ([[5, 3, 1], [2, 2, 5], [0, 5]], [[5, 3, 1], [2, 2, 5], [0, 5]]),
+        ([[5, 3, 1], [2, 4, 4]], [[3, 3, 3], [3, 3, 3]]), ([[1, 1]], [[0, 5]]),
+        ([[3, 2, 1], [3, 2, 1]], [[4, None, None], [None, None, None]]),
+        ([[0, 1, 2, 3, 3], [4, 1, 1, 0]], [[1, 0, 4.5, 4.5, 3], [5, 5, None, 2]]),
+    ]
+    return {
+        "description": "Agreement of a judge's rewards with an annotator's scores. Only instructions whose"
+                       " scores are not all equal count. pairwise: share, over all pairs of responses that"
+                       " the annotator scored differently, that the judge orders alike; a tie or an unread"
+                       " reward (null) is wrong. exact: share of instructions with all such pairs right. "
+                       "five_best: share of the responses with reward 5 that have their instruction's "
+                       "highest score. spearman, kendall (tau-b): means over instructions, of the read "
+                       "responses; 0 where either side does not vary. null: no case.",
+        "cases": [{"truth": truth, "given": given, "expected": _agreement(truth, given)}
+                  for truth, given in cases]}
+
+
+def _agreement(truth: list, given: list) -> dict:
+    pairs, exact, five_best, spearman, kendall = [], [], [], [], []
+    for human, judge in zip(truth, given):
+        if len(set(human)) == 1:
+            continue
+        right = [None not in (judge[i], judge[j]) and (human[i] - human[j]) * (judge[i] - judge[j]) > 0
+                 for i, j in combinations(range(len(human)), 2) if human[i] != human[j]]
+        pairs += right
+        exact.append(all(right))
+        five_best += [human[i] == max(human) for i, reward in enumerate(judge) if reward == 5]
+        read = [i for i, reward in enumerate(judge) if reward is not None]
+        h, j = [human[i] for i in read], [judge[i] for i in read]
+        spearman.append(_pearson(_ranks(h), _ranks(j)) if len(set(h)) > 1 and len(set(j)) > 1 else 0)
+        kendall.append(_tau_b(h, j) if len(set(h)) > 1 and len(set(j)) > 1 else 0)
+    lists = {"pairwise": pairs, "exact": exact, "five_best": five_best, "spearman": spearman,
+             "kendall": kendall}
+    return {name: mean(map(float, values)) if values else None for name, values in lists.items()}
+
+
+def _ranks(values: list) -> list:
+    """Places in the sorted list, from 1; equal values share the mean of their places."""
+    order = sorted(values)
+    return [mean(i for i, other in enumerate(order, 1) if other == value) for value in values]
+
+
+def _pearson(a: list, b: list) -> float:
+    a, b = [x - mean(a) for x in a], [x - mean(b) for x in b]
+    return sum(x * y for x, y in zip(a, b)) / sqrt(sum(x * x for x in a) * sum(y * y for y in b))
+
+
+def _tau_b(a: list, b: list) -> float:
+    """(concordant - discordant) / sqrt((pairs untied in a) (pairs untied in b))."""
+    products = [((a[i] - a[j]), (b[i] - b[j])) for i, j in combinations(range(len(a)), 2)]
+    balance = sum(x * y > 0 for x, y in products) - sum(x * y < 0 for x, y in products)
+    return balance / sqrt(sum(x != 0 for x, _ in products) * sum(y != 0 for _, y in products))
+
+
+def text(vectors: dict) -> str:
+    """JSON with one case a line, numbers to 12 digits."""
+    head = {name: value for name, value in vectors.items() if name != "cases"}
+    cases = ",\n".join("    " + json.dumps(_round(case), ensure_ascii=False) for case in vectors["cases"])
+    return json.dumps(head, indent=2, ensure_ascii=False)[:-2] + ',\n  "cases": [\n' + cases + "\n  ]\n}\n"
+
+
+def _round(value):
+    if isinstance(value, dict):
+        return {name: _round(v) for name, v in value.items()}
+    if isinstance(value, list):
+        return [_round(v) for v in value]
+    return float(f"{value:.12g}") if isinstance(value, float) else value
+
+
+ALL = (judge_parsing, pair_selection, sequence_logprobs, dpo_loss, judge_metrics)
+
+if __name__ == "__main__":
+    for make in ALL:
+        (FOLDER / f"{make.__name__}.json").write_text(text(make()), encoding="utf-8")
