@@ -38,9 +38,10 @@ def main(arguments: list[str] | None = None) -> int:
 def run(options) -> None:
     """Close the loop: everything from seed data to the table."""
     from minisr.loop import run_loop
-    from minisr.report import LEGEND, table
+    from minisr.report import LEGEND, line, table
     run = _open_run(options)
-    metrics = run_loop(run, after=lambda so_far: print(table(so_far) + "\n", flush=True))
+    metrics = run_loop(run, after=lambda so_far: print(line(so_far), flush=True))
+    print()
     print(table(metrics))
     print(f"\n{LEGEND}\nFiles: {run.folder}/ (metrics.json; M1/prompts.jsonl, responses.jsonl, "
           f"rewards.jsonl, pairs.jsonl)\nSee one prompt's way: minisr show {run.folder}")

@@ -2,6 +2,7 @@
 
     base = "../tiny.toml"
     seeds = [0, 1, 2, 3, 4]
+    variant_seeds = [0, 1, 2]  # of the variants, if not all; every one is also a seed of the base
     common.threads = 1         # in every run: two runs side by side (--jobs 2) beat two threads in one
     [variants.random]          # what differs from the base, as in a config
     judge.by = "random"
@@ -31,13 +32,13 @@ STUDENT_T = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)
 def experiment(path: Path, out: Path, jobs: int) -> dict:
     """Run all that is missing; write and return {variant: {model: {metric: [value of each seed]}}}."""
     plan = read_plan(path)
-    variants = plan["variants"]
+    variants, seeds = plan["variants"], plan["seeds_of"]
     for names in (["base"], [name for name in variants if name != "base"]):  # variants copy from base
-        work = [(name, seed) for seed in plan["seeds"] for name in names]
+        work = [(name, seed) for seed in seeds["base"] for name in names if seed in seeds[name]]
         with ThreadPoolExecutor(jobs) as pool:
             done = pool.map(lambda ns: _run(out, plan, *ns), work)
             list(tqdm(done, total=len(work), desc=" and ".join(names)))
-    results = {name: collect([out / f"{name}-{seed}" for seed in plan["seeds"]]) for name in variants}
+    results = {name: collect([out / f"{name}-{seed}" for seed in seeds[name]]) for name in variants}
     write_json(out / "results.json", results)
     return results
 
@@ -48,12 +49,15 @@ def read_plan(path: Path) -> dict:
         plan = tomllib.loads(read_text(path, "experiment"))
     except tomllib.TOMLDecodeError as error:
         raise InputError(f"experiment {path} is not valid TOML: {error}") from error
-    if set(plan) - {"variants", "common"} != {"base", "seeds"}:
-        raise InputError(f"experiment {path} must have base and seeds, may have common and [variants.NAME]")
+    if set(plan) - {"variants", "common", "variant_seeds"} != {"base", "seeds"}:
+        raise InputError(f"experiment {path} must have base and seeds, and may have variant_seeds, common "
+                         "and [variants.NAME]")
     plan["base"] = Path(path).parent / plan["base"]
     tables = {"base": {}, **plan.get("variants", {})}
     plan["common"] = tuple(overrides(plan.get("common", {})))
     plan["variants"] = {name: tuple(overrides(table)) for name, table in tables.items()}
+    fewer = plan.get("variant_seeds", plan["seeds"])
+    plan["seeds_of"] = {name: plan["seeds"] if name == "base" else fewer for name in tables}
     for changes in plan["variants"].values():
         load_config(plan["base"], overrides=changes)  # a wrong key is told now, not in an hour
     return plan

@@ -16,6 +16,14 @@ def table(metrics: dict) -> str:
     return "\n".join([*lines[:2], "-" * max(map(len, lines)), *lines[2:]])
 
 
+def line(metrics: dict) -> str:
+    """The newest model in one line, while the run goes on."""
+    name, m = list(metrics["models"].items())[-1]
+    return (f"{name} done in {m['seconds']:.0f} s: flawless {100 * m['flawless']:.0f} % sampled, "
+            f"{100 * m['flawless_greedy']:.0f} % greedy; its judge orders "
+            f"{_share(m['judge']['pairwise'])} % of pairs rightly")
+
+
 def _row(name: str, m: dict) -> tuple[str, ...]:
     low, high = m["flawless_ci95"]
     j = m["judge"]
