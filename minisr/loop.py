@@ -23,17 +23,14 @@ def run_loop(run: Run, after=lambda metrics: None) -> dict:
 
     Returns what metrics.json holds: {"models": {"SFT": {...}, "M1": {...}, ...}}."""
     M0 = Model(run, "M0").copy_seed_model()
-    baseline = M0.train_sft("SFT", run.ift())
-    M_t = M0.train_sft("M1", run.ift() + run.eft(baseline))
-    models = [baseline, M_t]
-    metrics = _evaluate(run, models)
-    after(metrics)
+    models = [M0.train_sft("SFT", run.ift())]
+    after(_evaluate(run, models))
+    models.append(M0.train_sft("M1", run.ift() + run.eft(baseline=models[0])))
+    after(_evaluate(run, models))
     for _ in range(run.config.iterations):
-        M_t = self_reward(M_t)
-        models.append(M_t)
-        metrics = _evaluate(run, models)
-        after(metrics)
-    return metrics
+        models.append(self_reward(models[-1]))
+        after(_evaluate(run, models))
+    return _evaluate(run, models)
 
 
 def _evaluate(run: Run, models: list[Model]) -> dict:

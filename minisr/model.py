@@ -102,8 +102,10 @@ class Decoder(nn.Module):
             positions, mask = cache.positions(new), cache.visible(new)
         x = self.dropout(self.embed(ids))  # (B, T, C)
         rotation = rotary(positions, self.config)
-        for layer, block in enumerate(self.blocks):
-            x = block(x, rotation, mask, cache, layer)
+        # On a GPU the matrices multiply in bfloat16; weights, stream, norms and head stay float32.
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=x.device.type == "cuda"):
+            for layer, block in enumerate(self.blocks):
+                x = block(x, rotation, mask, cache, layer)
         if cache is not None:
             cache.length += new
         return self.norm(x)

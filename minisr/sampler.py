@@ -75,7 +75,7 @@ def _wave(model, prompts, numbers, n, config, key, stop) -> list[list[Sample]]:
     shortest, longest = min(map(len, prompts)), max(map(len, prompts))
     limit = min(config.max_new_tokens, model.config.context - shortest)
     logits, cache = prefill(model, prompts, longest + limit)
-    fan_out = torch.arange(len(prompts)).repeat_interleave(n)
+    fan_out = torch.arange(len(prompts), device=model.device).repeat_interleave(n)
     logits, cache = logits[fan_out], cache.select(fan_out)  # (B, V)
     keys = torch.tensor([row_key(key, i, j) for i in numbers for j in range(n)])
     tokens = decode(model, logits, cache, keys.to(model.device), limit, config, stop)
