@@ -65,11 +65,16 @@ def experiment(options) -> None:
 
 
 def evaluate(options) -> None:
-    """Print a run's table again, from its files."""
-    from minisr.records import read_json
+    """Evaluate the models a run has so far, making what is missing, and print the table."""
+    from minisr.config import load_config
+    from minisr.loop import evaluate, finished_models
     from minisr.report import LEGEND, table
-    metrics = read_json(options.run / "metrics.json", "metrics of a run")
-    print(table(metrics))
+    from minisr.run import Run
+    run = Run(options.run, load_config(options.run / "config.toml"))
+    models = finished_models(run)
+    if not models:
+        raise InputError(f"{options.run} has no trained model yet; minisr run makes them")
+    print(table(evaluate(run, models)))
     print(f"\n{LEGEND}")
 
 

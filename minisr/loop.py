@@ -24,16 +24,22 @@ def run_loop(run: Run, after=lambda metrics: None) -> dict:
     Returns what metrics.json holds: {"models": {"SFT": {...}, "M1": {...}, ...}}."""
     M0 = Model(run, "M0").copy_seed_model()
     models = [M0.train_sft("SFT", run.ift())]
-    after(_evaluate(run, models))
+    after(evaluate(run, models))
     models.append(M0.train_sft("M1", run.ift() + run.eft(baseline=models[0])))
-    after(_evaluate(run, models))
+    after(evaluate(run, models))
     for _ in range(run.config.iterations):
         models.append(self_reward(models[-1]))
-        after(_evaluate(run, models))
-    return _evaluate(run, models)
+        after(evaluate(run, models))
+    return evaluate(run, models)
 
 
-def _evaluate(run: Run, models: list[Model]) -> dict:
+def finished_models(run: Run) -> list[Model]:
+    """SFT, M1, M2, ... as far as the run has come."""
+    names = ["SFT", *(f"M{t}" for t in range(1, run.config.iterations + 2))]
+    return [Model(run, name) for name in names if (run.folder / name / "meta.json").exists()]
+
+
+def evaluate(run: Run, models: list[Model]) -> dict:
     """Write and return metrics.json: each model by itself, against the one before, against SFT."""
     answers = {model.name: model.answer(run.evaluation()) for model in models}
     metrics = {"seed": run.config.seed, "models": {

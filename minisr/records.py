@@ -1,5 +1,6 @@
 """Files on disk: JSONL records and whole files, written atomically, read with clear errors."""
 
+import contextlib
 import json
 import os
 from pathlib import Path
@@ -21,6 +22,8 @@ def write_bytes(path: Path, content: bytes) -> None:
             os.fsync(file.fileno())
         os.replace(beside, path)
     except OSError as error:
+        with contextlib.suppress(OSError):
+            beside.unlink()
         raise InputError(f"cannot write {path}: {error.strerror}; free some space or choose "
                          "another folder") from error
 

@@ -1,13 +1,14 @@
 """What counts as a score, that only the judge's own words are read, and what happens when none is."""
 
 import re
+from pathlib import Path
 
 import pytest
 from tiny import speaker, tiny_tokenizer
 
+import minisr
 from minisr.judge import JudgeConfig, Judgement, judge, judge_prompt, load_template, parse_score, reward
 from minisr.records import InputError
-from minisr.run import WORLD_TEMPLATE
 
 TEMPLATE = "Rate. {prompt} / {response}"
 
@@ -114,7 +115,13 @@ def test_only_judge_prompts_beyond_the_context_leave_nothing_to_sample():
     assert reward(judged("Score:3", [response_of_length(96)])[0]) is None
 
 
-@pytest.mark.xfail(strict=True, reason="the longest prompt of a wave limits the new tokens of all its rows")
+@pytest.mark.parametrize("room", [-1, 0, 1])
+def test_a_judgement_is_read_if_it_fits_into_the_rest_of_the_context(room):
+    needed = len(tiny_tokenizer().encode("Score:3")) + 1
+    [[judgement]] = judged("Score:3", [response_of_length(96 - needed - room)])
+    assert judgement.score == (None if room < 0 else 3)
+
+
 def test_a_judge_prompt_that_just_fits_does_not_cut_its_neighbours_short():
     short, long = judged("Score:3", ["A fox.", response_of_length(95)])
     assert long[0].score is None  # one token of room: cut
@@ -135,7 +142,7 @@ def test_each_response_is_judged_j_times():
 
 
 def test_the_world_template_is_valid():
-    assert "Score:" in load_template(WORLD_TEMPLATE)
+    assert "Score:" in load_template(Path(minisr.__file__).parent / "world" / "judge.txt")
 
 
 @pytest.mark.parametrize("text, field, times", [

@@ -1,0 +1,343 @@
+import hashlib
+import io
+import json
+import os
+import re
+import shutil
+import sys
+from contextlib import redirect_stderr, redirect_stdout
+from statistics import mean
+
+import pytest
+import torch
+
+from minisr.checkpoint import SEED_MODEL, load_model
+from minisr.cli import main
+from minisr.config import load_config
+from minisr.experiment import share
+from minisr.judge import judge
+from minisr.prompts import normal
+from minisr.records import read_json, read_jsonl, write_jsonl
+from minisr.run import Run
+from minisr.stages import Model
+from minisr.world import oracle
+from minisr.world.corpus import held_out
+
+CONFIG = """
+iterations = 2
+device = "cpu"
+threads = 1
+seed_data = {ift = 16, ranked = 12, judge_evaluation = 4, evaluation = 8}
+sft = {batch_size = 8, epochs = 1, learning_rate = 3e-3}
+prompts = {count = 8, rouge = 0.95}
+responses = {candidates = 4, temperature = 1.0, top_p = 1.0}
+judge = {judgements = 2}
+dpo = {batch_size = 4, learning_rate = 3e-4, replay = 0.5}
+"""
+MODELS = ("SFT", "M1", "M2", "M3")
+
+
+def minisr(*arguments):
+    out, err = io.StringIO(), io.StringIO()
+    with redirect_stdout(out), redirect_stderr(err):
+        code = main([str(argument) for argument in arguments])
+    return code, out.getvalue(), err.getvalue()
+
+
+def files(folder):
+    """A digest of every file, without what the clock wrote."""
+    found = {}
+    for path in folder.rglob("*"):
+        if path.is_file() and path.name != "timing.json":
+            content = re.sub(rb'"seconds": [0-9.e-]+', b"", path.read_bytes())
+            found[path.relative_to(folder).as_posix()] = hashlib.sha256(content).hexdigest()
+    return found
+
+
+def jsonl(path):
+    return read_jsonl(path, "records")
+
+
+@pytest.fixture(scope="session")
+def config(tmp_path_factory):
+    path = tmp_path_factory.mktemp("config") / "tiny.toml"
+    path.write_text(CONFIG)
+    return path
+
+
+@pytest.fixture(scope="session")
+def session_run(config, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run") / "whole"
+    code, out, _ = minisr("run", config, "--out", folder)
+    assert code == 0
+    return folder, out
+
+
+@pytest.fixture(scope="session")
+def finished(session_run):
+    """A run that nobody stopped. Tests read it; those that write take a copy."""
+    return session_run[0]
+
+
+@pytest.fixture
+def copy(finished, tmp_path):
+    return shutil.copytree(finished, tmp_path / "copy")
+
+
+def test_the_same_seed_gives_the_same_files_bit_for_bit(config, finished, tmp_path):
+    minisr("run", config, "--out", tmp_path / "again")
+    assert files(tmp_path / "again") == files(finished)
+
+
+def test_another_seed_gives_other_files(config, finished, tmp_path):
+    minisr("run", config, "--out", tmp_path / "other", "--set", "seed=1", "--set", "iterations=0")
+    other, whole = files(tmp_path / "other"), files(finished)
+    chance = {path for path in other if path.endswith((".jsonl", "model.pt")) and not path.startswith("M0")}
+    assert chance >= {"seed/ift.jsonl", "seed/evaluation.jsonl", "SFT/model.pt", "M1/answers.jsonl"}
+    assert [path for path in chance if other[path] == whole[path]] == []
+    assert other["M0/model.pt"] == whole["M0/model.pt"]
+
+
+@pytest.mark.parametrize("renamed", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_a_run_stopped_at_every_file_and_started_again_gives_the_same_files(
+        renamed, config, finished, tmp_path, monkeypatch):
+    # Stopped as soon as a file is there: all that ends a stage. Stopped just before: each file, whose
+    # .part then lies about, and whose stage must be made again.
+    replace, stopped_at = os.replace, []
+
+    def stop(source, target):
+        name = target.relative_to(tmp_path).as_posix()
+        here = not renamed or target.suffix == ".jsonl" or target.name in ("meta.json", "metrics.json")
+        if renamed:
+            replace(source, target)
+        if here and name not in stopped_at:
+            stopped_at.append(name)
+            raise KeyboardInterrupt
+        if not renamed:
+            replace(source, target)
+
+    monkeypatch.setattr("minisr.records.os.replace", stop)
+    codes = []
+    while not codes or codes[-1] == 130:
+        codes.append(minisr("run", config, "--out", tmp_path / "run")[0])
+    assert codes == [130] * len(stopped_at) + [0]
+    made = {path for path in files(finished) if path.endswith(("meta.json", ".jsonl"))}
+    assert {f"run/{path}" for path in made | {"metrics.json"}} <= set(stopped_at)
+    assert files(tmp_path / "run") == files(finished)
+
+
+def test_an_interrupted_run_says_how_to_go_on_and_returns_130(config, tmp_path, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+    monkeypatch.setattr("minisr.loop.Model.train_sft", interrupt)
+    code, _, err = minisr("run", config, "--out", tmp_path / "run")
+    assert code == 130 and "the same command goes on" in err and "Traceback" not in err
+
+
+def test_every_model_names_the_parent_it_was_trained_from(finished):
+    meta = {name: read_json(finished / name / "meta.json", "meta") for name in ("M0", *MODELS)}
+    assert {name: meta[name]["parent"] for name in MODELS} == {
+        "SFT": "M0", "M1": "M0", "M2": "M1", "M3": "M2"}
+    for name in MODELS:
+        assert meta[name]["parent_hash"] == meta[meta[name]["parent"]]["hash"]
+        assert meta[name]["hash"] == hashlib.sha256((finished / name / "model.pt").read_bytes()).hexdigest()
+    assert len({meta[name]["hash"] for name in meta}) == 5  # each training changed something
+
+
+def test_the_m0_of_a_run_is_the_seed_model(finished):
+    ours, theirs = load_model(finished / "M0")[0].state_dict(), load_model(SEED_MODEL)[0].state_dict()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_more_iterations_go_on_from_a_finished_run_and_change_nothing_of_it(config, copy):
+    before = files(copy)
+    code, out, _ = minisr("run", config, "--out", copy, "--set", "iterations=3")
+    after = files(copy)
+    assert code == 0 and re.search(r"^M4 ", out, re.MULTILINE)
+    assert read_json(copy / "M4/meta.json", "meta")["parent_hash"] == read_json(
+        copy / "M3/meta.json", "meta")["hash"]
+    assert {path for path in before if after[path] != before[path]} == {"config.toml", "metrics.json"}
+
+
+@pytest.mark.slow
+def test_going_on_to_m4_gives_the_weights_of_a_run_asked_for_it_at_once(config, copy, tmp_path):
+    minisr("run", config, "--out", copy, "--set", "iterations=3")
+    minisr("run", config, "--out", tmp_path / "at once", "--set", "iterations=3")
+    assert files(copy)["M4/model.pt"] == files(tmp_path / "at once")["M4/model.pt"]
+
+
+@pytest.mark.parametrize("change, told", [
+    ("iterations=1", "iterations: 2 -> 1"), ("judge.by=oracle", "judge.by: 'self' -> 'oracle'"),
+    ("dpo.beta=0.2", "dpo.beta: 0.1 -> 0.2")])
+def test_another_config_in_a_finished_run_is_refused_and_the_difference_told(change, told, config, finished):
+    before = files(finished)
+    code, _, err = minisr("run", config, "--out", finished, "--set", change)
+    assert code == 2 and told in err
+    assert files(finished) == before
+
+
+@pytest.mark.parametrize("name", ["M1", "M2"])
+def test_pairs_are_the_best_and_the_worst_response_by_mean_score(finished, name):
+    prompts, y, r, pairs = (jsonl(finished / name / f"{what}.jsonl")
+                            for what in ("prompts", "responses", "rewards", "pairs"))
+    assert [record["prompt"] for record in prompts] == [record["prompt"] for record in y]
+    expected = []
+    for yi, ri in zip(y, r, strict=True):
+        means = [mean(s for s in scores if s is not None) if done and set(scores) != {None} else None
+                 for scores, done in zip(ri["scores"], yi["finished"], strict=True)]
+        assert ri["rewards"] == means and ri["prompt"] == yi["prompt"]
+        read = [m for m in means if m is not None]
+        if len(read) > 1 and min(read) < max(read):
+            w, l = means.index(max(read)), means.index(min(read))  # noqa: E741
+            expected.append({"prompt": yi["prompt"], "chosen": yi["responses"][w],
+                             "rejected": yi["responses"][l],
+                             "chosen_reward": means[w], "rejected_reward": means[l]})
+    assert pairs and pairs == [pair for pair in expected if pair["chosen"] != pair["rejected"]]
+
+
+def test_no_training_file_holds_an_evaluation_prompt(finished):
+    kept = [normal(record["prompt"]) for name in ("evaluation", "judge_evaluation")
+            for record in jsonl(finished / f"seed/{name}.jsonl")]
+    for name in ("seed/ift", "seed/eft", "seed/ranked", "M1/prompts", "M2/prompts"):
+        for record in jsonl(finished / f"{name}.jsonl"):
+            assert not any(prompt in normal(record["prompt"]) for prompt in kept)
+
+
+def test_the_seed_data_trains_on_one_side_of_the_split_and_evaluates_on_the_other(finished):
+    for name in ("ift", "ranked", "evaluation", "judge_evaluation"):
+        for record in jsonl(finished / f"seed/{name}.jsonl"):
+            assert held_out(oracle.parse_request(record["prompt"])) == ("evaluation" in name)
+
+
+def test_a_new_prompt_that_is_an_evaluation_prompt_is_thrown_away(copy):
+    # Hardly ever does a model hit one by chance, so what it is known to write is made one.
+    first, second, *_ = (record["prompt"] for record in jsonl(copy / "M1/prompts.jsonl"))
+    for name, extra in (("evaluation", {"prompt": first}), ("judge_evaluation", {"prompt": second})):
+        path = copy / f"seed/{name}.jsonl"
+        write_jsonl(path, [*jsonl(path), extra])
+    (copy / "M1/prompts.jsonl").unlink()
+    again = Model(Run(copy, load_config(copy / "config.toml")), "M1").new_prompts()
+    assert not {first, second} & {record["prompt"] for record in again}
+    assert read_json(copy / "M1/prompts.counts.json", "counts")["evaluation prompt"] >= 2
+
+
+def judged_by(finished, config, folder, who):
+    """The finished run with another judge: what is the same up to M1's responses is copied."""
+    share(finished, folder, (f"judge.by={who}",))
+    assert minisr("run", config, "--out", folder, "--set", f"judge.by={who}")[0] == 0
+    return folder
+
+
+def test_the_oracle_as_judge_gives_the_oracles_scores(config, finished, tmp_path):
+    run = judged_by(finished, config, tmp_path / "oracle", "oracle")
+    for name in ("M1", "M2"):
+        y, r = jsonl(run / name / "responses.jsonl"), jsonl(run / name / "rewards.jsonl")
+        for yi, ri in zip(y, r, strict=True):
+            assert ri["rewards"] == [oracle.score(yi["prompt"], text) if done else None
+                                     for text, done in zip(yi["responses"], yi["finished"])]
+
+
+def test_the_random_judge_reads_nothing_and_gives_every_score(config, finished, tmp_path):
+    run = judged_by(finished, config, tmp_path / "random", "random")
+    rows = jsonl(run / "M1/rewards.jsonl")
+    scores = [s for record in rows for row in record["scores"] for s in row]
+    assert set(scores) == {0, 1, 2, 3, 4, 5} and len(scores) == 8 * 4 * 2
+    assert rows != jsonl(finished / "M1/rewards.jsonl")
+    assert (run / "M1/responses.jsonl").read_bytes() == (finished / "M1/responses.jsonl").read_bytes()
+    assert (run / "M2/model.pt").read_bytes() != (finished / "M2/model.pt").read_bytes()
+
+
+@pytest.mark.parametrize("who, judging", [("self", "M2"), ("M1", "M1")])
+def test_the_second_iteration_is_judged_by_the_model_that_the_config_names(
+        who, judging, config, finished, tmp_path):
+    folder = finished if who == "self" else judged_by(finished, config, tmp_path / "frozen", "M1")
+    run = Run(folder, load_config(folder / "config.toml"))
+    y, r = jsonl(folder / "M2/responses.jsonl"), jsonl(folder / "M2/rewards.jsonl")
+    flat = [(record["prompt"], text) for record in y for text in record["responses"]]
+
+    def texts_of(name):
+        judged = judge(*load_model(folder / name), run.template, *zip(*flat), run.config.judge,
+                       run.key("M2", "judge"))
+        return [[judgement.text for judgement in row] for row in judged]
+
+    kept = [texts for record in r for texts in record["judgements"]]
+    assert kept == texts_of(judging)
+    assert kept != texts_of("M1" if judging == "M2" else "M2")
+
+
+def with_interval(table, *keys):
+    return all(table[f"{key}_ci95"][0] <= table[key] <= table[f"{key}_ci95"][1] for key in keys)
+
+
+def test_metrics_hold_every_figure_with_its_interval(finished):
+    models = read_json(finished / "metrics.json", "metrics")["models"]
+    assert tuple(models) == MODELS
+    for name, m in models.items():
+        assert with_interval(m, "flawless", "flawless_greedy", "mean_score")
+        assert with_interval(m["judge"], "pairwise")
+        assert {"five_best", "exact", "spearman", "kendall", "parse_rate"} <= set(m["judge"])
+        assert m["length"] > 0 and m["seconds"] > 0 and m == read_json(
+            finished / name / "evaluation.json", "evaluation")
+        for versus in ("versus_previous", "versus_sft"):
+            assert (versus in m) == (name != "SFT")
+            if name != "SFT":
+                assert with_interval(m[versus], "win", "tie", "lose")
+    pairs = {name: len(jsonl(finished / name / "pairs.jsonl")) for name in ("M1", "M2")}
+    assert {name: m["pairs"] for name, m in models.items()} == {
+        "SFT": 0, "M1": 0, "M2": pairs["M1"], "M3": pairs["M2"]}
+
+
+def test_scores_and_wins_are_the_oracles_of_the_answers_on_disk(finished):
+    models = read_json(finished / "metrics.json", "metrics")["models"]
+    answers = {name: jsonl(finished / name / "answers.jsonl") for name in MODELS}
+    score = {name: [oracle.score(a["prompt"], a["sampled"]) for a in rows] for name, rows in answers.items()}
+    for before, name in zip(("SFT", *MODELS), MODELS):
+        m = models[name]
+        assert m["mean_score"] == pytest.approx(mean(score[name]))
+        assert m["flawless"] == mean(s == 5 for s in score[name])
+        assert m["flawless_greedy"] == mean(
+            oracle.score(a["prompt"], a["greedy"]) == 5 for a in answers[name])
+        for versus, other in (("versus_previous", before), ("versus_sft", "SFT")) if name != "SFT" else ():
+            assert m[versus]["win"] == mean(a > b for a, b in zip(score[name], score[other]))
+            assert m[versus]["lose"] == mean(a < b for a, b in zip(score[name], score[other]))
+
+
+def test_a_run_ends_in_a_table_and_eval_makes_it_again(session_run, copy):
+    table = re.findall(r"^(SFT|M\d)  .*$", session_run[1], re.MULTILINE)
+    assert tuple(table) == MODELS
+    (copy / "metrics.json").unlink()
+    code, out, _ = minisr("eval", copy)
+    assert code == 0 and out.split("\n\n")[0] in session_run[1]
+    assert files(copy) == files(session_run[0])
+
+
+def test_show_prints_the_way_of_a_prompt_from_responses_to_log_probabilities(finished):
+    pair = jsonl(finished / "M1/pairs.jsonl")[0]
+    y, r = jsonl(finished / "M1/responses.jsonl"), jsonl(finished / "M1/rewards.jsonl")
+    number = [record["prompt"] for record in y].index(pair["prompt"])
+    code, out, _ = minisr("show", finished, "--model", "M1", "--prompt", number)
+    assert code == 0 and out.startswith(f"x  {pair['prompt']}\n")
+    for n, text in enumerate(y[number]["responses"]):
+        assert f"y^{n + 1}  {text}\n" in out
+        assert r[number]["judgements"][n][0].split("\n")[0] in out
+    assert f"y_w  {pair['chosen']}\n" in out and f"y_l  {pair['rejected']}\n" in out
+    rows = [[float(v) for v in row] for row in re.findall(r"^M[12] +(\S+) +(\S+) +(\S+)$", out, re.MULTILINE)]
+    assert len(rows) == 2 and rows[0] != rows[1]
+    assert all(chosen - rejected == pytest.approx(gap, abs=0.02) for chosen, rejected, gap in rows)
+
+
+def test_chat_prints_n_answers_the_best_first_each_with_its_judgement(finished, monkeypatch):
+    question = "Write a story about a sad pig at the river."
+    code, out, _ = minisr("chat", finished / "M3", "--ask", question, "-n", "5")
+    rewards = re.findall(r"^(unread| +[0-9.]+)  ", out, re.MULTILINE)[:5]
+    numbers = [-1 if reward == "unread" else float(reward) for reward in rewards]
+    assert code == 0 and len(numbers) == 5 and numbers == sorted(numbers, reverse=True)
+    assert len(re.findall(r"^        \| ", out, re.MULTILINE)) >= 5
+    monkeypatch.setattr(sys, "stdin", io.StringIO(f"{question}\n\n"))
+    assert minisr("chat", finished / "M3", "-n", "5")[1] == out  # asked at the terminal
+
+
+def test_timing_tells_the_seconds_of_every_stage(finished):
+    timing = json.loads((finished / "M2/timing.json").read_text())
+    assert set(timing) == {"training", "prompts", "responses", "rewards", "pairs", "answers",
+                           "judge_evaluation"}

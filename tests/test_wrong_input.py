@@ -1,0 +1,294 @@
+import io
+import json
+import os
+import pickle
+import subprocess
+import sys
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import replace
+
+import pytest
+import torch
+from tiny import tiny_model, tiny_tokenizer
+
+from minisr.checkpoint import digest, save_model
+from minisr.cli import main
+from minisr.config import load_config
+from minisr.records import write_jsonl
+from minisr.run import Run
+from minisr.tokenizer import train_tokenizer
+
+CONFIG = """threads = 1
+device = "cpu"
+seed_model = "{}"
+seed_data = {{ift = 4, ranked = 4, judge_evaluation = 2, evaluation = 2}}
+"""
+
+
+@pytest.fixture
+def at(tmp_path):
+    """A folder with run.toml, the seed model M0 that it names, and a run with its seed data."""
+    save_model(tmp_path / "M0", tiny_model(), tiny_tokenizer(), {"made_by": "test"})
+    (tmp_path / "run.toml").write_text(CONFIG.format(tmp_path / "M0"))
+    run = Run.open(tmp_path / "run", load_config(tmp_path / "run.toml"))
+    run.ift()
+    return tmp_path
+
+
+def snapshot(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+CASES = []
+
+
+def case(*named):
+    """What the one line must say; the function breaks something and returns the command."""
+    def wrap(broken):
+        CASES.append(pytest.param(broken, named, id=broken.__name__))
+        return broken
+    return wrap
+
+
+def run(at, *changes, out="run"):
+    settings = [part for change in changes for part in ("--set", change)]
+    return ["run", at / "run.toml", "--out", at / out, *settings]
+
+
+def chat(at, question="News?"):
+    return ["chat", at / "M0", "--ask", question, "-n", "1"]
+
+
+def text(path, content):
+    path.write_text(content)
+
+
+def stored(at, content):
+    """Put content in model.pt, with the hash that makes it look genuine."""
+    (at / "M0/model.pt").write_bytes(content)
+    text(at / "M0/meta.json", json.dumps({"hash": digest(content)}))
+    return chat(at)
+
+
+@case("missing.toml", "cannot read config", "No such file")
+def no_config_file(at):
+    return ["run", at / "missing.toml", "--out", at / "run"]
+
+
+@case("run.toml", "not valid TOML", "line 1")
+def config_that_is_no_toml(at):
+    text(at / "run.toml", "threads = = 1\n")
+    return run(at)
+
+
+@case("run.toml", "not UTF-8")
+def config_that_is_no_text(at):
+    (at / "run.toml").write_bytes(b"\xff\xfe\x00")
+    return run(at)
+
+
+@case("[judge]", "unknown key 'judgments'", "judgements", "template")  # the known ones are listed
+def misspelled_key(at):
+    return run(at, "judge.judgments=2")
+
+
+@case("unknown key 'reward'", "judge", "dpo")
+def misspelled_section(at):
+    return run(at, "reward.by=oracle")
+
+
+@case("judge must be a section [judge]")
+def value_where_a_section_stands(at):
+    return run(at, "judge=3")
+
+
+@case("[dpo]", "beta must be a number", "'much'")
+def text_for_a_number(at):
+    return run(at, "dpo.beta=much")
+
+
+@case("iterations must be a whole number", "2.5")
+def fraction_for_a_whole_number(at):
+    return run(at, "iterations=2.5")
+
+
+@case("keywords must be a list of strings")
+def number_for_a_list(at):
+    return run(at, "prompts.keywords=3")
+
+
+@case("[responses]", "top_p must lie between 0 and 1", "1.5")
+def value_out_of_range(at):
+    return run(at, "responses.top_p=1.5")
+
+
+@case("[dpo]", "beta must lie between", "nan")
+def value_that_is_no_number(at):
+    return run(at, "dpo.beta=nan")
+
+
+@case("[judge]", "by must be one of self, M1, oracle, random", "'human'")
+def choice_that_is_none(at):
+    return run(at, "judge.by=human")
+
+
+@case("--set seed", "section.key=value", "judge.by=random")
+def set_without_a_value(at):
+    return run(at, "seed")
+
+
+@case("--set seed.x=1", "seed is no section")
+def set_of_a_key_in_a_key(at):
+    text(at / "run.toml", "seed = 1\n")
+    return run(at, "seed.x=1")
+
+
+@case("another config", "seed: 0 -> 7", "--out")
+def folder_of_another_config(at):
+    return run(at, "seed=7")
+
+
+@case("nowhere")
+def seed_model_that_is_not_there(at):
+    return run(at, f"seed_model={at}/nowhere", out="new")
+
+
+@case("model.pt", "truncated or changed", "delete the folder")
+def truncated_weights(at):
+    content = (at / "M0/model.pt").read_bytes()
+    (at / "M0/model.pt").write_bytes(content[:-100])
+    return run(at)
+
+
+@case("model.pt", "truncated or changed", "delete the folder")
+def weights_with_a_flipped_byte(at):
+    content = bytearray((at / "M0/model.pt").read_bytes())
+    content[len(content) // 2] ^= 1
+    (at / "M0/model.pt").write_bytes(content)
+    return chat(at)
+
+
+class Evil:
+    """Makes a folder when it is unpickled."""
+
+    def __init__(self, folder):
+        self.folder = str(folder)
+
+    def __reduce__(self):
+        return os.mkdir, (self.folder,)
+
+
+@case("M0", "no minisr model")
+def weights_that_are_a_program(at):
+    buffer = io.BytesIO()
+    torch.save({"config": Evil(at / "executed"), "weights": {}}, buffer)
+    return stored(at, buffer.getvalue())
+
+
+@case("M0", "no minisr model")
+def weights_that_are_a_program_in_a_bare_pickle(at):
+    return stored(at, pickle.dumps(Evil(at / "executed")))
+
+
+@case("M0", "no minisr model")
+def weights_of_another_shape_than_their_config(at):
+    content = torch.load(at / "M0/model.pt")
+    content["config"]["hidden"] += 8
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    return stored(at, buffer.getvalue())
+
+
+@case("M0", "no minisr model")
+def weights_that_are_something_else(at):
+    buffer = io.BytesIO()
+    torch.save(torch.zeros(3), buffer)
+    return stored(at, buffer.getvalue())
+
+
+@case("tokenizer.model has 400 pieces", "model.pt", "do not belong together")
+def tokenizer_of_another_size(at):
+    other = train_tokenizer(["Once there was a fox. It felt sad. The end."] * 9, 310)
+    assert len(other) != len(tiny_tokenizer())
+    (at / "M0/tokenizer.model").write_bytes(other.model)
+    return chat(at)
+
+
+@case("M0", "no minisr model")
+def tokenizer_that_is_none(at):
+    (at / "M0/tokenizer.model").write_bytes(b"none")
+    return chat(at)
+
+
+@case("meta.json", "not valid JSON", "line 1")
+def broken_meta(at):
+    text(at / "M0/meta.json", '{"hash": ')
+    return chat(at)
+
+
+@case("meta.json", "hash")
+def meta_without_a_hash(at):
+    text(at / "M0/meta.json", '{"made_by": "test"}')
+    return chat(at)
+
+
+@case("ift.jsonl", "line 2", "not valid JSON")
+def broken_line_in_the_seed_data(at):
+    lines = (at / "run/seed/ift.jsonl").read_text().split("\n")
+    text(at / "run/seed/ift.jsonl", "\n".join([lines[0], lines[1][:-5], *lines[2:]]))
+    return run(at)
+
+
+@case("ift.jsonl", "line 3", "not a JSON object")
+def line_in_the_seed_data_that_is_no_object(at):
+    lines = (at / "run/seed/ift.jsonl").read_text().split("\n")
+    text(at / "run/seed/ift.jsonl", "\n".join([*lines[:2], "[1, 2]", *lines[3:]]))
+    return run(at)
+
+
+@case("judge.txt", "{response}", "exactly once", "0 times")
+def judge_prompt_without_its_field(at):
+    text(at / "judge.txt", "Is this an answer to {prompt}?")
+    return run(at, f"judge.template={at}/judge.txt", out="new")
+
+
+@case("none.txt", "cannot read judge prompt")
+def judge_prompt_that_is_not_there(at):
+    return [*chat(at), "--template", at / "none.txt"]
+
+
+@case("cannot write", "run.toml", "choose another folder")
+def folder_of_the_run_that_is_a_file(at):
+    return run(at, out="run.toml")
+
+
+@case("cannot write", "run.toml/new", "choose another folder")
+def folder_of_the_run_that_cannot_be_made(at):  # the tests may run as root, whom no permission stops
+    return run(at, out="run.toml/new")
+
+
+@case("tokens", "context is 96")
+def question_longer_than_the_context(at):
+    return chat(at, "Write a story. " * 40)
+
+
+@case("prompts 0 to 1", "no 2")
+def show_of_a_prompt_that_is_not_there(at):
+    for name in ("responses", "rewards"):
+        write_jsonl(at / f"run/M1/{name}.jsonl", [{"prompt": "a"}, {"prompt": "b"}])
+    return ["show", at / "run", "--prompt", "2"]
+
+
+@case("no judged iteration", "none")
+def show_of_a_run_without_iterations(at):
+    return ["show", at / "run"]
+
+
+@case("config.toml")
+def eval_of_a_folder_that_is_no_run(at):
+    return ["eval", at / "M0"]
+
+
+@case("no trained model yet", "minisr run")
+def eval_of_a_run_without_models(at):
+    return ["eval", at / "run"]
