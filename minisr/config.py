@@ -1,7 +1,7 @@
 """One run in one TOML file, strictly: an unknown key, a wrong type or an odd value is an error.
 
 Every key belongs to the arrow it configures; its default and meaning stand in that module's
-dataclass (SampleConfig, PromptConfig, JudgeConfig, OptimConfig, DPOConfig, EvalConfig).
+dataclass (SampleConfig, PromptConfig, JudgeConfig, OptimConfig, DPOConfig).
 """
 
 import dataclasses
@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import get_args, get_origin, get_type_hints
 
 from minisr.dpo import DPOConfig
-from minisr.evaluate import EvalConfig
 from minisr.judge import JudgeConfig
 from minisr.model import ModelConfig
 from minisr.prompts import PromptConfig
@@ -55,7 +54,7 @@ class Config:
     responses: ResponseConfig = field(default_factory=ResponseConfig)
     judge: JudgeConfig = field(default_factory=JudgeConfig)
     dpo: DPOConfig = field(default_factory=DPOConfig)
-    evaluate: EvalConfig = field(default_factory=EvalConfig)
+    evaluate: SampleConfig = field(default_factory=SampleConfig)  # of held-out prompts
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,6 @@ against the true ranking (paper, sections 3.1.2, 3.2 and 3.3). Nothing here reac
 TIE_RULE says how equal scores count; it is printed beside the numbers.
 """
 
-from dataclasses import dataclass
-
 import numpy as np
 
 TIE_RULE = ("pairs the annotator scored equally are left out; a pair that the model scores equally, "
@@ -13,16 +11,6 @@ TIE_RULE = ("pairs the annotator scored equally are left out; a pair that the mo
             "means over instructions, 0 where the model gives all responses one score")
 
 RESAMPLES = 2000
-
-
-@dataclass(frozen=True)
-class EvalConfig:
-    """How held-out prompts are answered. The paper's sampling: T = 0.7, p = 0.9."""
-
-    temperature: float = 0.7
-    top_p: float = 0.9
-    max_new_tokens: int = 64
-    rows: int = 512
 
 
 def answer_metrics(answers: list[dict]) -> dict:

@@ -30,7 +30,7 @@ STUDENT_T = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)
 
 
 def experiment(path: Path, out: Path, jobs: int) -> dict:
-    """Run all that is missing; write and return {variant: {model: {metric: [value of each seed]}}}."""
+    """Run all that is missing; write and return {variant: {model: {figure: [value of each seed]}}}."""
     plan = read_plan(path)
     variants, seeds = plan["variants"], plan["seeds_of"]
     for names in (["base"], [name for name in variants if name != "base"]):  # variants copy from base
@@ -103,33 +103,28 @@ def share(base: Path, folder: Path, changes: tuple[str, ...]) -> None:
     beside.rename(folder)
 
 
+# Heading, figure in metrics.json and factor of each column of the table.
+COLUMNS = (
+    ("flawless %", "flawless", 100), ("greedy %", "flawless_greedy", 100), ("score", "mean_score", 1),
+    ("wins M1 %", "versus_m1.win", 100), ("loses %", "versus_m1.lose", 100),
+    ("pairwise %", "judge.pairwise", 100), ("5-best %", "judge.five_best", 100),
+    ("exact %", "judge.exact", 100), ("Spearman", "judge.spearman", 1), ("Kendall", "judge.kendall", 1),
+    ("parsed %", "judge.parse_rate", 100), ("chars", "length", 1), ("pairs", "pairs", 1),
+    ("seconds", "seconds", 1))
+
+
 def collect(folders: list[Path]) -> dict:
-    """{model: {metric: [value of each seed]}} from the runs' metrics.json."""
+    """{model: {figure: [value of each seed]}} from the runs' metrics.json; None where there is none."""
     runs = [read_json(folder / "metrics.json", "metrics")["models"] for folder in folders]
-    return {model: {metric: [value(run[model]) for run in runs] for metric, value in METRICS.items()}
+    return {model: {figure: [_figure(run[model], figure) for run in runs] for _, figure, _ in COLUMNS}
             for model in runs[0]}
 
 
-def _versus(which: str, side: str):
-    return lambda model: model.get(f"versus_{which}", {}).get(side)
-
-
-METRICS = {
-    "flawless": lambda m: m["flawless"], "flawless_greedy": lambda m: m["flawless_greedy"],
-    "mean_score": lambda m: m["mean_score"], "win_m1": _versus("m1", "win"),
-    "lose_m1": _versus("m1", "lose"), "win_previous": _versus("previous", "win"),
-    "lose_previous": _versus("previous", "lose"), "pairwise": lambda m: m["judge"]["pairwise"],
-    "five_best": lambda m: m["judge"]["five_best"], "exact": lambda m: m["judge"]["exact"],
-    "spearman": lambda m: m["judge"]["spearman"], "kendall": lambda m: m["judge"]["kendall"],
-    "parse_rate": lambda m: m["judge"]["parse_rate"], "length": lambda m: m["length"],
-    "pairs": lambda m: m["pairs"], "seconds": lambda m: m["seconds"],
-}
-# Heading, metric and factor of each column of the table.
-COLUMNS = (("flawless %", "flawless", 100), ("greedy %", "flawless_greedy", 100), ("score", "mean_score", 1),
-           ("wins M1 %", "win_m1", 100), ("loses %", "lose_m1", 100), ("pairwise %", "pairwise", 100),
-           ("5-best %", "five_best", 100), ("exact %", "exact", 100), ("Spearman", "spearman", 1),
-           ("Kendall", "kendall", 1), ("parsed %", "parse_rate", 100), ("chars", "length", 1),
-           ("pairs", "pairs", 1), ("seconds", "seconds", 1))
+def _figure(metrics: dict, path: str):
+    """metrics["judge"]["pairwise"] for "judge.pairwise"."""
+    for name in path.split("."):
+        metrics = (metrics or {}).get(name)
+    return metrics
 
 
 def mean_and_interval(values: list[float]) -> tuple[float, float]:
@@ -146,7 +141,7 @@ def markdown(results: dict) -> str:
              "|---|---|" + "---|" * len(COLUMNS)]
     for variant, models in results.items():
         for model, metrics in models.items():
-            cells = [_cell(metrics[metric], factor) for _, metric, factor in COLUMNS]
+            cells = [_cell(metrics[figure], factor) for _, figure, factor in COLUMNS]
             lines.append(f"| {variant} | {model} | {' | '.join(cells)} |")
     return "\n".join(lines)
 

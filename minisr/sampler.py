@@ -23,7 +23,7 @@ from minisr.records import InputError
 
 @dataclass(frozen=True)
 class SampleConfig:
-    """How tokens are drawn."""
+    """How tokens are drawn. The defaults of T and p are the paper's, for responses and evaluation."""
 
     temperature: float = 0.7  # 0 is greedy
     top_p: float = 0.9

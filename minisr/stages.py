@@ -9,6 +9,7 @@ import functools
 import time
 from collections import Counter
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 
@@ -161,7 +162,8 @@ class Model:
                 train(model, tokenizer, successor.folder / "train_log.jsonl")
                 save_model(successor.folder, model, tokenizer, {
                     "made_by": by, "parent": self.name, "parent_hash": model_hash(self.folder),
-                    "config_hash": digest(to_toml(self.config).encode()), "seed": self.config.seed,
+                    "config_hash": digest(to_toml(replace(self.config, iterations=0)).encode()),
+                    "seed": self.config.seed,
                     "minisr": __version__, "torch": torch.__version__})
         self.release()
         return successor
@@ -170,7 +172,7 @@ class Model:
     def answer(self, held_out: list[str]):
         """Held-out prompts answered at the paper's temperature and greedily, and the oracle's scores."""
         sampled = self._answers(held_out, 1, self.config.evaluate, "evaluation")
-        greedy = self._answers(held_out, 1, _greedy(self.config.evaluate), "evaluation")
+        greedy = self._answers(held_out, 1, replace(self.config.evaluate, temperature=0.0), "evaluation")
         records = []
         for prompt, [(warm, _)], [(cold, _)] in zip(held_out, sampled, greedy):
             request = oracle.parse_request(prompt)
@@ -222,10 +224,6 @@ class Model:
         timing = read_json(parent / "timing.json", "timing")
         seconds += sum(timing.get(name, 0.0) for name in ("prompts", "responses", "rewards", "pairs"))
         return len(read_jsonl(parent / "pairs.jsonl", "pairs")), seconds
-
-
-def _greedy(config: SampleConfig) -> SampleConfig:
-    return SampleConfig(0.0, 1.0, config.max_new_tokens, config.rows)
 
 
 def _scores(answers: list[dict]) -> list[int]:
