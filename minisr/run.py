@@ -21,6 +21,8 @@ class Run:
         self.folder, self.config = Path(folder), config
         torch.set_num_threads(config.threads)
         cuda = config.device == "cuda" or config.device == "auto" and torch.cuda.is_available()
+        if cuda and not torch.cuda.is_available():
+            raise InputError('device is "cuda" but PyTorch sees no GPU; set device to "auto" or "cpu"')
         self.device = "cuda" if cuda else "cpu"
         self.template = load_template(Path(config.judge.template or WORLD_TEMPLATE))
 
@@ -73,5 +75,8 @@ class Run:
             else:
                 records = seed_data.eft_by_baseline(*baseline.load(), ranked, self.template,
                                                     self.config.judge, self.key("EFT"))
+            if not records:
+                raise InputError("the SFT baseline wrote no judgements that rank rightly; "
+                                 'give it more ranked prompts, or set eft_by to "annotator"')
             write_jsonl(path, seed_data.thin(records, self.key("thin")))
         return read_jsonl(path, "EFT data")

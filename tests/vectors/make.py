@@ -37,6 +37,7 @@ def pair_selection() -> dict:
     cases = [  # responses, rewards, index of chosen, index of rejected; or why there is no pair
         ("abc", [3, 5, 1], 1, 2), ("abc", [4, None, 2], 0, 2), ("abcd", [None, 0, 1, None], 2, 1),
         ("abcd", [1, 5, 5, 1], 1, 0), ("ab", [10 / 3, 11 / 3], 1, 0), ("ab", [0, 0.5], 1, 0),
+        ("abcd", [11 / 3, 4, 10 / 3, 3], 1, 3),
         ("abc", [3, 3, None], "tie", None), ("ab", [0, 0], "tie", None),
         ("abc", [4, None, None], "unread", None), ("ab", [None, None], "unread", None),
         ("", [], "unread", None),
