@@ -98,7 +98,7 @@ def _replay_batches(tokenizer, replay, batches, model, config, key) -> list[list
     if not config.replay:
         return []
     encoded = encode_examples(tokenizer, replay, model.config.context)
-    epochs = 1 + sum(map(len, batches)) // len(encoded)
+    epochs = 1 + len(batches) * config.batch_size // len(encoded)
     order = schedule([len(ids) for ids, _ in encoded], config.batch_size, epochs,
                      coordinates(key, "replay"))
     return [[encoded[i] for i in batch] for batch in order[:len(batches)]]

@@ -15,11 +15,12 @@ from minisr.sampler import SampleConfig, sample
 MAX_SCORE = 5
 FIELDS = ("{prompt}", "{response}")
 
-# "Score: 4", "**Score:** 4/5", "score:4.5", “Score: 3”; not 4-5, 4/10, 3+1, 4,5: no single number out of 5.
+# "Score: 4", "**Score:** 4/5", “score:4.5” are read; 4-5, 4 to 5, 4/10, 3+1 and 4,5 are no one number.
 _DECORATION = r"[\s*_`\"'“”‘’<\[(]*"
 _SCORE = re.compile(
-    rf"\bscore{_DECORATION}[:：]{_DECORATION}([+-]?[0-9]+(?:\.[0-9]+)?)(?![0-9.,]*[0-9])"
-    r"(?!\s*[-–+=×]\s*[0-9])(?!\s*(?:/|out of)\s*(?!5\b)[0-9])", re.IGNORECASE)
+    rf"(?<![a-z0-9])score{_DECORATION}[:：]{_DECORATION}([+-]?[0-9]+(?:\.[0-9]+)?)(?![0-9.,]*[0-9])"
+    r"(?![^\S\n]*(?:[-–—−+=×]|to|or)[^\S\n]*[0-9])(?![^\S\n]*(?:/|of|\(?out of)[^\S\n]*(?!5\b)[0-9])",
+    re.IGNORECASE)
 
 
 @dataclass(frozen=True)

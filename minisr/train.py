@@ -29,7 +29,7 @@ def learning_rate(step: int, steps: int, config: OptimConfig) -> float:
     warmup = max(1, round(config.warmup * steps))
     if step < warmup:
         return config.learning_rate * (step + 1) / warmup
-    progress = (step - warmup) / max(1, steps - warmup)
+    progress = (step - warmup) / (steps - warmup)
     span = config.learning_rate - config.final_learning_rate
     return config.final_learning_rate + span * (1 + math.cos(math.pi * progress)) / 2
 

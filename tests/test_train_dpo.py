@@ -100,7 +100,6 @@ def test_replay_adds_the_loss_of_the_replayed_examples(train):
         assert [r["loss"] for r in records] == pytest.approx([log(2) + weight * loss] * 3, abs=1e-4)
 
 
-@pytest.mark.xfail(strict=True, raises=StopIteration, reason="counts replayed examples, not batches")
 def test_replay_lasts_as_long_as_the_pairs(train):
     _, _, records = train(examples=REPLAY * 2, pairs=PAIRS[:1], replay=1.0, batch_size=8, epochs=3)
     assert len(records) == 3
