@@ -102,8 +102,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def command(function, name, help):
-        sub = commands.add_parser(name, help=help, description=help,
-                                  formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        sub = commands.add_parser(name, help=help, description=help)
         sub.set_defaults(command=function)
         return sub
 
@@ -113,24 +112,25 @@ def _parser() -> argparse.ArgumentParser:
     _set(sub)
     sub = command(pretrain, "pretrain", "make a seed model M0 from the tiny world's text")
     sub.add_argument("config", type=Path, help="a TOML file, e.g. tiny_configs/pretrain.toml")
-    sub.add_argument("--out", type=Path, default=Path("runs/M0"), help="folder of the model")
+    sub.add_argument("--out", type=Path, default=Path("runs/M0"), help="folder of the model; default runs/M0")
     _set(sub)
     sub = command(experiment, "experiment", "variants and seeds of one config, a table with intervals")
     sub.add_argument("config", type=Path, help="a TOML file, e.g. tiny_configs/experiments/main.toml")
     sub.add_argument("--out", type=Path, help="folder of the runs; default runs/NAME_OF_CONFIG")
     sub.add_argument("--jobs", type=int, default=1, choices=range(1, 65), metavar="K",
-                     help="runs side by side")
-    sub = command(evaluate, "eval", "evaluate the models of a run and print the table")
+                     help="runs side by side; default 1")
+    sub = command(evaluate, "eval", "evaluate the models that a run has so far, print the table")
     sub.add_argument("run", type=Path, help="folder of a run, e.g. runs/tiny")
     sub = command(show, "show", "one prompt's answers, judgements in words, pair and log-probabilities")
     sub.add_argument("run", type=Path, help="folder of a run, e.g. runs/tiny")
-    sub.add_argument("--model", default="M1", help="whose iteration: M1, M2, ...")
-    sub.add_argument("--prompt", type=int, default=0, metavar="I", help="which x_i")
+    sub.add_argument("--model", default="M1", help="whose iteration: M1 (default), M2, ...")
+    sub.add_argument("--prompt", type=int, default=0, metavar="I", help="which x_i; default 0")
     sub = command(chat, "chat", "ask a model, see several answers and how it judges them")
     sub.add_argument("model", type=Path, help="folder of a model, e.g. runs/tiny/M3")
     sub.add_argument("--ask", metavar="PROMPT", help="one question; without it, read them from the terminal")
-    sub.add_argument("-n", type=int, default=4, choices=range(1, 65), metavar="N", help="answers to each")
-    sub.add_argument("--temperature", type=float, default=0.7, help="0 is greedy")
+    sub.add_argument("-n", type=int, default=4, choices=range(1, 65), metavar="N",
+                     help="answers to each; default 4")
+    sub.add_argument("--temperature", type=float, default=0.7, help="default 0.7; 0 is greedy")
     sub.add_argument("--template", type=Path, help="your own judge prompt, a text file with {prompt} and "
                      "{response}; default: the tiny world's")
     sub.add_argument("--seed", type=int, default=0, help="another seed, other answers")
