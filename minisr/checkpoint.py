@@ -41,8 +41,8 @@ def load_model(folder: Path, device: str = "cpu") -> tuple[Decoder, Tokenizer]:
         model = Decoder(ModelConfig(**stored["config"]))
         model.load_state_dict(stored["weights"])
         tokenizer = Tokenizer(_read(folder / "tokenizer.model"))
-    except (RuntimeError, pickle.UnpicklingError, KeyError, TypeError, EOFError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except (RuntimeError, pickle.UnpicklingError, LookupError, TypeError, ValueError, EOFError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(f"{folder} is no minisr model of this version: {reason}") from error
     if len(tokenizer) != model.config.vocab_size:
         raise InputError(f"{folder}: tokenizer.model has {len(tokenizer)} pieces, model.pt "

@@ -52,14 +52,17 @@ def read_plan(path: Path) -> dict:
     if set(plan) - {"variants", "common", "variant_seeds"} != {"base", "seeds"}:
         raise InputError(f"experiment {path} must have base and seeds, and may have variant_seeds, common "
                          "and [variants.NAME]")
+    fewer = plan.get("variant_seeds", plan["seeds"])
+    lists = isinstance(plan["seeds"], list) and isinstance(fewer, list)
+    if not lists or not set(fewer) <= set(plan["seeds"]):
+        raise InputError(f"experiment {path}: seeds is a list like [0, 1, 2], variant_seeds a part of it")
     plan["base"] = Path(path).parent / plan["base"]
     tables = {"base": {}, **plan.get("variants", {})}
     plan["common"] = tuple(overrides(plan.get("common", {})))
     plan["variants"] = {name: tuple(overrides(table)) for name, table in tables.items()}
-    fewer = plan.get("variant_seeds", plan["seeds"])
     plan["seeds_of"] = {name: plan["seeds"] if name == "base" else fewer for name in tables}
     for changes in plan["variants"].values():
-        load_config(plan["base"], overrides=changes)  # a wrong key is told now, not in an hour
+        load_config(plan["base"], overrides=(*plan["common"], *changes))  # told now, not in an hour
     return plan
 
 
@@ -109,8 +112,7 @@ COLUMNS = (
     ("wins M1 %", "versus_m1.win", 100), ("loses %", "versus_m1.lose", 100),
     ("pairwise %", "judge.pairwise", 100), ("5-best %", "judge.five_best", 100),
     ("exact %", "judge.exact", 100), ("Spearman", "judge.spearman", 1), ("Kendall", "judge.kendall", 1),
-    ("parsed %", "judge.parse_rate", 100), ("chars", "length", 1), ("pairs", "pairs", 1),
-    ("seconds", "seconds", 1))
+    ("parsed %", "judge.parse_rate", 100), ("chars", "length", 1), ("pairs", "pairs", 1))
 
 
 def collect(folders: list[Path]) -> dict:
@@ -136,11 +138,17 @@ def mean_and_interval(values: list[float]) -> tuple[float, float]:
 
 
 def markdown(results: dict) -> str:
-    """The results as a Markdown table: mean over seeds, plus or minus the 95 % interval."""
+    """The results as a Markdown table: mean over seeds, plus or minus the 95 % interval.
+
+    A variant's rows that are the base's own (the models they share) are left out."""
     lines = ["| variant | model | " + " | ".join(head for head, _, _ in COLUMNS) + " |",
              "|---|---|" + "---|" * len(COLUMNS)]
     for variant, models in results.items():
         for model, metrics in models.items():
+            base = results["base"].get(model, {})
+            if variant != "base" and all(base[name][:len(v)] == v for name, v in metrics.items()
+                                         if base and name != "pairs"):
+                continue
             cells = [_cell(metrics[figure], factor) for _, figure, factor in COLUMNS]
             lines.append(f"| {variant} | {model} | {' | '.join(cells)} |")
     return "\n".join(lines)
