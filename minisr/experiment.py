@@ -138,17 +138,11 @@ def mean_and_interval(values: list[float]) -> tuple[float, float]:
 
 
 def markdown(results: dict) -> str:
-    """The results as a Markdown table: mean over seeds, plus or minus the 95 % interval.
-
-    A variant's rows that are the base's own (the models they share) are left out."""
+    """The results as a Markdown table: mean over seeds, plus or minus the 95 % interval."""
     lines = ["| variant | model | " + " | ".join(head for head, _, _ in COLUMNS) + " |",
              "|---|---|" + "---|" * len(COLUMNS)]
     for variant, models in results.items():
         for model, metrics in models.items():
-            base = results["base"].get(model, {})
-            if variant != "base" and all(base[name][:len(v)] == v for name, v in metrics.items()
-                                         if base and name != "pairs"):
-                continue
             cells = [_cell(metrics[figure], factor) for _, figure, factor in COLUMNS]
             lines.append(f"| {variant} | {model} | {' | '.join(cells)} |")
     return "\n".join(lines)
