@@ -72,7 +72,8 @@ def test_a_plan_has_the_base_beside_its_variants_and_maybe_fewer_seeds_for_them(
     pytest.param('base = "base.toml"\nseeds = 3', "seeds", marks=pytest.mark.xfail(
         strict=True, reason="the types of a plan's keys are not checked")),
     pytest.param('base = "base.toml"\nseeds = [0]\nvariant_seeds = [1]\n[variants.a]\nseed = 1',
-                 "variant_seeds", marks=pytest.mark.xfail(strict=True, reason="a seed the base lacks is told at the end")),
+                 "variant_seeds", marks=pytest.mark.xfail(
+                     strict=True, reason="a seed the base lacks is told at the end")),
 ])
 def test_a_wrong_plan_is_told_before_anything_runs(text, named, plan):
     with pytest.raises(InputError) as told:

@@ -5,6 +5,7 @@ import re
 import shutil
 import sys
 from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import replace
 from statistics import mean
 
 import pytest
@@ -97,23 +98,32 @@ def test_another_seed_gives_other_files(config, finished, tmp_path):
     assert other["M0/model.pt"] == whole["M0/model.pt"]
 
 
+def test_another_seed_draws_otherwise_from_the_same_model_and_prompts(copy):
+    kept, seeds = jsonl(copy / "M1/responses.jsonl"), {}
+    for seed in (0, 1):
+        (copy / "M1/responses.jsonl").unlink()
+        run = Run(copy, replace(load_config(copy / "config.toml"), seed=seed))
+        seeds[seed] = Model(run, "M1").respond(jsonl(copy / "M1/prompts.jsonl"))
+    assert seeds[0] == kept != seeds[1]
+
+
 @pytest.mark.parametrize("renamed", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_a_run_stopped_at_every_file_and_started_again_gives_the_same_files(
         renamed, config, finished, tmp_path, monkeypatch):
     # Stopped as soon as a file is there: all that ends a stage. Stopped just before: each file, whose
     # .part then lies about, and whose stage must be made again.
-    replace, stopped_at = os.replace, []
+    rename, stopped_at = os.replace, []
 
     def stop(source, target):
         name = target.relative_to(tmp_path).as_posix()
         here = not renamed or target.suffix == ".jsonl" or target.name in ("meta.json", "metrics.json")
         if renamed:
-            replace(source, target)
+            rename(source, target)
         if here and name not in stopped_at:
             stopped_at.append(name)
             raise KeyboardInterrupt
         if not renamed:
-            replace(source, target)
+            rename(source, target)
 
     monkeypatch.setattr("minisr.records.os.replace", stop)
     codes = []
