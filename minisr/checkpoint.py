@@ -7,6 +7,7 @@ meta.json says what made it, its hash and its parent's; a file that does not mat
 import hashlib
 import io
 import pickle
+import warnings
 from dataclasses import asdict
 from pathlib import Path
 
@@ -37,7 +38,10 @@ def load_model(folder: Path, device: str = "cpu") -> tuple[Decoder, Tokenizer]:
         raise InputError(f"{folder / 'model.pt'} is not the file that meta.json describes (truncated or "
                          "changed); delete the folder to have it made again")
     try:
-        stored = torch.load(io.BytesIO(content), weights_only=True, map_location="cpu")
+        with warnings.catch_warnings(action="ignore"):  # the error says it in one line
+            stored = torch.load(io.BytesIO(content), weights_only=True, map_location="cpu")
+        if not isinstance(stored, dict):
+            raise TypeError("model.pt holds something else")
         model = Decoder(ModelConfig(**stored["config"]))
         model.load_state_dict(stored["weights"])
         tokenizer = Tokenizer(_read(folder / "tokenizer.model"))

@@ -55,8 +55,8 @@ def read_json(path: Path, what: str):
                          "remove it to have it made again") from error
 
 
-def read_jsonl(path: Path, what: str) -> list[dict]:
-    """Every line's record; the first broken line is named."""
+def read_jsonl(path: Path, what: str, texts: tuple[str, ...] = ()) -> list[dict]:
+    """Every line's record; the first broken line is named, and one that lacks one of these texts."""
     records = []
     # Not splitlines(): it also breaks at characters such as U+2028 that may stand inside a record.
     for number, line in enumerate(read_text(path, what).removesuffix("\n").split("\n"), 1):
@@ -68,5 +68,8 @@ def read_jsonl(path: Path, what: str) -> list[dict]:
             raise InputError(f"{what} {path}, line {number}, is not valid JSON: {error.msg}") from error
         if not isinstance(record, dict):
             raise InputError(f"{what} {path}, line {number}, is not a JSON object {{...}}")
+        for name in texts:
+            if not isinstance(record.get(name), str):
+                raise InputError(f"{what} {path}, line {number}, has no text {name!r}")
         records.append(record)
     return records

@@ -45,17 +45,17 @@ class Run:
         """The random numbers of one purpose in this run."""
         return key(self.config.seed, *coordinates)
 
-    def _seed_file(self, name: str) -> list[dict]:
+    def _seed_file(self, name: str, texts: tuple[str, ...] = ("prompt",)) -> list[dict]:
         """One of the world's data sets; all are made together when the first is asked for."""
         path = self.folder / "seed" / f"{name}.jsonl"
         if not path.exists():
             made = seed_data.held_out_and_seeds(self.config.seed_data, self.config.seed)
             for other, records in made.items():
                 write_jsonl(self.folder / "seed" / f"{other}.jsonl", records)
-        return read_jsonl(path, "seed data")
+        return read_jsonl(path, "seed data", texts)
 
     def ift(self) -> list[dict]:
-        return self._seed_file("ift")
+        return self._seed_file("ift", ("prompt", "response"))
 
     def evaluation(self) -> list[str]:
         """Held-out prompts."""
@@ -79,4 +79,4 @@ class Run:
                 raise InputError("the SFT baseline wrote no judgements that rank rightly; "
                                  'give it more ranked prompts, or set eft_by to "annotator"')
             write_jsonl(path, seed_data.thin(records, self.key("thin")))
-        return read_jsonl(path, "EFT data")
+        return read_jsonl(path, "EFT data", ("prompt", "response"))

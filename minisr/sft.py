@@ -13,10 +13,6 @@ from minisr.train import OptimConfig, fit
 
 def encode_examples(tokenizer, examples: list[dict], context: int) -> list[tuple]:
     """{prompt, response} records -> (ids, mask); one that does not fit the context is an error."""
-    for number, example in enumerate(examples, 1):
-        for name in ("prompt", "response"):
-            if not isinstance(example.get(name), str):
-                raise InputError(f"training example {number} has no text {name!r}: {str(example)[:60]}")
     encoded = [tokenizer.chat(e["prompt"], e["response"]) for e in examples]
     for number, (ids, _) in enumerate(encoded, 1):
         if len(ids) > context:

@@ -67,13 +67,9 @@ def test_a_plan_has_the_base_beside_its_variants_and_maybe_fewer_seeds_for_them(
     ("base = ", "not valid TOML"),
     ('base = "base.toml"\nseeds = [0]\n[variants.a]\njudge.be = "random"', "unknown key 'be'"),
     ('base = "base.toml"\nseeds = [0]\n[variants.a]\njudge.by = "nobody"', "nobody"),
-    pytest.param('base = "base.toml"\nseeds = [0]\ncommon.thread = 1', "unknown key 'thread'",
-                 marks=pytest.mark.xfail(strict=True, reason="told only when the first run has failed")),
-    pytest.param('base = "base.toml"\nseeds = 3', "seeds", marks=pytest.mark.xfail(
-        strict=True, reason="the types of a plan's keys are not checked")),
-    pytest.param('base = "base.toml"\nseeds = [0]\nvariant_seeds = [1]\n[variants.a]\nseed = 1',
-                 "variant_seeds", marks=pytest.mark.xfail(
-                     strict=True, reason="a seed the base lacks is told at the end")),
+    ('base = "base.toml"\nseeds = [0]\ncommon.thread = 1', "unknown key 'thread'"),
+    ('base = "base.toml"\nseeds = 3', "seeds"),
+    ('base = "base.toml"\nseeds = [0]\nvariant_seeds = [1]\n[variants.a]\nseed = 1', "variant_seeds"),
 ])
 def test_a_wrong_plan_is_told_before_anything_runs(text, named, plan):
     with pytest.raises(InputError) as told:

@@ -149,7 +149,7 @@ def weights_of_another_shape_than_their_config(at):
     return stored(at, buffer.getvalue())
 
 
-@case("M0", "no minisr model", marks=pytest.mark.xfail(strict=True, reason="IndexError is not caught"))
+@case("M0", "no minisr model")
 def weights_that_are_something_else(at):
     buffer = io.BytesIO()
     torch.save(torch.zeros(3), buffer)
@@ -196,7 +196,7 @@ def line_in_the_seed_data_that_is_no_object(at):
     return run(at)
 
 
-@case("ift.jsonl", "response", marks=pytest.mark.xfail(strict=True, reason="KeyError is not caught"))
+@case("ift.jsonl", "response")
 def record_in_the_seed_data_without_its_response(at):
     write_jsonl(at / "run/seed/ift.jsonl", [{"prompt": "News?"}])
     return run(at)
