@@ -33,8 +33,8 @@ def save_model(folder: Path, model: Decoder, tokenizer: Tokenizer, meta: dict) -
 def load_model(folder: Path, device: str = "cpu") -> tuple[Decoder, Tokenizer]:
     """The model and tokenizer of a folder, in eval mode. InputError names what is wrong with it."""
     folder = Path(folder)
-    content = _read(folder / "model.pt")
-    if digest(content) != model_hash(folder):
+    recorded, content = model_hash(folder), _read(folder / "model.pt")
+    if digest(content) != recorded:
         raise InputError(f"{folder / 'model.pt'} is not the file that meta.json describes (truncated or "
                          "changed); delete the folder to have it made again")
     try:
@@ -45,7 +45,8 @@ def load_model(folder: Path, device: str = "cpu") -> tuple[Decoder, Tokenizer]:
         model = Decoder(ModelConfig(**stored["config"]))
         model.load_state_dict(stored["weights"])
         tokenizer = Tokenizer(_read(folder / "tokenizer.model"))
-    except (RuntimeError, pickle.UnpicklingError, LookupError, TypeError, ValueError, EOFError) as error:
+    except (RuntimeError, pickle.UnpicklingError, LookupError, TypeError, ValueError,
+            ArithmeticError, EOFError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(f"{folder} is no minisr model of this version: {reason}") from error
     if len(tokenizer) != model.config.vocab_size:

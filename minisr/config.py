@@ -115,7 +115,10 @@ def build(kind, table: dict, where: str):
     if unknown := sorted(set(table) - set(hints)):
         raise InputError(f"{where}: unknown key {unknown[0]!r}; known: {', '.join(hints)}")
     values = {name: _value(hints[name], value, name, where) for name, value in table.items()}
-    return kind(**values)
+    try:
+        return kind(**values)
+    except ValueError as error:  # values that do not go together
+        raise InputError(f"{where}: {error}") from error
 
 
 def _value(kind, value, name: str, where: str):

@@ -54,8 +54,12 @@ def read_plan(path: Path) -> dict:
                          "and [variants.NAME]")
     fewer = plan.get("variant_seeds", plan["seeds"])
     lists = isinstance(plan["seeds"], list) and isinstance(fewer, list)
-    if not lists or not set(fewer) <= set(plan["seeds"]):
+    if not lists or not fewer or not set(fewer) <= set(plan["seeds"]):
         raise InputError(f"experiment {path}: seeds is a list like [0, 1, 2], variant_seeds a part of it")
+    sections = [plan.get("variants", {}), plan.get("common", {})]
+    if not isinstance(plan["base"], str) or not all(isinstance(section, dict) for section in sections) \
+            or not all(isinstance(variant, dict) for variant in sections[0].values()):
+        raise InputError(f"experiment {path}: base is a file name, common and each variant a section")
     plan["base"] = Path(path).parent / plan["base"]
     tables = {"base": {}, **plan.get("variants", {})}
     plan["common"] = tuple(overrides(plan.get("common", {})))

@@ -33,6 +33,10 @@ class ModelConfig:
     tied: bool = True  # one matrix for the embedding and the head
     dropout: float = 0.0
 
+    def __post_init__(self):
+        if self.width % (2 * self.heads) or self.heads % self.kv_heads:
+            raise ValueError("width must be an even multiple of heads, and heads a multiple of kv_heads")
+
 
 class KVCache:
     """Keys and values of the tokens seen so far, preallocated: (L, B, G, capacity, D).

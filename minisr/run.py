@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 from minisr import seed_data
+from minisr.checkpoint import SEED_MODEL, model_hash
 from minisr.config import Config, differences, load_config, to_toml
 from minisr.judge import load_template
 from minisr.records import InputError, read_jsonl, write_bytes, write_jsonl
@@ -38,6 +39,8 @@ class Run:
             if changed:
                 raise InputError(f"{folder} was made with another config ({'; '.join(changed)}); "
                                  "choose another folder with --out, or delete this one")
+        if not (run.folder / "M0").exists():
+            model_hash(Path(config.seed_model or SEED_MODEL))  # told before anything is written
         write_bytes(stored, to_toml(config).encode())
         return run
 

@@ -25,7 +25,8 @@ def show_way(run: Path, name: str, number: int) -> None:
     for n, response in enumerate(y[number]["responses"]):
         reward = r[number]["rewards"][n]
         print(f"y^{n + 1}  {response}")
-        print(f"     reward {'unread' if reward is None else f'{reward:.2f}'}"
+        none = "none (unread)" if y[number]["finished"][n] else "none (cut off)"
+        print(f"     reward {none if reward is None else f'{reward:.2f}'}"
               f" = mean of {r[number]['scores'][n]}; the first judgement:")
         print("     | " + r[number]["judgements"][n][0].replace("\n", "\n     | ") + "\n")
     pairs = [p for p in read_jsonl(folder / "pairs.jsonl", "pairs") if p["prompt"] == y[number]["prompt"]]

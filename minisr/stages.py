@@ -20,7 +20,7 @@ from minisr.checkpoint import SEED_MODEL, digest, load_model, model_hash, save_m
 from minisr.config import to_toml
 from minisr.evaluate import answer_metrics, judge_metrics, win_rates
 from minisr.judge import MAX_SCORE, Judgement, judge, reward
-from minisr.records import read_json, read_jsonl, write_json, write_jsonl
+from minisr.records import InputError, read_json, read_jsonl, write_json, write_jsonl
 from minisr.run import Run
 from minisr.sampler import SampleConfig, sample
 from minisr.world import oracle
@@ -176,6 +176,8 @@ class Model:
         records = []
         for prompt, [(warm, _)], [(cold, _)] in zip(held_out, sampled, greedy):
             request = oracle.parse_request(prompt)
+            if request is None:
+                raise InputError(f"evaluation prompt {prompt[:60]!r} is no request of this world")
             warm_points, cold_points = (oracle.examine(request, text).points for text in (warm, cold))
             records.append({"prompt": prompt, "sampled": warm, "greedy": cold,
                             "sampled_points": warm_points, "greedy_points": cold_points})

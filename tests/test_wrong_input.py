@@ -79,7 +79,7 @@ SETTINGS = [  # what is set, and what the one line must say
 
 COMMANDS = {  # what is given wrongly: the command, and what the one line must say
     "no config": (lambda at: ["run", at / "no.toml", "--out", at / "run"], "cannot read config", "no.toml"),
-    "no seed model": (lambda at: run(at, f"seed_model={at}/no", out="new"), f"{os.sep}no", "No such file"),
+    "no seed model": (lambda at: run(at, f"seed_model={at}/no", out="new"), f"{os.sep}no", "no model folder"),
     "no judge prompt": (lambda at: [*chat(at), "--template", at / "no.txt"], "judge prompt", "no.txt"),
     # The tests may run as root, whom no permission stops: the folder is a file, or would lie in one.
     "file as folder": (lambda at: run(at, out="run.toml"), "cannot write", "choose another folder"),
