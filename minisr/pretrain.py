@@ -1,7 +1,7 @@
 """Text -> M0: a seed model pretrained on what the tiny world's people wrote.
 
-Each row of a batch is one document: attention across documents packed into one row was tried, and
-copying a word of the request into the answer then took more than four times as many tokens to learn.
+Each row of a batch is one document. With several packed into a row, a trial of width 96 had learned to copy
+one of the four sorts of words from request to answer after 12 M tokens; so, the same took 3 M.
 """
 
 from pathlib import Path
