@@ -57,6 +57,8 @@ def load_model(folder: Path, device: str = "cpu") -> tuple[Decoder, Tokenizer]:
 
 def model_hash(folder: Path) -> str:
     """The hash that meta.json records for a model folder."""
+    if (Path(folder) / "config.toml").exists():
+        raise InputError(f"{folder} is a run; choose one of its models, e.g. {folder}/M1")
     if not Path(folder).is_dir():
         raise InputError(f"no model folder {folder}; a run keeps them as M0, SFT, M1, M2, ...")
     meta = read_json(Path(folder) / "meta.json", "model description")

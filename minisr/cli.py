@@ -44,7 +44,8 @@ def run(options) -> None:
     print()
     print(table(metrics))
     print(f"\n{LEGEND}\nFiles: {run.folder}/ (metrics.json; M1/prompts.jsonl, responses.jsonl, "
-          f"rewards.jsonl, pairs.jsonl)\nSee one prompt's way: minisr show {run.folder}")
+          f"rewards.jsonl, pairs.jsonl)\nSee one prompt's way: minisr show {run.folder}\n"
+          f"Ask it: minisr chat {run.folder}/{list(metrics['models'])[-1]}")
 
 
 def pretrain(options) -> None:
@@ -93,8 +94,14 @@ def chat(options) -> None:
          SampleConfig(temperature=options.temperature), options.seed)
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        """A wrong option is wrong input like any other: one line, code 2."""
+        self.exit(2, f"minisr: {message}; see {self.prog} --help\n")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="minisr", description="Self-Rewarding Language Models in pure PyTorch: a model writes "
         "prompts, answers them, judges its answers and is trained on its own preferences.",
         epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -128,7 +135,7 @@ def _parser() -> argparse.ArgumentParser:
     sub = command(chat, "chat", "ask a model, see several answers and how it judges them")
     sub.add_argument("model", type=Path, help="folder of a model, e.g. runs/tiny/M3")
     sub.add_argument("--ask", metavar="PROMPT", help="one question; without it, read them from the terminal")
-    sub.add_argument("-n", type=int, default=4, choices=range(1, 65), metavar="N",
+    sub.add_argument("-n", type=int, default=4, metavar="N",
                      help="answers to each; default 4")
     sub.add_argument("--temperature", type=float, default=0.7, help="default 0.7; 0 is greedy")
     sub.add_argument("--template", type=Path, help="your own judge prompt, a text file with {prompt} and "

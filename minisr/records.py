@@ -24,7 +24,7 @@ def write_bytes(path: Path, content: bytes) -> None:
     except OSError as error:
         with contextlib.suppress(OSError):
             beside.unlink()
-        raise InputError(f"cannot write {path}: {error.strerror}; free some space or choose "
+        raise InputError(f"cannot write {path}: {error.strerror}; make room for it or choose "
                          "another folder") from error
 
 

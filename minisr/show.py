@@ -9,6 +9,7 @@ from minisr import dpo, judge
 from minisr.checkpoint import load_model
 from minisr.records import InputError, read_jsonl
 from minisr.sampler import SampleConfig, key, sample
+from minisr.world import oracle
 
 
 def show_way(run: Path, name: str, number: int) -> None:
@@ -21,13 +22,15 @@ def show_way(run: Path, name: str, number: int) -> None:
     r = read_jsonl(folder / "rewards.jsonl", "rewards")
     if not 0 <= number < len(y):
         raise InputError(f"{folder} has the prompts 0 to {len(y) - 1}; there is no {number}")
-    print(f"x  {y[number]['prompt']}\n")
+    print(f"{name}'s iteration, prompt {number} of {len(y)} (others: --model, --prompt)\n\n"
+          f"x  {y[number]['prompt']}\n")
     for n, response in enumerate(y[number]["responses"]):
         reward = r[number]["rewards"][n]
         print(f"y^{n + 1}  {response}")
         none = "none (unread)" if y[number]["finished"][n] else "none (cut off)"
         print(f"     reward {none if reward is None else f'{reward:.2f}'}"
-              f" = mean of {r[number]['scores'][n]}; the first judgement:")
+              f" = mean of {r[number]['scores'][n]} (the oracle: "
+              f"{oracle.score(y[number]['prompt'], response)}); the first judgement:")
         print("     | " + r[number]["judgements"][n][0].replace("\n", "\n     | ") + "\n")
     pairs = [p for p in read_jsonl(folder / "pairs.jsonl", "pairs") if p["prompt"] == y[number]["prompt"]]
     if not pairs:
@@ -50,11 +53,16 @@ def _show_training(run: Path, name: str, pair: dict) -> None:
         with torch.no_grad():
             chosen, rejected, _ = (value.item() for value in dpo.pair_logps(model, encoded))
         print(f"{which:14}{chosen:10.2f}{rejected:10.2f}{chosen - rejected:12.2f}")
-    print(f"\nwhat bears loss (green):\n{tokenizer.paint(*encoded[0][0])}\n{tokenizer.paint(*encoded[0][1])}")
+    if sys.stdout.isatty():  # colours mean nothing in a file
+        print("\nwhat bears loss (green):")
+        for ids, mask in encoded[0]:
+            print(tokenizer.paint(ids, mask))
 
 
 def chat(folder: Path, question: str | None, n: int, template: Path, config: SampleConfig, seed: int) -> None:
     """Answer a question n times and judge each answer; without a question, ask for one after another."""
+    if not 1 <= n <= 64 or config.temperature < 0 or question is not None and not question.strip():
+        raise InputError("chat takes a question that is not empty, 1 to 64 answers, a temperature from 0 up")
     model, tokenizer = load_model(folder)
     judge_template = judge.load_template(template)
     if question is not None:
@@ -80,3 +88,6 @@ def _answer(model, tokenizer, question, n, template, config, seed) -> None:
         reward = judge.reward(judgements)
         print(f"{'unread' if reward is None else f'{reward:6.2f}'}  {text}")
         print("        | " + judgements[0].text.replace("\n", "\n        | "))
+    if all(judge.reward(judgements) is None for judgements in judged):
+        print("No judgement can be read: a model of the tiny world knows only its requests, e.g. "
+              "Write a story about a sad pig at the river.")

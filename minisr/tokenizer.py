@@ -5,7 +5,6 @@ Special tokens are control symbols, which SentencePiece never makes from text: a
 """
 
 import io
-from pathlib import Path
 
 import sentencepiece
 
@@ -48,10 +47,6 @@ class Tokenizer:
             piece = self.pieces.id_to_piece(i).replace("▁", " ")
             return f"\033[{32 if target else 90}m{piece}\033[0m"
         return "".join(map(show, ids, mask))
-
-    @classmethod
-    def load(cls, path: Path) -> "Tokenizer":
-        return cls(Path(path).read_bytes())
 
 
 def train_tokenizer(texts, vocab_size: int) -> Tokenizer:

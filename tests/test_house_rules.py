@@ -67,7 +67,7 @@ def code_lines(file):
 
 def test_the_package_is_short():
     assert sum(map(code_lines, FILES)) <= 2000
-    assert sum(LINES.values()) <= 2700
+    assert sum(LINES.values()) <= 2720
     path = "loop model tokenizer sampler prompts judge pairs sft dpo evaluate".split()
     assert sum(LINES[NAMES[f"minisr.{name}"]] for name in path) <= 1300
 

@@ -325,7 +325,7 @@ def test_show_prints_the_way_of_a_prompt_from_responses_to_log_probabilities(fin
     y, r = jsonl(finished / "M1/responses.jsonl"), jsonl(finished / "M1/rewards.jsonl")
     number = [record["prompt"] for record in y].index(pair["prompt"])
     code, out, _ = minisr("show", finished, "--model", "M1", "--prompt", number)
-    assert code == 0 and out.startswith(f"x  {pair['prompt']}\n")
+    assert code == 0 and f"\nx  {pair['prompt']}\n" in out
     for n, text in enumerate(y[number]["responses"]):
         assert f"y^{n + 1}  {text}\n" in out
         assert r[number]["judgements"][n][0].split("\n")[0] in out
