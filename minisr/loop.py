@@ -4,7 +4,7 @@
 a run that was stopped goes on at its first unfinished arrow.
 """
 
-from minisr.records import write_json
+from minisr.records import read_json, write_json
 from minisr.run import Run
 from minisr.stages import Model
 
@@ -30,7 +30,7 @@ def run_loop(run: Run, after=lambda metrics: None) -> dict:
     for _ in range(run.config.iterations):
         models.append(self_reward(models[-1]))
         after(evaluate(run, models))
-    return evaluate(run, models)
+    return read_json(run.folder / "metrics.json", "metrics")
 
 
 def finished_models(run: Run) -> list[Model]:
