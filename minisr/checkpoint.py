@@ -1,11 +1,10 @@
-"""M_t on disk: a folder with model.pt, tokenizer.model and meta.json.
+"""M_t on disk: a folder with model.pt, the tokenizer, chat.txt and meta.json.
 
 model.pt holds plain tensors and numbers and is read with weights_only=True: nothing is executed.
 meta.json says what made it, its hash and its parent's; a file that does not match is refused.
 """
 
 import hashlib
-import io
 import pickle
 import warnings
 from dataclasses import asdict
@@ -14,45 +13,69 @@ from pathlib import Path
 import torch
 
 from minisr.model import Decoder, ModelConfig
-from minisr.records import InputError, read_json, write_bytes, write_json
-from minisr.tokenizer import Tokenizer
+from minisr.records import InputError, read_bytes, read_json, read_text, write_bytes, write_json, writing
+from minisr.tokenizer import SentencePiece, Tokenizer, TokenizerJSON, chat_template
 
 SEED_MODEL = Path(__file__).parent / "world" / "M0"  # pretrained on the tiny world, ships with minisr
 
 
 def save_model(folder: Path, model: Decoder, tokenizer: Tokenizer, meta: dict) -> None:
     """Write a model folder; meta.json comes last, so that a folder that has it is whole."""
-    buffer = io.BytesIO()
-    weights = {name: tensor.cpu() for name, tensor in model.state_dict().items()}
-    torch.save({"config": asdict(model.config), "weights": weights}, buffer)
-    write_bytes(folder / "model.pt", buffer.getvalue())
-    write_bytes(folder / "tokenizer.model", tokenizer.model)
-    write_json(folder / "meta.json", {"hash": digest(buffer.getvalue()), **meta})
+    weights = {name: tensor.cpu() for name, tensor in model.state_dict().items()
+               if not (model.config.tied and name == "head.weight")}
+    with writing(folder / "model.pt") as file:
+        torch.save({"config": asdict(model.config), "weights": weights}, file)
+    for name, content in tokenizer.files.items():
+        write_bytes(folder / name, content)
+    write_json(folder / "meta.json", {"hash": file_digest(folder / "model.pt"), **meta})
 
 
 def load_model(folder: Path, device: str = "cpu") -> tuple[Decoder, Tokenizer]:
     """The model and tokenizer of a folder, in eval mode. InputError names what is wrong with it."""
     folder = Path(folder)
-    recorded, content = model_hash(folder), _read(folder / "model.pt")
-    if digest(content) != recorded:
+    recorded = model_hash(folder)
+    if file_digest(folder / "model.pt") != recorded:
         raise InputError(f"{folder / 'model.pt'} is not the file that meta.json describes (truncated or "
                          "changed); delete the folder to have it made again")
     try:
         with warnings.catch_warnings(action="ignore"):  # the error says it in one line
-            stored = torch.load(io.BytesIO(content), weights_only=True, map_location="cpu")
+            stored = torch.load(folder / "model.pt", weights_only=True, map_location="cpu")
         if not isinstance(stored, dict):
             raise TypeError("model.pt holds something else")
-        model = Decoder(ModelConfig(**stored["config"]))
-        model.load_state_dict(stored["weights"])
-        tokenizer = Tokenizer(_read(folder / "tokenizer.model"))
+        model = assemble(ModelConfig(**stored["config"]), stored["weights"], device)
+        tokenizer = load_tokenizer(folder)
     except (RuntimeError, pickle.UnpicklingError, LookupError, TypeError, ValueError,
             ArithmeticError, EOFError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise InputError(f"{folder} is no minisr model of this version: {reason}") from error
-    if len(tokenizer) != model.config.vocab_size:
-        raise InputError(f"{folder}: tokenizer.model has {len(tokenizer)} pieces, model.pt "
-                         f"{model.config.vocab_size}; they do not belong together")
-    return model.to(device).eval(), tokenizer
+        raise InputError(f"{folder} is no minisr model of this version: {first_line(error)}") from error
+    check_sizes(folder, model.config, tokenizer)
+    return model, tokenizer
+
+
+def assemble(config: ModelConfig, weights: dict[str, torch.Tensor], device: str = "cpu") -> Decoder:
+    """A decoder in eval mode with these weights: float32, on a GPU bfloat16."""
+    with torch.device("meta"):  # no memory, no random numbers for weights that are replaced at once
+        model = Decoder(config)
+    if config.tied:
+        weights = {**weights, "head.weight": weights["embed.weight"]}
+    model.load_state_dict(weights, assign=True)
+    model.tie()
+    return model.to(device, torch.bfloat16 if "cuda" in device else torch.float32).eval()
+
+
+def load_tokenizer(folder: Path) -> Tokenizer:
+    """tokenizer.model or tokenizer.json, and chat.txt (the tiny world's if there is none)."""
+    kind = SentencePiece if (folder / SentencePiece.FILE).exists() else TokenizerJSON
+    chat = folder / "chat.txt"
+    return Tokenizer(kind(read_bytes(folder / kind.FILE)),
+                     read_text(chat, "chat template") if chat.exists() else chat_template("tiny"))
+
+
+def check_sizes(source: Path, config: ModelConfig, tokenizer: Tokenizer) -> None:
+    """The embedding may be padded to a round size beyond the vocabulary, not more."""
+    padded = {-(-len(tokenizer) // multiple) * multiple for multiple in (1, 8, 64, 128, 256)}
+    if config.vocab_size not in padded:
+        raise InputError(f"{source}: {tokenizer.vocabulary.FILE} has {len(tokenizer)} pieces, the model "
+                         f"{config.vocab_size}; they do not belong together")
 
 
 def model_hash(folder: Path) -> str:
@@ -71,8 +94,14 @@ def digest(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
-def _read(path: Path) -> bytes:
+def file_digest(path: Path) -> str:
+    """The sha256 of a file of any size."""
     try:
-        return path.read_bytes()
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}") from error
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -47,7 +47,8 @@ class Config:
     iterations: int = 2  # T rounds of DPO after M1: M2 .. M_{T+1}
     device: str = "auto"  # CUDA when there, else CPU
     threads: int = 2  # of the CPU; another number may change the last bit of a result
-    seed_model: str = ""  # folder of M0; "" is the one that ships with minisr
+    seed_model: str = ""  # M0: a model folder, a .gguf file, package:NAME; "": minisr's own
+    chat: str = ""  # chat template of M0, a name or a file; "": the one it came with
     seed_data: SeedConfig = field(default_factory=SeedConfig)
     sft: OptimConfig = field(default_factory=OptimConfig)
     prompts: PromptConfig = field(default_factory=PromptConfig)
@@ -77,7 +78,8 @@ LIMITS = {
     "rouge": (0, math.inf), "own_shots": (0, 100), "attempts": (1, 1000), "warmup": (0, 1),
     "weight_decay": (0, 1), "dropout": (0, 0.99), "learning_rate": (0, 10),
     "final_learning_rate": (0, 10), "clip": (0, math.inf), "beta": (0, math.inf),
-    "nll": (0, math.inf), "replay": (0, math.inf), "norm_eps": (0, 1),
+    "head_width": (0, math.inf), "micro_batch": (0, math.inf), "nll": (0, math.inf),
+    "replay": (0, math.inf), "norm_eps": (0, 1),
 }
 
 
@@ -128,8 +130,9 @@ def _value(kind, value, name: str, where: str):
             raise InputError(f"{where}: {name} must be a section [{name}]")
         return build(kind, value, f"{where} [{name}]")
     if get_origin(kind) is tuple:
-        if not isinstance(value, list) or not all(isinstance(v, get_args(kind)[0]) for v in value):
-            raise InputError(f"{where}: {name} must be a list of strings")
+        one = get_args(kind)[0]
+        if not isinstance(value, list) or not all(isinstance(v, one) for v in value):
+            raise InputError(f"{where}: {name} must be a list, each {_name(one)}")
         return tuple(value)
     if kind is float and type(value) is int:
         value = float(value)
@@ -145,7 +148,7 @@ def _value(kind, value, name: str, where: str):
 
 
 def _name(kind: type | types.GenericAlias) -> str:
-    return {int: "a whole number", float: "a number", str: "a string", bool: "true or false"}[kind]
+    return {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}[kind]
 
 
 def differences(old: dict, new: dict, prefix: str = "") -> list[str]:

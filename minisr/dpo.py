@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minisr.sampler import key as coordinates
-from minisr.sft import collate, encode_examples, schedule, target_loss
-from minisr.train import OptimConfig, fit
+from minisr.sft import collate, encode_examples, schedule, target_loss_parts
+from minisr.train import OptimConfig, fit, micro_batches
 
 
 @dataclass(frozen=True)
@@ -52,12 +52,12 @@ def encode_pairs(tokenizer, pairs: list[dict], context: int) -> list[tuple]:
 
 
 def pair_logps(model, pairs: list[tuple]) -> tuple[Tensor, Tensor, Tensor]:
-    """log p of chosen (B,), of rejected (B,), and the chosen ones' mean loss a token."""
+    """log p of chosen (B,), of rejected (B,), and the chosen ones' loss a token (B,)."""
     sides = [chosen for chosen, _ in pairs] + [rejected for _, rejected in pairs]
     ids, mask = collate(sides, model.device)  # (2B, T)
     logps = sequence_logprobs(model(ids), ids, mask)
     chosen, rejected = logps.chunk(2)
-    return chosen, rejected, (-chosen / mask[:len(pairs)].sum(-1)).mean()
+    return chosen, rejected, -chosen / mask[:len(pairs)].sum(-1)
 
 
 @torch.no_grad()
@@ -73,23 +73,24 @@ def train_dpo(model, tokenizer, pairs: list[dict], replay: list[dict], config: D
               title: str, log_file=None):
     """Train M_t in place into M_{t+1} on preference pairs; `replay` are EFT records; returns it."""
     encoded = encode_pairs(tokenizer, pairs, model.config.context)
-    ref_chosen, ref_rejected = reference_logps(model, encoded, config.batch_size)
+    ref_chosen, ref_rejected = reference_logps(model, encoded, config.micro_batch or config.batch_size)
     batches = schedule([len(c[0]) for c, _ in encoded], config.batch_size, config.epochs, key)
     replayed = iter(_replay_batches(tokenizer, replay, batches, model, config, key))
     torch.manual_seed(coordinates(key, "dropout"))
 
-    def loss_of(batch):
-        chosen, rejected, nll = pair_logps(model, [encoded[i] for i in batch])
-        losses, r_w, r_l = dpo_loss(chosen, rejected, ref_chosen[batch], ref_rejected[batch], config.beta)
-        loss = losses.mean() + config.nll * nll
+    def loss_parts(batch):
+        for part in micro_batches(batch, config):
+            chosen, rejected, nll = pair_logps(model, [encoded[i] for i in part])
+            losses, r_w, r_l = dpo_loss(chosen, rejected, ref_chosen[part], ref_rejected[part], config.beta)
+            figures = {"dpo_loss": losses, "margin": r_w - r_l, "accuracy": (r_w > r_l).float(),
+                       "chosen_logp": chosen, "rejected_logp": rejected}
+            yield ((losses + config.nll * nll).sum() / len(batch),
+                   {name: values.sum().item() / len(batch) for name, values in figures.items()})
         if config.replay:
-            ids, mask = collate(next(replayed), model.device)
-            loss = loss + config.replay * target_loss(model(ids), ids, mask)
-        return loss, {"dpo_loss": losses.mean().item(), "margin": (r_w - r_l).mean().item(),
-                      "accuracy": (r_w > r_l).float().mean().item(),
-                      "chosen_logp": chosen.mean().item(), "rejected_logp": rejected.mean().item()}
+            for loss in target_loss_parts(model, next(replayed), config):
+                yield config.replay * loss, {}
 
-    fit(model, batches, loss_of, config, title, log_file)
+    fit(model, batches, loss_parts, config, title, log_file)
     return model
 
 

@@ -72,7 +72,7 @@ def judge(model, tokenizer, template: str, prompts: list[str], responses: list[s
     asked = [tokenizer.chat_prompt(judge_prompt(template, x, y)) for x, y in zip(prompts, responses)]
     fits = [i for i, ids in enumerate(asked) if len(ids) < model.config.context]
     drawn = sample(model, [asked[i] for i in fits], config.judgements, config,
-                   key=key, stop=(tokenizer.eos,), title="judge")
+                   key=key, stop=tokenizer.stops, title="judge")
     unread = [Judgement("", None)] * config.judgements
     judged = [unread] * len(asked)
     for i, samples in zip(fits, drawn):

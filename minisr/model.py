@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 
 @dataclass(frozen=True)
@@ -28,14 +29,20 @@ class ModelConfig:
     kv_heads: int = 2
     hidden: int = 344  # inner width of the SwiGLU feed-forward
     context: int = 256  # the longest sequence, prompt and response together
+    head_width: int = 0  # 0: width / heads
     rope_theta: float = 10000.0
+    rope_scaling: tuple[float, ...] = ()  # (factor,), or Llama 3's (factor, low, high, original context)
     norm_eps: float = 1e-5
     tied: bool = True  # one matrix for the embedding and the head
     dropout: float = 0.0
 
     def __post_init__(self):
-        if self.width % (2 * self.heads) or self.heads % self.kv_heads:
+        if not self.head_width and self.width % (2 * self.heads) or self.heads % self.kv_heads:
             raise ValueError("width must be an even multiple of heads, and heads a multiple of kv_heads")
+        object.__setattr__(self, "head_width", self.head_width or self.width // self.heads)
+        object.__setattr__(self, "rope_scaling", tuple(self.rope_scaling))
+        if self.head_width % 2 or len(self.rope_scaling) not in (0, 1, 4):
+            raise ValueError("head_width must be even, and rope_scaling have 0, 1 or 4 numbers")
 
 
 class KVCache:
@@ -46,7 +53,7 @@ class KVCache:
     """
 
     def __init__(self, config: ModelConfig, rows: int, capacity: int, like: Tensor):
-        shape = (config.layers, rows, config.kv_heads, capacity, config.width // config.heads)
+        shape = (config.layers, rows, config.kv_heads, capacity, config.head_width)
         self.k, self.v = like.new_zeros(shape), like.new_zeros(shape)
         self.length = 0
         self.prefix = 0
@@ -90,9 +97,14 @@ class Decoder(nn.Module):
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.norm = nn.RMSNorm(config.width, config.norm_eps)
         self.head = nn.Linear(config.width, config.vocab_size, bias=False)
-        if config.tied:
-            self.head.weight = self.embed.weight
         self.dropout = nn.Dropout(config.dropout)
+        self.recompute = False  # activations in the backward pass: a third slower, far less memory
+        self.tie()
+
+    def tie(self) -> None:
+        """One matrix for embedding and head, if the config says so; again after weights were replaced."""
+        if self.config.tied:
+            self.head.weight = self.embed.weight
 
     def forward(self, ids: Tensor, cache: KVCache | None = None) -> Tensor:
         return self.head(self.hidden(ids, cache))  # (B, T, V)
@@ -106,9 +118,10 @@ class Decoder(nn.Module):
             positions, mask = cache.positions(new), cache.visible(new)
         x = self.dropout(self.embed(ids))  # (B, T, C)
         rotation = rotary(positions, self.config)
-        # On a GPU the matrices multiply in bfloat16; weights, stream, norms and head stay float32.
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=x.device.type == "cuda"):
-            for layer, block in enumerate(self.blocks):
+        for layer, block in enumerate(self.blocks):
+            if self.recompute and self.training:
+                x = checkpoint(block, x, rotation, mask, cache, layer, use_reentrant=False)
+            else:
                 x = block(x, rotation, mask, cache, layer)
         if cache is not None:
             cache.length += new
@@ -140,15 +153,14 @@ class Attention(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.heads, self.kv_heads = config.heads, config.kv_heads
-        self.head_width = config.width // config.heads
+        self.heads, self.kv_heads, self.head_width = config.heads, config.kv_heads, config.head_width
         self.q_proj = nn.Linear(config.width, self.heads * self.head_width, bias=False)
         self.k_proj = nn.Linear(config.width, self.kv_heads * self.head_width, bias=False)
         self.v_proj = nn.Linear(config.width, self.kv_heads * self.head_width, bias=False)
         self.out_proj = nn.Linear(self.heads * self.head_width, config.width, bias=False)
 
     def forward(self, x, rotation, mask, cache, layer):
-        B, T, C = x.shape
+        B, T, _ = x.shape
         q = self.q_proj(x).view(B, T, self.heads, self.head_width).transpose(1, 2)  # (B, H, T, D)
         k = self.k_proj(x).view(B, T, self.kv_heads, self.head_width).transpose(1, 2)  # (B, G, T, D)
         v = self.v_proj(x).view(B, T, self.kv_heads, self.head_width).transpose(1, 2)
@@ -158,7 +170,7 @@ class Attention(nn.Module):
         else:
             k, v = cache.update(layer, k, v)  # (B, G, S, D)
             y = grouped_attention(q, k, v, mask)
-        return self.out_proj(y.transpose(1, 2).reshape(B, T, C))
+        return self.out_proj(y.transpose(1, 2).reshape(B, T, self.heads * self.head_width))
 
 
 def grouped_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
@@ -186,11 +198,27 @@ class FeedForward(nn.Module):
 
 
 def rotary(positions: Tensor, config: ModelConfig) -> tuple[Tensor, Tensor]:
-    """cos and sin (B, 1, T, D/2) of the angle position * theta^(-2i/D)."""
-    D = config.width // config.heads
-    exponent = torch.arange(0, D, 2, device=positions.device, dtype=torch.float32) / D
-    angle = positions[:, None, :, None].float() * config.rope_theta**-exponent
+    """cos and sin (B, 1, T, D/2) of the angle position * frequency."""
+    angle = positions[:, None, :, None].float() * frequencies(config, positions.device)
     return angle.cos(), angle.sin()
+
+
+def frequencies(config: ModelConfig, device) -> Tensor:
+    """theta^(-2i/D), and slower for a context longer than that of pretraining: (D/2,).
+
+    Linear scaling divides all by a factor. Llama 3 does so where a turn is longer than context / low,
+    not where it is shorter than context / high, and in between a share of it."""
+    D = config.head_width
+    frequency = config.rope_theta ** -(torch.arange(0, D, 2, device=device, dtype=torch.float32) / D)
+    if not config.rope_scaling:
+        return frequency
+    factor, *rest = config.rope_scaling
+    if not rest:
+        return frequency / factor
+    low, high, context = rest
+    turns = context * frequency / (2 * math.pi)  # full turns within the original context
+    keep = ((turns - low) / (high - low)).clamp(0, 1)
+    return frequency * (keep + (1 - keep) / factor)
 
 
 def rotate(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:

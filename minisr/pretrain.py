@@ -15,7 +15,7 @@ from minisr.config import PretrainConfig, to_toml
 from minisr.model import Decoder, init_weights
 from minisr.records import InputError
 from minisr.sampler import key
-from minisr.sft import collate, schedule, target_loss
+from minisr.sft import schedule, target_loss_parts
 from minisr.tokenizer import Tokenizer, train_tokenizer
 from minisr.train import fit
 from minisr.world import corpus
@@ -31,11 +31,11 @@ def pretrain(config: PretrainConfig, folder: Path) -> None:
     batches = schedule([len(ids) for ids, _ in documents], config.train.batch_size,
                        config.train.epochs, key(config.seed, "order"))
 
-    def loss_of(batch):
-        ids, mask = collate([documents[i] for i in batch], model.device)
-        return target_loss(model(ids), ids, mask), {"tokens": int(mask.sum())}
+    def loss_parts(batch):
+        for loss in target_loss_parts(model, [documents[i] for i in batch], config.train):
+            yield loss, {}
 
-    fit(model, batches, loss_of, config.train, "pretrain", folder / "train_log.jsonl")
+    fit(model, batches, loss_parts, config.train, "pretrain", folder / "train_log.jsonl")
     save_model(folder, model, tokenizer, {
         "made_by": "pretrain", "seed": config.seed, "torch": torch.__version__,
         "config_hash": digest(to_toml(config).encode())})
@@ -57,7 +57,7 @@ def _documents(tokenizer: Tokenizer, config: PretrainConfig) -> list[tuple]:
     rng, documents, tokens = Random(key(config.seed, "text")), [], 0
     with tqdm(total=config.tokens, desc="text", leave=False) as bar:
         while tokens < config.tokens:
-            ids = [tokenizer.bos, *tokenizer.encode(corpus.document(rng)), tokenizer.eos]
+            ids = [*tokenizer.begin, *tokenizer.encode(corpus.document(rng)), tokenizer.eos]
             ids = ids[:config.model.context]
             documents.append((ids, [True] * len(ids)))
             tokens += len(ids)

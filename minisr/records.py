@@ -1,6 +1,7 @@
 """Files on disk: JSONL records and whole files, written atomically, read with clear errors."""
 
 import contextlib
+import importlib
 import json
 import os
 from pathlib import Path
@@ -10,14 +11,30 @@ class InputError(Exception):
     """Something the user gave is wrong. Its text is the one line that says what, where and how to mend it."""
 
 
+def need(module: str, extra: str):
+    """Import a package that only an extra installs."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise InputError(f'this needs the package {module}: pip install "minisr[{extra}]" '
+                         f'(from a checkout: pip install ".[{extra}]")') from error
+
+
 def write_bytes(path: Path, content: bytes) -> None:
-    """Write a file beside its place, flush it to disk, then rename: it is whole or not there."""
+    """Write a whole file atomically."""
+    with writing(path) as file:
+        file.write(content)
+
+
+@contextlib.contextmanager
+def writing(path: Path):
+    """A file opened beside its place; flushed to disk and renamed at the end: it is whole or not there."""
     path = Path(path)
     beside = path.with_name(path.name + ".part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(beside, "wb") as file:
-            file.write(content)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(beside, path)
@@ -36,6 +53,13 @@ def write_jsonl(path: Path, records) -> None:
     """One record a line."""
     lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
     write_bytes(path, "".join(lines).encode())
+
+
+def read_bytes(path: Path) -> bytes:
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from error
 
 
 def read_text(path: Path, what: str) -> str:

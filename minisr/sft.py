@@ -8,7 +8,7 @@ from torch import Tensor
 
 from minisr.records import InputError
 from minisr.sampler import key as coordinates
-from minisr.train import OptimConfig, fit
+from minisr.train import OptimConfig, fit, micro_batches
 
 
 def encode_examples(tokenizer, examples: list[dict], context: int) -> list[tuple]:
@@ -46,9 +46,18 @@ def collate(encoded: list[tuple], device) -> tuple[Tensor, Tensor]:
 
 
 def target_loss(logits: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
-    """Mean cross-entropy of the target tokens: logits (B, T, V) at t - 1 predict ids (B, T) at t."""
+    """Cross-entropy summed over target tokens: logits (B, T, V) at t - 1 predict ids (B, T) at t."""
     targets = ids[:, 1:].masked_fill(~mask[:, 1:], -100)
-    return F.cross_entropy(logits[:, :-1].transpose(1, 2).float(), targets, ignore_index=-100)
+    return F.cross_entropy(logits[:, :-1].transpose(1, 2).float(), targets, ignore_index=-100,
+                           reduction="sum")
+
+
+def target_loss_parts(model, batch: list[tuple], config: OptimConfig):
+    """The mean loss a target token of a batch of (ids, mask), in its micro-batches' shares."""
+    targets = sum(sum(mask[1:]) for _, mask in batch)
+    for part in micro_batches(batch, config):
+        ids, mask = collate(part, model.device)
+        yield target_loss(model(ids), ids, mask) / targets
 
 
 def train_sft(model, tokenizer, examples: list[dict], config: OptimConfig, key: int,
@@ -58,9 +67,9 @@ def train_sft(model, tokenizer, examples: list[dict], config: OptimConfig, key: 
     batches = schedule([len(ids) for ids, _ in encoded], config.batch_size, config.epochs, key)
     torch.manual_seed(coordinates(key, "dropout"))
 
-    def loss_of(batch):
-        ids, mask = collate([encoded[i] for i in batch], model.device)
-        return target_loss(model(ids), ids, mask), {"examples": len(batch)}
+    def loss_parts(batch):
+        for loss in target_loss_parts(model, [encoded[i] for i in batch], config):
+            yield loss, {}
 
-    fit(model, batches, loss_of, config, title, log_file)
+    fit(model, batches, loss_parts, config, title, log_file)
     return model

@@ -80,7 +80,7 @@ def chat(folder: Path, question: str | None, n: int, template: Path, config: Sam
 
 def _answer(model, tokenizer, question, n, template, config, seed) -> None:
     [drawn] = sample(model, [tokenizer.chat_prompt(question)], n, config, key=key(seed, "chat"),
-                     stop=(tokenizer.eos,))
+                     stop=tokenizer.stops)
     texts = [tokenizer.decode(s.ids) for s in drawn]
     judged = judge.judge(model, tokenizer, template, [question] * n, texts, judge.JudgeConfig(),
                          key(seed, "chat judge"))

@@ -102,7 +102,7 @@ class Model:
         """n (text, finished) for each prompt."""
         model, tokenizer = self.load()
         drawn = sample(model, [tokenizer.chat_prompt(p) for p in asked], n, config,
-                       key=self.key(purpose), stop=(tokenizer.eos,), title=f"{self.name} {purpose}")
+                       key=self.key(purpose), stop=tokenizer.stops, title=f"{self.name} {purpose}")
         return [[(tokenizer.decode(s.ids), s.finished) for s in row] for row in drawn]
 
     @stage("rewards")

@@ -1,6 +1,7 @@
 """The optimizer loop that pretraining, SFT and DPO share: schedule, clipping, log."""
 
 import math
+from collections import Counter
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +18,8 @@ class OptimConfig:
     final_learning_rate: float = 1e-4  # reached by a cosine (paper, section 3.1.3)
     warmup: float = 0.05  # share of the steps
     batch_size: int = 16
+    micro_batch: int = 0  # examples in memory at once, their gradients added up; 0: the whole batch
+    recompute: bool = False  # activations in the backward pass: less memory, a third slower
     epochs: int = 1
     weight_decay: float = 0.0
     clip: float = 1.0  # largest norm of the gradient
@@ -34,11 +37,11 @@ def learning_rate(step: int, steps: int, config: OptimConfig) -> float:
     return config.final_learning_rate + span * (1 + math.cos(math.pi * progress)) / 2
 
 
-def optimizers(model, config: OptimConfig) -> list[torch.optim.Optimizer]:
+def optimizers(masters: dict, config: OptimConfig) -> list[torch.optim.Optimizer]:
     """AdamW; with "muon" only for what is no matrix inside a block (Jordan et al., 2024)."""
-    matrices = [p for p in model.blocks.parameters() if p.dim() == 2]
+    matrices = [p for name, p in masters.items() if name.startswith("blocks.") and p.dim() == 2]
     ids = set(map(id, matrices))
-    others = [p for p in model.parameters() if id(p) not in ids]
+    others = [p for p in masters.values() if id(p) not in ids]
     if config.optimizer == "adamw":
         groups = [{"params": matrices, "weight_decay": config.weight_decay},
                   {"params": others, "weight_decay": 0.0}]
@@ -48,31 +51,66 @@ def optimizers(model, config: OptimConfig) -> list[torch.optim.Optimizer]:
             torch.optim.AdamW(others, lr=config.learning_rate, betas=(0.9, 0.95), weight_decay=0.0)]
 
 
-def fit(model, batches: list, loss_of, config: OptimConfig, title: str, log_file=None) -> list[dict]:
-    """Train model on batches in the order given; loss_of(batch) -> (loss, figures to log).
+def master_weights(model) -> dict[str, torch.Tensor]:
+    """What the optimizer updates: the weights, or float32 copies where they are bfloat16, in which
+    a small step would round to nothing."""
+    return {name: p if p.dtype == torch.float32 else p.detach().float().requires_grad_()
+            for name, p in model.named_parameters()}
+
+
+def backward(loss: torch.Tensor, model, masters: dict) -> None:
+    """Add the loss's gradients to the master weights'."""
+    loss.backward()
+    for name, p in model.named_parameters():
+        if p is not masters[name] and p.grad is not None:
+            grad = p.grad.float()
+            masters[name].grad = grad if masters[name].grad is None else masters[name].grad + grad
+            p.grad = None
+
+
+def micro_batches(batch: list, config: OptimConfig) -> list[list]:
+    """A batch in parts that fit into memory."""
+    size = config.micro_batch or len(batch)
+    return [batch[i:i + size] for i in range(0, len(batch), size)]
+
+
+def fit(model, batches: list, loss_parts, config: OptimConfig, title: str, log_file=None) -> list[dict]:
+    """Train model on batches in the order given; loss_parts(batch) yields (loss, figures), the shares of
+    each micro-batch in the batch's loss and in the figures to log.
 
     Returns one record a step, which also goes to log_file. The model is left in eval mode."""
     model.train()
+    model.recompute = config.recompute
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = config.dropout
-    chosen, log = optimizers(model, config), []
+    masters = master_weights(model)
+    chosen, log = optimizers(masters, config), []
     for step, batch in enumerate(tqdm(batches, title, leave=False)):
-        rate = learning_rate(step, len(batches), config)
-        loss, figures = loss_of(batch)
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
+        rate, figures = learning_rate(step, len(batches), config), Counter()
+        for loss, share in loss_parts(batch):
+            backward(loss, model, masters)
+            figures.update({"loss": loss.item(), **share})
+        norm = torch.nn.utils.clip_grad_norm_(masters.values(), config.clip)
         if not torch.isfinite(norm):
             raise InputError(f"{title}: loss or gradient is not finite at step {step}; "
                              "lower learning_rate")
-        for optimizer in chosen:
-            for group in optimizer.param_groups:
-                group["lr"] = rate
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        log.append({"step": step, "loss": loss.item(), **figures, "grad_norm": norm.item(),
-                    "learning_rate": rate})
+        update(model, masters, chosen, rate)
+        log.append({"step": step, **figures, "grad_norm": norm.item(), "learning_rate": rate})
     model.eval()
     if log_file:
         write_jsonl(log_file, log)
     return log
+
+
+@torch.no_grad()
+def update(model, masters: dict, chosen: list[torch.optim.Optimizer], rate: float) -> None:
+    """One step of the optimizers at this learning rate; the gradients are spent."""
+    for optimizer in chosen:
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    for name, p in model.named_parameters():
+        if p is not masters[name]:
+            p.copy_(masters[name])

@@ -107,7 +107,7 @@ def test_it_gives_up_when_the_model_never_makes_a_prompt(model_says):
 @pytest.mark.parametrize("end", ["newline", "eos", "none"])
 def test_a_prompt_ends_with_its_line_or_its_text(end):
     tokenizer, full_stop = tiny_tokenizer(), tiny_tokenizer().encode("9.")[-1]
-    pieces = map(tokenizer.pieces.id_to_piece, range(len(tokenizer)))
+    pieces = map(tokenizer.vocabulary.pieces.id_to_piece, range(len(tokenizer)))
     said = [i for i, piece in enumerate(pieces) if re.fullmatch("▁[a-z]{3,}", piece)][:3]  # words, none twice
     last = {"newline": tokenizer.encode("\n")[-1], "eos": tokenizer.eos, "none": said[-1]}[end]
     model = bigram(dict(zip([full_stop, *said], [*said, last])), len(tokenizer), context=512)

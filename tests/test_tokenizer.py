@@ -15,10 +15,10 @@ NASTY = ["", " ", "  both ends  ", "\n", "\n\n", "one\n\ntwo", " \n \n", "a\n b 
 
 @pytest.mark.parametrize("text", SPELLED)
 def test_text_that_spells_a_special_token_stays_text(tokenizer, text):
-    template = [tokenizer.bos, tokenizer.user, tokenizer.assistant, tokenizer.eos]
-    assert len({*template, tokenizer.pieces.unk_id()}) == 5
+    template = [tokenizer.vocabulary.specials[name] for name in ("<s>", "<|user|>", "<|assistant|>", "</s>")]
+    assert len({*template, tokenizer.vocabulary.pieces.unk_id()}) == 5
     ids = tokenizer.encode(text)
-    assert {*template, tokenizer.pieces.unk_id()}.isdisjoint(ids)
+    assert {*template, tokenizer.vocabulary.pieces.unk_id()}.isdisjoint(ids)
     assert tokenizer.decode(ids) == text
     ids, _ = tokenizer.chat(text, text)
     assert [i for i in ids if i in template] == template
@@ -40,14 +40,15 @@ def test_random_unicode_comes_back_as_it_was(tokenizer):
 
 def test_special_tokens_leave_no_trace_in_decoded_text(tokenizer):
     ids, _ = tokenizer.chat("What is\n new?", " Two foxes.")
-    assert tokenizer.decode(ids[:ids.index(tokenizer.assistant)]) == "What is\n new?"
-    assert tokenizer.decode(ids[ids.index(tokenizer.assistant):]) == " Two foxes."
+    turn = ids.index(tokenizer.vocabulary.specials["<|assistant|>"])
+    assert tokenizer.decode(ids[:turn]) == "What is\n new?"
+    assert tokenizer.decode(ids[turn:]) == " Two foxes."
 
 
 @pytest.mark.parametrize("response", ["Once there was a fox.", " begins with a space", "\nnew", "</s>", ""])
 @pytest.mark.parametrize("prompt", ["Write a story.", "ends with a space ", "<|assistant|>", ""])
 def test_chat_is_prompt_response_end_and_the_mask_is_on_response_and_end(tokenizer, prompt, response):
-    pieces = sentencepiece.SentencePieceProcessor(model_proto=tokenizer.model)
+    pieces = sentencepiece.SentencePieceProcessor(model_proto=tokenizer.vocabulary.content)
     bos, eos, user, assistant = map(pieces.piece_to_id, ("<s>", "</s>", "<|user|>", "<|assistant|>"))
     asked = [bos, user, *pieces.encode(prompt), assistant]
     answered = [*pieces.encode(response), eos]
@@ -60,15 +61,15 @@ def test_chat_is_prompt_response_end_and_the_mask_is_on_response_and_end(tokeniz
 
 def test_the_same_texts_give_the_same_tokenizer_bytes(tokenizer, world_lines):
     again = train_tokenizer(iter(world_lines), 500)
-    assert again.model == tokenizer.model and len(again) == len(tokenizer) == 500
-    assert train_tokenizer(world_lines[:100], 500).model != tokenizer.model
+    assert again.vocabulary.content == tokenizer.vocabulary.content and len(again) == len(tokenizer) == 500
+    assert train_tokenizer(world_lines[:100], 500).vocabulary.content != tokenizer.vocabulary.content
 
 
 def test_a_line_break_is_a_token_of_its_own(tokenizer):
     # New prompts are sampled until a line break: one hidden in a longer token would be missed.
     line_break = tokenizer.encode("\n")[-1]
     assert tokenizer.encode("fox\n\nhen").count(line_break) == 2
-    containing = [i for i in range(len(tokenizer)) if "\n" in tokenizer.pieces.id_to_piece(i)]
+    containing = [i for i in range(len(tokenizer)) if "\n" in tokenizer.vocabulary.pieces.id_to_piece(i)]
     assert containing == [line_break]
 
 

@@ -67,7 +67,7 @@ SETTINGS = [  # what is set, and what the one line must say
     ("judge=3", "judge must be a section [judge]"),
     ("dpo.beta=much", "[dpo]", "beta must be a number", "'much'"),
     ("iterations=2.5", "iterations must be a whole number", "2.5"),
-    ("prompts.keywords=3", "keywords must be a list of strings"),
+    ("prompts.keywords=3", "keywords must be a list, each a text"),
     ("responses.top_p=1.5", "[responses]", "top_p must lie between 0 and 1", "1.5"),
     ("dpo.beta=nan", "[dpo]", "beta must lie between", "nan"),
     ("judge.by=human", "[judge]", "by must be one of self, M1, oracle, random", "'human'"),
@@ -156,11 +156,11 @@ def weights_that_are_something_else(at):
     return stored(at, buffer.getvalue())
 
 
-@case("tokenizer.model has 310 pieces", "model.pt", "do not belong together")
+@case("tokenizer.model has 310 pieces", "the model 500", "do not belong together")
 def tokenizer_of_another_size(at):
     other = train_tokenizer(["Once there was a fox. It felt sad. The end."] * 9, 310)
     assert len(other) != len(tiny_tokenizer())
-    (at / "M0/tokenizer.model").write_bytes(other.model)
+    (at / "M0/tokenizer.model").write_bytes(other.vocabulary.content)
     return chat(at)
 
 

@@ -46,7 +46,7 @@ def bigram(follows: dict[int, int], vocab_size: int, context: int = 96) -> Decod
 def speaker(text: str, context: int = 96) -> Decoder:
     """A decoder that answers text to whatever it is asked. No token of text may come twice."""
     tokenizer = tiny_tokenizer()
-    said = [tokenizer.assistant, *tokenizer.encode(text), tokenizer.eos]
+    said = [tokenizer.vocabulary.specials["<|assistant|>"], *tokenizer.encode(text), tokenizer.eos]
     assert len(set(said)) == len(said), f"{text!r} repeats a token"
     return bigram(dict(zip(said, said[1:])), len(tokenizer), context)
 

