@@ -30,8 +30,9 @@ class ResponseConfig(SampleConfig):
 
 @dataclass(frozen=True)
 class SeedConfig:
-    """How much seed data the world's annotators leave, and what is held out."""
+    """Whose seed data, how much of it (from a folder: at most), and what is held out."""
 
+    source: str = "world"  # "world": the tiny world's people; "english": minisr's own; or a folder
     ift: int = 600  # prompts with one answer (paper: 3,200)
     ranked: int = 500  # prompts with three ranked answers, the source of EFT (paper: 1,630 EFT)
     eft_by: str = "annotator"  # or "baseline": the SFT baseline writes, agreement decides (paper)

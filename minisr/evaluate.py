@@ -16,8 +16,11 @@ RESAMPLES = 2000
 def answer_metrics(answers: list[dict]) -> dict:
     """Figures of one model's answers: shares of flawless ones, mean scores, length, points by criterion.
 
-    Each record has "sampled" and "greedy" texts with their five points. Length is in characters."""
-    result = {}
+    Each record has "sampled" and "greedy" texts, with their five points if there is an oracle. Length is
+    in characters."""
+    result = {"length": float(np.mean([len(record["sampled"]) for record in answers]))}
+    if "sampled_points" not in answers[0]:
+        return result
     for way, suffix in (("sampled", ""), ("greedy", "_greedy")):
         points = np.array([record[f"{way}_points"] for record in answers])  # (prompts, 5)
         flawless, scores = points.all(1), points.sum(1)
@@ -26,7 +29,6 @@ def answer_metrics(answers: list[dict]) -> dict:
         result[f"mean_score{suffix}"] = float(scores.mean())
         result[f"mean_score{suffix}_ci95"] = interval(scores)
         result[f"criteria{suffix}"] = [float(share) for share in points.mean(0)]
-    result["length"] = float(np.mean([len(record["sampled"]) for record in answers]))
     return result
 
 

@@ -1,54 +1,78 @@
-"""The table at the end of a run."""
+"""The table at the end of a run, and what became of each iteration's prompts."""
 
 from minisr.evaluate import TIE_RULE
 
-HEADS = ("", "flawless %", "flawless %", "mean", "against the row above", "against SFT", "judge:",
-         "five-", "exact", "Spear-", "Ken-", "parse", "length", "pairs", "sec-")
-HEADS_2 = ("model", "T=0.7 [95 %]", "greedy", "score", "win/tie/lose % [win]", "win/tie/lose % [win]",
-           "pairwise", "best", "match", "man", "dall", "rate", "chars", "", "onds")
+
+def _interval(m: dict, name: str) -> str:
+    low, high = m[f"{name}_ci95"]
+    return f"{100 * m[name]:.0f} [{100 * low:.0f}, {100 * high:.0f}]"
 
 
-def table(metrics: dict) -> str:
-    """Rows SFT, M1, M2, ...; the metrics of metrics.json as a person reads them."""
-    rows = [HEADS, HEADS_2] + [_row(name, model) for name, model in metrics["models"].items()]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(HEADS))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
-    return "\n".join([*lines[:2], "-" * max(map(len, lines)), *lines[2:]])
-
-
-def line(metrics: dict) -> str:
-    """The newest model in one line, while the run goes on."""
-    name, m = list(metrics["models"].items())[-1]
-    return (f"{name} done in {m['seconds']:.0f} s: flawless {100 * m['flawless']:.0f} % sampled, "
-            f"{100 * m['flawless_greedy']:.0f} % greedy; its judge orders "
-            f"{_share(m['judge']['pairwise'])} % of pairs rightly")
-
-
-def _row(name: str, m: dict) -> tuple[str, ...]:
-    low, high = m["flawless_ci95"]
-    j = m["judge"]
-    return (name, f"{100 * m['flawless']:.0f} [{100 * low:.0f}, {100 * high:.0f}]",
-            f"{100 * m['flawless_greedy']:.0f}", f"{m['mean_score']:.2f}",
-            _versus(m.get("versus_previous")), _versus(m.get("versus_sft")),
-            _share(j["pairwise"]), _share(j["five_best"]), _share(j["exact"]),
-            _number(j["spearman"]), _number(j["kendall"]), _share(j["parse_rate"]),
-            f"{m['length']:.0f}", str(m["pairs"] or "-"), f"{m['seconds']:.0f}")
-
-
-def _versus(rates: dict | None) -> str:
-    if rates is None:
-        return "-"
+def _versus(rates: dict) -> str:
     win, tie, lose = (round(100 * rates[k]) for k in ("win", "tie", "lose"))
     low, high = rates["win_ci95"]
     return f"{win}/{tie}/{lose} [{100 * low:.0f}, {100 * high:.0f}]"
 
 
-def _share(value: float | None) -> str:
-    return "-" if value is None else f"{100 * value:.1f}"
+# Two lines of heading, and the text of a model's figure; a column of which no model has a figure is left out.
+COLUMNS = (
+    ("", "model", lambda name, m: name),
+    ("flawless %", "T=0.7 [95 %]", lambda name, m: _interval(m, "flawless")),
+    ("flawless %", "greedy", lambda name, m: f"{100 * m['flawless_greedy']:.0f}"),
+    ("mean", "score", lambda name, m: f"{m['mean_score']:.2f}"),
+    ("against the row above", "win/tie/lose % [win]", lambda name, m: _versus(m["versus_previous"])),
+    ("against SFT", "win/tie/lose % [win]", lambda name, m: _versus(m["versus_sft"])),
+    ("judge:", "pairwise", lambda name, m: f"{100 * m['judge']['pairwise']:.1f}"),
+    ("five-", "best", lambda name, m: f"{100 * m['judge']['five_best']:.1f}"),
+    ("exact", "match", lambda name, m: f"{100 * m['judge']['exact']:.1f}"),
+    ("Spear-", "man", lambda name, m: f"{m['judge']['spearman']:.2f}"),
+    ("Ken-", "dall", lambda name, m: f"{m['judge']['kendall']:.2f}"),
+    ("parse", "rate", lambda name, m: f"{100 * m['judge']['parse_rate']:.1f}"),
+    ("length", "chars", lambda name, m: f"{m['length']:.0f}"),
+    ("pairs", "", lambda name, m: str(m["pairs"] or "-")),
+    ("sec-", "onds", lambda name, m: f"{m['seconds']:.0f}"),
+)
 
 
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2f}"
+def table(metrics: dict) -> str:
+    """Rows SFT, M1, M2, ...; the metrics of metrics.json as a person reads them."""
+    models = metrics["models"].items()
+    columns = [[head, head_2, *(_cell(text, name, m) for name, m in models)] for head, head_2, text in COLUMNS]
+    columns = [column for column in columns if set(column[2:]) != {"-"} or column[0] == "pairs"]
+    widths = [max(map(len, column)) for column in columns]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip()
+             for row in zip(*columns)]
+    return "\n".join([*lines[:2], "-" * max(map(len, lines)), *lines[2:], *_makings(metrics)])
+
+
+def _cell(text, name: str, m: dict) -> str:
+    try:
+        return text(name, m)
+    except (KeyError, TypeError):  # not measured, or not a number
+        return "-"
+
+
+def _makings(metrics: dict):
+    """For each trained iteration: what became of its prompts, and which scores were given."""
+    for name, m in metrics["models"].items():
+        if "selection" in m:
+            counts = {what: count for what, count in m["selection"].items() if count}
+            yield (f"{name} was made from {sum(counts.values())} prompts: "
+                   + ", ".join(f"{count} {what}" for what, count in counts.items())
+                   + "; scores given: " + ", ".join(f"{s}: {n}" for s, n in m["scores"].items()))
+
+
+def line(metrics: dict) -> str:
+    """The newest model in one line, while the run goes on."""
+    name, m = list(metrics["models"].items())[-1]
+    answers = ""
+    if "flawless" in m:
+        answers = (f" flawless {100 * m['flawless']:.0f} % sampled, {100 * m['flawless_greedy']:.0f} % "
+                   "greedy;")
+    pairwise = m["judge"]["pairwise"]
+    return (f"{name} done in {m['seconds']:.0f} s:{answers} its judge can be read in "
+            f"{100 * m['judge']['parse_rate']:.0f} % and orders "
+            f"{'-' if pairwise is None else f'{100 * pairwise:.1f}'} % of pairs rightly")
 
 
 LEGEND = f"Judge metrics: {TIE_RULE}."

@@ -6,13 +6,15 @@ from pathlib import Path
 import torch
 
 from minisr import seed_data
-from minisr.checkpoint import SEED_MODEL, model_hash
+from minisr.checkpoint import SEED_MODEL
 from minisr.config import Config, differences, load_config, to_toml
+from minisr.interop.source import source_digest
 from minisr.judge import load_template
 from minisr.records import InputError, read_jsonl, write_bytes, write_jsonl
 from minisr.sampler import key
 
 WORLD_TEMPLATE = Path(__file__).parent / "world" / "judge.txt"
+ENGLISH_TEMPLATE = seed_data.ENGLISH / "judge.txt"
 
 
 class Run:
@@ -25,7 +27,11 @@ class Run:
         if cuda and not torch.cuda.is_available():
             raise InputError('device is "cuda" but PyTorch sees no GPU; set device to "auto" or "cpu"')
         self.device = "cuda" if cuda else "cpu"
-        self.template = load_template(Path(config.judge.template or WORLD_TEMPLATE))
+        self.has_oracle = config.seed_data.source == "world"
+        if config.judge.by == "oracle" and not self.has_oracle:
+            raise InputError('judge.by = "oracle" needs the tiny world\'s data; nobody else has an oracle')
+        own = WORLD_TEMPLATE if self.has_oracle else ENGLISH_TEMPLATE
+        self.template = load_template(Path(config.judge.template or own))
 
     @classmethod
     def open(cls, folder: Path, config: Config) -> "Run":
@@ -40,7 +46,8 @@ class Run:
                 raise InputError(f"{folder} was made with another config ({'; '.join(changed)}); "
                                  "choose another folder with --out, or delete this one")
         if not (run.folder / "M0").exists():
-            model_hash(Path(config.seed_model or SEED_MODEL))  # told before anything is written
+            source_digest(config.seed_model or str(SEED_MODEL))  # told before anything is written
+            seed_data.held_out_and_seeds(config.seed_data, config.seed)
         write_bytes(stored, to_toml(config).encode())
         return run
 
@@ -49,7 +56,7 @@ class Run:
         return key(self.config.seed, *coordinates)
 
     def _seed_file(self, name: str, texts: tuple[str, ...] = ("prompt",)) -> list[dict]:
-        """One of the world's data sets; all are made together when the first is asked for."""
+        """One of the data sets; all are made together when the first is asked for."""
         path = self.folder / "seed" / f"{name}.jsonl"
         if not path.exists():
             made = seed_data.held_out_and_seeds(self.config.seed_data, self.config.seed)

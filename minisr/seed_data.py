@@ -3,7 +3,7 @@
 IFT teaches to answer: {prompt, response}. EFT teaches to judge: {judge prompt, justification and
 score}. EFT is made from prompts with several ranked responses, in one of two ways:
 
-- "annotator": the annotator who ranked the responses also writes each judgement;
+- "annotator": the annotator who ranked the responses also gave the reason for each score;
 - "baseline": the SFT baseline writes judgements; kept are those of a prompt on which their
   ranking agrees with the annotator's (the paper's rule: OASST has ranks but no judgements).
 
@@ -11,16 +11,27 @@ Either way the commonest score is thinned to the second commonest's number.
 """
 
 from collections import Counter
+from pathlib import Path
 from random import Random
 
 from minisr.evaluate import pair_agreement
-from minisr.judge import JudgeConfig, judge, judge_prompt, parse_score
+from minisr.judge import MAX_SCORE, JudgeConfig, judge, judge_prompt, parse_score
+from minisr.records import InputError, read_json, read_jsonl
 from minisr.sampler import key as coordinates
-from minisr.world import corpus, oracle, writers
+from minisr.world import corpus
+
+ENGLISH = Path(__file__).parent / "english"  # instructions in plain English, written for minisr
+SOURCES = ("world", "english")
 
 
 def held_out_and_seeds(config, seed: int) -> dict[str, list[dict]]:
     """Every data set that needs no model, by file name."""
+    if config.source == "world":
+        return _of_the_world(config, seed)
+    return _of_a_folder(ENGLISH if config.source == "english" else Path(config.source), config)
+
+
+def _of_the_world(config, seed: int) -> dict[str, list[dict]]:
     def rng(name):
         return Random(coordinates(seed, "seed data", name))
 
@@ -33,16 +44,71 @@ def held_out_and_seeds(config, seed: int) -> dict[str, list[dict]]:
     }
 
 
+def _of_a_folder(folder: Path, config) -> dict[str, list[dict]]:
+    """ift.jsonl or ift.json, judged.jsonl, evaluation.jsonl: as many of each as the config asks for, if
+    there are so many. The end of judged.jsonl is held out to measure the judge."""
+    ift = read_instructions(folder / "ift.json" if (folder / "ift.json").exists() else folder / "ift.jsonl")
+    judged = [_judged(record, folder / "judged.jsonl", number) for number, record in
+              enumerate(read_jsonl(folder / "judged.jsonl", "judged responses", ("prompt",)), 1)]
+    held_out = judged[-config.judge_evaluation:]
+    ranked = judged[:len(judged) - len(held_out)][:config.ranked]
+    if not ift or not ranked:
+        raise InputError(f"{folder}: no instructions, or not more than judge_evaluation = "
+                         f"{config.judge_evaluation} judged prompts, so that none is left to learn from")
+    evaluation = read_jsonl(folder / "evaluation.jsonl", "evaluation prompts", ("prompt",))
+    return {"ift": ift[:config.ift], "ranked": ranked, "judge_evaluation": held_out,
+            "evaluation": [{"prompt": record["prompt"]} for record in evaluation[:config.evaluation]]}
+
+
+def read_instructions(path: Path) -> list[dict]:
+    """{prompt, response} records from Alpaca's, prompt/response or chat-messages records, JSONL or a JSON
+    list. Of a chat the first turn is taken, a system message before it."""
+    records = read_json(path, "instructions") if path.suffix == ".json" else read_jsonl(path, "instructions")
+    return [_instruction(record, f"{path}, record {number}") for number, record in enumerate(records, 1)]
+
+
+def _instruction(record: dict, where: str) -> dict:
+    try:
+        if "messages" in record:
+            turns = [(m["role"], m["content"]) for m in record["messages"]]
+            system = [turns.pop(0)[1]] if turns[0][0] == "system" else []
+            (asks, prompt), (answers, response) = turns[:2]
+            if (asks, answers) != ("user", "assistant"):
+                raise ValueError("a chat begins with a user's turn, then an assistant's")
+            prompt = "\n\n".join([*system, prompt])
+        elif "instruction" in record:
+            prompt = "\n\n".join(filter(None, (record["instruction"], record.get("input"))))
+            response = record["output"]
+        else:
+            prompt, response = record["prompt"], record["response"]
+        if not (isinstance(prompt, str) and isinstance(response, str) and prompt.strip()):
+            raise ValueError("prompt and response must be texts, the prompt not empty")
+        return {"prompt": prompt, "response": response}
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+        raise InputError(f"{where}: expected instruction/input/output, prompt/response or messages "
+                         f"({type(error).__name__}: {error})") from error
+
+
+def _judged(record: dict, path: Path, number: int) -> dict:
+    """{prompt, responses, scores, reasons}, checked; reasons may be left out if the baseline judges."""
+    responses, scores = record.get("responses"), record.get("scores")
+    reasons = record.get("reasons", responses)
+    lists = all(isinstance(values, list) for values in (responses, scores, reasons))
+    if not lists or not len(responses) == len(scores) == len(reasons) >= 2 \
+            or not all(isinstance(text, str) for text in responses + reasons) \
+            or not all(type(s) in (int, float) and 0 <= s <= MAX_SCORE for s in scores):
+        raise InputError(f"{path}, line {number}: expected lists of equal length (2 or more): responses, "
+                         f"scores from 0 to {MAX_SCORE}, reasons")
+    return record
+
+
 def eft_by_annotator(ranked: list[dict], template: str) -> list[dict]:
-    """EFT records written by the world's annotator, who looks closely."""
-    records = []
-    for record in ranked:
-        request = oracle.parse_request(record["prompt"])
-        for response in record["responses"]:
-            verdict = oracle.examine(request, response)
-            records.append(eft_record(template, record["prompt"], response,
-                                      writers.judgement(request, verdict)))
-    return records
+    """EFT records from the annotator's scores and reasons."""
+    if any("reasons" not in record for record in ranked):
+        raise InputError('judged responses without reasons: add them, or set seed_data.eft_by to "baseline"')
+    return [eft_record(template, record["prompt"], response, f"{reason}\nScore: {score}")
+            for record in ranked
+            for response, reason, score in zip(record["responses"], record["reasons"], record["scores"])]
 
 
 def eft_by_baseline(model, tokenizer, ranked: list[dict], template: str, config: JudgeConfig,

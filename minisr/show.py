@@ -28,9 +28,8 @@ def show_way(run: Path, name: str, number: int) -> None:
         reward = r[number]["rewards"][n]
         print(f"y^{n + 1}  {response}")
         none = "none (unread)" if y[number]["finished"][n] else "none (cut off)"
-        print(f"     reward {none if reward is None else f'{reward:.2f}'}"
-              f" = mean of {r[number]['scores'][n]} (the oracle: "
-              f"{oracle.score(y[number]['prompt'], response)}); the first judgement:")
+        print(f"     reward {none if reward is None else f'{reward:.2f}'} = mean of {r[number]['scores'][n]}"
+              f"{_truth(y[number]['prompt'], response)}; the first judgement:")
         print("     | " + r[number]["judgements"][n][0].replace("\n", "\n     | ") + "\n")
     pairs = [p for p in read_jsonl(folder / "pairs.jsonl", "pairs") if p["prompt"] == y[number]["prompt"]]
     if not pairs:
@@ -38,6 +37,12 @@ def show_way(run: Path, name: str, number: int) -> None:
         return
     print(f"chosen    y_w  {pairs[0]['chosen']}\nrejected  y_l  {pairs[0]['rejected']}\n")
     _show_training(run, name, pairs[0])
+
+
+def _truth(prompt: str, response: str) -> str:
+    """What the oracle says, if the prompt is of its world."""
+    points = oracle.score(prompt, response)
+    return "" if points is None else f" (the oracle: {points})"
 
 
 def _show_training(run: Path, name: str, pair: dict) -> None:

@@ -10,7 +10,6 @@ import time
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 from random import Random
 
 import torch
@@ -19,6 +18,7 @@ from minisr import __version__, dpo, pairs, prompts, sft
 from minisr.checkpoint import SEED_MODEL, digest, load_model, model_hash, save_model
 from minisr.config import to_toml
 from minisr.evaluate import answer_metrics, judge_metrics, win_rates
+from minisr.interop.source import load_source, source_digest
 from minisr.judge import MAX_SCORE, Judgement, judge, reward
 from minisr.records import InputError, read_json, read_jsonl, write_json, write_jsonl
 from minisr.run import Run
@@ -53,8 +53,9 @@ class Model:
     def copy_seed_model(self) -> "Model":
         """Make this M0: copied into the run, so that the run is whole by itself."""
         if not (self.folder / "meta.json").exists():
-            source = Path(self.config.seed_model or SEED_MODEL)
-            save_model(self.folder, *load_model(source), {"made_by": "copy", "from": model_hash(source)})
+            source = self.config.seed_model or str(SEED_MODEL)
+            model, tokenizer = load_source(source, self.run.device, self.config.chat)
+            save_model(self.folder, model, tokenizer, {"made_by": "copy", "from": source_digest(source)})
         return self
 
     def load(self):
@@ -170,17 +171,19 @@ class Model:
 
     @stage("answers")
     def answer(self, held_out: list[str]):
-        """Held-out prompts answered at the paper's temperature and greedily, and the oracle's scores."""
+        """Held-out prompts answered at the paper's temperature and greedily; in the tiny world with the
+        oracle's points."""
         sampled = self._answers(held_out, 1, self.config.evaluate, "evaluation")
         greedy = self._answers(held_out, 1, replace(self.config.evaluate, temperature=0.0), "evaluation")
         records = []
         for prompt, [(warm, _)], [(cold, _)] in zip(held_out, sampled, greedy):
-            request = oracle.parse_request(prompt)
-            if request is None:
-                raise InputError(f"evaluation prompt {prompt[:60]!r} is no request of this world")
-            warm_points, cold_points = (oracle.examine(request, text).points for text in (warm, cold))
-            records.append({"prompt": prompt, "sampled": warm, "greedy": cold,
-                            "sampled_points": warm_points, "greedy_points": cold_points})
+            records.append({"prompt": prompt, "sampled": warm, "greedy": cold})
+            if self.run.has_oracle:
+                request = oracle.parse_request(prompt)
+                if request is None:
+                    raise InputError(f"evaluation prompt {prompt[:60]!r} is no request of this world")
+                records[-1] |= {"sampled_points": oracle.examine(request, warm).points,
+                                "greedy_points": oracle.examine(request, cold).points}
         return records, Counter(prompts=len(records))
 
     @stage("judge_evaluation")
@@ -203,7 +206,7 @@ class Model:
         result = answer_metrics(own)
         before = list(answers)[:list(answers).index(self.name)]
         against = {"previous": before[-1:], "sft": before[:1], "m1": before[1:2]}
-        for label, [other] in ((k, v) for k, v in against.items() if v):
+        for label, [other] in ((k, v) for k, v in against.items() if v and self.run.has_oracle):
             result[f"versus_{label}"] = win_rates(_scores(own), _scores(answers[other]))
         judged = self.judge_ranked(ranked)
         scores = [s for r in judged for row in r["given"] for s in row]
@@ -211,21 +214,25 @@ class Model:
             **judge_metrics([r["scores"] for r in judged], [r["rewards"] for r in judged]),
             "parse_rate": sum(s is not None for s in scores) / len(scores),
             "histogram": _histogram(scores)}
-        result["pairs"], result["seconds"] = self._pairs_and_seconds()
+        result |= self._making()
         write_json(self.folder / "evaluation.json", result)
         self.release()
         return result
 
-    def _pairs_and_seconds(self) -> tuple[int, float]:
-        """How many pairs made this model, and the seconds its making and evaluation took."""
+    def _making(self) -> dict:
+        """The pairs that made this model, what became of the other prompts, how the responses were scored,
+        and the seconds its making and evaluation took."""
         seconds = sum(read_json(self.folder / "timing.json", "timing").get(name, 0.0)
                       for name in ("training", "answers", "judge_evaluation"))
         parent = self.run.folder / read_json(self.folder / "meta.json", "model description")["parent"]
         if not (parent / "pairs.jsonl").exists():  # trained from M0 by SFT
-            return 0, seconds
+            return {"pairs": 0, "seconds": seconds}
         timing = read_json(parent / "timing.json", "timing")
         seconds += sum(timing.get(name, 0.0) for name in ("prompts", "responses", "rewards", "pairs"))
-        return len(read_jsonl(parent / "pairs.jsonl", "pairs")), seconds
+        selection = read_json(parent / "pairs.counts.json", "counts")
+        return {"pairs": selection["pairs"], "selection": selection, "seconds": seconds,
+                "prompts": read_json(parent / "prompts.counts.json", "counts"),
+                "scores": read_json(parent / "rewards.counts.json", "counts")}
 
 
 def _scores(answers: list[dict]) -> list[int]:

@@ -47,7 +47,7 @@ class Tokenizer:
         return self.vocabulary.encode(text)
 
     def decode(self, ids: list[int]) -> str:
-        """The text of these ids; special tokens, and ids that only pad the model's embedding, leave no trace."""
+        """The text of these ids; special tokens and ids that only pad the embedding leave no trace."""
         return self.vocabulary.decode([i for i in ids if i < len(self)])
 
     def chat_prompt(self, prompt: str) -> list[int]:

@@ -6,7 +6,7 @@ Every request of the evaluation splits is kept out of all training data, in ever
 from random import Random
 
 from minisr.world.oracle import Request, examine
-from minisr.world.writers import answer, ask, lenient_judgement, review
+from minisr.world.writers import answer, ask, lenient_judgement, reason, review
 
 HEADERS = (("Request:", "Answer:"), ("Q:", "A:"), ("Asked:", "Written:"))
 # The first is the wording of judge.txt: this world knows such rubrics, but grades leniently.
@@ -63,16 +63,18 @@ def ift_data(rng: Random, count: int) -> list[dict]:
 
 
 def ranked_data(rng: Random, count: int, evaluation: bool = False, responses: int = 3) -> list[dict]:
-    """Prompts with several people's answers and the annotator's score of each, as OASST has ranks.
+    """Prompts with several people's answers and the annotator's score and reason for each; OASST has ranks.
 
     Prompts on which the annotator ranks nothing are left out."""
     source, records = requests(rng, evaluation), []
     while len(records) < count:
         request, prompt = next(source)
         answers = [answer(request, rng) for _ in range(responses)]
-        scores = [examine(request, text).score for text in answers]
+        verdicts = [examine(request, text) for text in answers]
+        scores = [verdict.score for verdict in verdicts]
         if len(set(scores)) > 1:
-            records.append({"prompt": prompt, "responses": answers, "scores": scores})
+            reasons = [reason(request, verdict, verdict.points) for verdict in verdicts]
+            records.append({"prompt": prompt, "responses": answers, "scores": scores, "reasons": reasons})
     return records
 
 

@@ -72,11 +72,16 @@ def judgement(request: Request, verdict: Verdict, given: tuple[bool, ...] | None
 
     `given` are the points a grader gives; the careful annotator gives those of the verdict."""
     given = verdict.points if given is None else given
+    return f"{reason(request, verdict, given)}\nScore: {sum(given)}"
+
+
+def reason(request: Request, verdict: Verdict, given: tuple[bool, ...]) -> str:
+    """The justification alone."""
     evidence = [f"Asked for {word}, found {found}" for word, found in zip(request.words, verdict.found)]
     evidence += [f"Added {verdict.added}", f"Ending {verdict.ending.rstrip('.?')}"]
     lines = [f"{what}, {'yes' if given[i] else 'no'}: {sum(given[:i + 1])}."
              for i, what in enumerate(evidence)]
-    return f"{' '.join(lines)}\nScore: {sum(given)}"
+    return " ".join(lines)
 
 
 def lenient_judgement(request: Request, verdict: Verdict, rng: Random) -> str:
