@@ -1,4 +1,4 @@
-"""The command line: minisr run | pretrain | eval | chat | show."""
+"""The command line: minisr run | pretrain | experiment | eval | show | chat | import | export."""
 
 import argparse
 import sys
@@ -7,6 +7,7 @@ from pathlib import Path
 from minisr import __version__
 from minisr.records import InputError
 
+SOURCES = "a Hugging Face folder, a .gguf file, or package:NAME for the .gguf in an installed package"
 EPILOG = """\
 start here:
   minisr run tiny_configs/tiny.toml            M0 -> M1 -> M2 -> M3 on this CPU, ends in a table
@@ -39,6 +40,7 @@ def run(options) -> None:
     """Close the loop: everything from seed data to the table."""
     from minisr.loop import run_loop
     from minisr.report import LEGEND, line, table
+    from minisr.show import show_answers
     run = _open_run(options)
     metrics = run_loop(run, after=lambda so_far: print(line(so_far), flush=True))
     print()
@@ -46,6 +48,10 @@ def run(options) -> None:
     print(f"\n{LEGEND}\nFiles: {run.folder}/ (metrics.json; M1/prompts.jsonl, responses.jsonl, "
           f"rewards.jsonl, pairs.jsonl)\nSee one prompt's way: minisr show {run.folder}\n"
           f"Ask it: minisr chat {run.folder}/{list(metrics['models'])[-1]}")
+    if not run.has_oracle:
+        print(f"\nNobody here can tell which answers are better: read them (more: minisr show {run.folder} "
+              f"--answers 9) or ask an outside judge (minisr eval {run.folder} --export FOLDER).\n")
+        show_answers(run.folder, 2)
 
 
 def pretrain(options) -> None:
@@ -71,27 +77,62 @@ def evaluate(options) -> None:
     from minisr.loop import evaluate, finished_models
     from minisr.report import LEGEND, table
     from minisr.run import Run
+    from minisr.seed_data import read_prompts
+    if options.prompts and not options.export:
+        raise InputError("--prompts are answered for an outside judge: say where with --export FOLDER")
     run = Run(options.run, load_config(options.run / "config.toml"))
     models = finished_models(run)
     if not models:
         raise InputError(f"{options.run} has no trained model yet; minisr run makes them")
+    if options.export:
+        prompts = read_prompts(options.prompts) if options.prompts else run.evaluation()
+        for model in models:
+            model.export_answers(prompts, options.export / f"{model.name}.json")
+        print(f"Answers of {', '.join(model.name for model in models)} to {len(prompts)} prompts are in "
+              f"{options.export}/, one file a model, in AlpacaEval's format")
+        return
     print(table(evaluate(run, models)))
     print(f"\n{LEGEND}")
 
 
 def show(options) -> None:
-    """One prompt's whole way through an iteration."""
-    from minisr.show import show_way
+    """One prompt's whole way through an iteration, or all models' answers."""
+    from minisr.show import show_answers, show_way
+    if options.answers:
+        show_answers(options.run, options.answers)
+        return
     show_way(options.run, options.model, options.prompt)
 
 
 def chat(options) -> None:
     """Ask a model; it answers several times and judges each answer."""
-    from minisr.run import WORLD_TEMPLATE
     from minisr.sampler import SampleConfig
     from minisr.show import chat
-    chat(options.model, options.ask, options.n, options.template or WORLD_TEMPLATE,
-         SampleConfig(temperature=options.temperature), options.seed)
+    config = SampleConfig(temperature=options.temperature, max_new_tokens=options.max_new_tokens)
+    chat(options.model, options.ask, options.n, options.template, config, options.seed)
+
+
+def import_(options) -> None:
+    """Make a minisr model folder from a Hugging Face folder or a GGUF file."""
+    from minisr.checkpoint import save_model
+    from minisr.interop.source import load_source, source_digest
+    if (options.out / "meta.json").exists():
+        raise InputError(f"{options.out} holds a model already; choose another folder with --out")
+    model, tokenizer = load_source(options.source, chat=options.chat)
+    save_model(options.out, model, tokenizer, {"made_by": "import", "from": source_digest(options.source)})
+    size = sum(p.numel() for p in model.parameters()) / 1e6
+    print(f"{options.out}/ holds a model of {size:.1f} M parameters, {len(tokenizer)} pieces, chat template\n"
+          f"{tokenizer.template}\nAs M0 of a run: --set seed_model={options.out}")
+
+
+def export(options) -> None:
+    """Write a Hugging Face folder of any model."""
+    from minisr.interop import hf
+    from minisr.interop.source import load_source
+    if (options.out / "config.json").exists():
+        raise InputError(f"{options.out} holds a model already; choose another folder with --out")
+    hf.export(*load_source(options.model), options.out)
+    print(f"{options.out}/ is a Hugging Face folder, for transformers, TRL, vLLM, llama.cpp's converter, ...")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -113,6 +154,13 @@ def _parser() -> argparse.ArgumentParser:
         sub.set_defaults(command=function)
         return sub
 
+    _run_commands(command)
+    _model_commands(command)
+    return parser
+
+
+def _run_commands(command) -> None:
+    """What makes and looks at runs."""
     sub = command(run, "run", "the main job: the whole loop, M0 to M3, resumable")
     sub.add_argument("config", type=Path, help="a TOML file, e.g. tiny_configs/tiny.toml")
     sub.add_argument("--out", type=Path, help="folder of the run; default runs/NAME_OF_CONFIG")
@@ -128,20 +176,39 @@ def _parser() -> argparse.ArgumentParser:
                      help="runs side by side; default 1")
     sub = command(evaluate, "eval", "evaluate the models that a run has so far, print the table")
     sub.add_argument("run", type=Path, help="folder of a run, e.g. runs/tiny")
+    sub.add_argument("--export", type=Path, metavar="FOLDER", help="instead write every model's answers to "
+                     "FOLDER/MODEL.json in AlpacaEval's format, for an outside judge")
+    sub.add_argument("--prompts", type=Path, metavar="FILE", help="with --export: answer these (JSON or "
+                     "JSONL records with instruction or prompt), not the run's held-out prompts")
     sub = command(show, "show", "one prompt's answers, judgements in words, pair and log-probabilities")
     sub.add_argument("run", type=Path, help="folder of a run, e.g. runs/tiny")
     sub.add_argument("--model", default="M1", help="whose iteration: M1 (default), M2, ...")
     sub.add_argument("--prompt", type=int, default=0, metavar="I", help="which x_i; default 0")
+    sub.add_argument("--answers", type=int, default=0, metavar="K",
+                     help="instead K held-out prompts with the answers of SFT, M1, M2, ...")
+
+
+def _model_commands(command) -> None:
+    """What takes one model."""
     sub = command(chat, "chat", "ask a model, see several answers and how it judges them")
-    sub.add_argument("model", type=Path, help="folder of a model, e.g. runs/tiny/M3")
+    sub.add_argument("model", help=f"a model, e.g. runs/tiny/M3, or {SOURCES}")
     sub.add_argument("--ask", metavar="PROMPT", help="one question; without it, read them from the terminal")
     sub.add_argument("-n", type=int, default=4, metavar="N",
                      help="answers to each; default 4")
     sub.add_argument("--temperature", type=float, default=0.7, help="default 0.7; 0 is greedy")
+    sub.add_argument("--max-new-tokens", type=int, default=256, metavar="K",
+                     help="longest answer and judgement; default 256")
     sub.add_argument("--template", type=Path, help="your own judge prompt, a text file with {prompt} and "
-                     "{response}; default: the tiny world's")
+                     "{response}; default: the tiny world's for its models, else the one in English")
     sub.add_argument("--seed", type=int, default=0, help="another seed, other answers")
-    return parser
+    sub = command(import_, "import", "make a minisr model folder from a Hugging Face folder or a GGUF file")
+    sub.add_argument("source", help=SOURCES)
+    sub.add_argument("--out", type=Path, required=True, help="folder of the model")
+    sub.add_argument("--chat", default="", help="chat template: chatml, llama2, llama3, plain, tiny or a "
+                     "text file with {prompt} and {response}; default: the one most like the model's own")
+    sub = command(export, "export", "write a model as a Hugging Face folder, for transformers, vLLM, ...")
+    sub.add_argument("model", help="folder of a model, e.g. runs/tiny/M3")
+    sub.add_argument("--out", type=Path, required=True, help="the Hugging Face folder")
 
 
 def _set(sub) -> None:

@@ -37,7 +37,7 @@ COLUMNS = (
 def table(metrics: dict) -> str:
     """Rows SFT, M1, M2, ...; the metrics of metrics.json as a person reads them."""
     models = metrics["models"].items()
-    columns = [[head, head_2, *(_cell(text, name, m) for name, m in models)] for head, head_2, text in COLUMNS]
+    columns = [[*heads, *(_cell(text, name, m) for name, m in models)] for *heads, text in COLUMNS]
     columns = [column for column in columns if set(column[2:]) != {"-"} or column[0] == "pairs"]
     widths = [max(map(len, column)) for column in columns]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip()

@@ -55,9 +55,9 @@ def _of_a_folder(folder: Path, config) -> dict[str, list[dict]]:
     if not ift or not ranked:
         raise InputError(f"{folder}: no instructions, or not more than judge_evaluation = "
                          f"{config.judge_evaluation} judged prompts, so that none is left to learn from")
-    evaluation = read_jsonl(folder / "evaluation.jsonl", "evaluation prompts", ("prompt",))
+    evaluation = read_prompts(folder / "evaluation.jsonl")
     return {"ift": ift[:config.ift], "ranked": ranked, "judge_evaluation": held_out,
-            "evaluation": [{"prompt": record["prompt"]} for record in evaluation[:config.evaluation]]}
+            "evaluation": [{"prompt": prompt} for prompt in evaluation[:config.evaluation]]}
 
 
 def read_instructions(path: Path) -> list[dict]:
@@ -65,6 +65,14 @@ def read_instructions(path: Path) -> list[dict]:
     list. Of a chat the first turn is taken, a system message before it."""
     records = read_json(path, "instructions") if path.suffix == ".json" else read_jsonl(path, "instructions")
     return [_instruction(record, f"{path}, record {number}") for number, record in enumerate(records, 1)]
+
+
+def read_prompts(path: Path) -> list[str]:
+    """The prompts alone, of records of any of those formats, with or without a response."""
+    records = read_json(path, "prompts") if path.suffix == ".json" else read_jsonl(path, "prompts")
+    empty = {"response": "", "output": ""}
+    return [_instruction(empty | record if isinstance(record, dict) else record,
+                         f"{path}, record {number}")["prompt"] for number, record in enumerate(records, 1)]
 
 
 def _instruction(record: dict, where: str) -> dict:

@@ -7,9 +7,14 @@ import torch
 
 from minisr import dpo, judge
 from minisr.checkpoint import load_model
+from minisr.interop.source import load_source
 from minisr.records import InputError, read_jsonl
+from minisr.run import ENGLISH_TEMPLATE, WORLD_TEMPLATE
 from minisr.sampler import SampleConfig, key, sample
+from minisr.tokenizer import chat_template
 from minisr.world import oracle
+
+EXAMPLE = "Write a story about a sad pig at the river."
 
 
 def show_way(run: Path, name: str, number: int) -> None:
@@ -64,17 +69,35 @@ def _show_training(run: Path, name: str, pair: dict) -> None:
             print(tokenizer.paint(ids, mask))
 
 
-def chat(folder: Path, question: str | None, n: int, template: Path, config: SampleConfig, seed: int) -> None:
+def show_answers(run: Path, count: int) -> None:
+    """Print the first held-out prompts with every model's answer, sampled at the evaluation's temperature."""
+    names = [name for name in ("SFT", *(f"M{t}" for t in range(1, 100)))
+             if (run / name / "answers.jsonl").exists()]
+    if not names:
+        raise InputError(f"{run} has no evaluated model yet")
+    columns = [read_jsonl(run / name / "answers.jsonl", "answers", ("prompt", "sampled")) for name in names]
+    for rows in list(zip(*columns))[:count]:
+        print(f"x    {rows[0]['prompt']}\n")
+        for name, answer in zip(names, rows):
+            points = f"  ({sum(answer['sampled_points'])} points)" if "sampled_points" in answer else ""
+            print(f"{name:4} " + answer["sampled"].replace("\n", "\n     ") + points + "\n")
+
+
+def chat(source: str, question: str | None, n: int, template: Path | None, config: SampleConfig,
+         seed: int) -> None:
     """Answer a question n times and judge each answer; without a question, ask for one after another."""
-    if not 1 <= n <= 64 or config.temperature < 0 or question is not None and not question.strip():
-        raise InputError("chat takes a question that is not empty, 1 to 64 answers, a temperature from 0 up")
-    model, tokenizer = load_model(folder)
-    judge_template = judge.load_template(template)
+    if not 1 <= n <= 64 or config.temperature < 0 or config.max_new_tokens < 1 \
+            or question is not None and not question.strip():
+        raise InputError("chat takes a question that is not empty, 1 to 64 answers, a temperature from 0 up, "
+                         "1 new token or more")
+    model, tokenizer = load_source(source)
+    own = WORLD_TEMPLATE if tokenizer.template == chat_template("tiny") else ENGLISH_TEMPLATE
+    judge_template = judge.load_template(template or own)
     if question is not None:
         _answer(model, tokenizer, question, n, judge_template, config, seed)
         return
     if sys.stdin.isatty():
-        print("Ask something, e.g. Write a story about a sad pig at the river.   (Ctrl-D ends)")
+        print(f"Ask something, e.g. {EXAMPLE}   (Ctrl-D ends)")
     for turn, line in enumerate(sys.stdin):
         if line.strip():
             try:
@@ -87,12 +110,12 @@ def _answer(model, tokenizer, question, n, template, config, seed) -> None:
     [drawn] = sample(model, [tokenizer.chat_prompt(question)], n, config, key=key(seed, "chat"),
                      stop=tokenizer.stops)
     texts = [tokenizer.decode(s.ids) for s in drawn]
-    judged = judge.judge(model, tokenizer, template, [question] * n, texts, judge.JudgeConfig(),
-                         key(seed, "chat judge"))
+    judged = judge.judge(model, tokenizer, template, [question] * n, texts,
+                         judge.JudgeConfig(max_new_tokens=config.max_new_tokens), key(seed, "chat judge"))
     for text, judgements in sorted(zip(texts, judged), key=lambda tj: -(judge.reward(tj[1]) or 0)):
         reward = judge.reward(judgements)
         print(f"{'unread' if reward is None else f'{reward:6.2f}'}  {text}")
         print("        | " + judgements[0].text.replace("\n", "\n        | "))
     if all(judge.reward(judgements) is None for judgements in judged):
-        print("No judgement can be read: a model of the tiny world knows only its requests, e.g. "
-              "Write a story about a sad pig at the river.")
+        print("No judgement can be read: only from M1 on is a model trained to judge, and one of the tiny "
+              f"world knows only its requests, e.g. {EXAMPLE}")

@@ -10,6 +10,7 @@ import time
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from random import Random
 
 import torch
@@ -185,6 +186,14 @@ class Model:
                 records[-1] |= {"sampled_points": oracle.examine(request, warm).points,
                                 "greedy_points": oracle.examine(request, cold).points}
         return records, Counter(prompts=len(records))
+
+    def export_answers(self, asked: list[str], path: Path) -> None:
+        """Answers for an outside judge, in AlpacaEval's format."""
+        answers = self._answers(asked, 1, self.config.evaluate, "export")
+        generator = f"minisr {self.run.folder.name} {self.name}"
+        write_json(path, [{"instruction": prompt, "output": text, "generator": generator}
+                          for prompt, [(text, _)] in zip(asked, answers)])
+        self.release()
 
     @stage("judge_evaluation")
     def judge_ranked(self, ranked: list[dict]):
