@@ -1,4 +1,4 @@
-"""The decoder: a small Llama-style transformer, and the KV cache it is handed.
+"""The decoder: a small Llama-style transformer. The KV cache (cache.py) is handed to it.
 
 Shape legend, used in every module:
     B  rows of a batch        H  query heads           V  vocabulary
@@ -11,11 +11,14 @@ Differs from Llama in nothing but size. Read from the top; stop when satisfied.
 
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+
+from minisr.cache import KVCache
 
 
 @dataclass(frozen=True)
@@ -45,48 +48,6 @@ class ModelConfig:
             raise ValueError("head_width must be even, and rope_scaling have 0, 1 or 4 numbers")
 
 
-class KVCache:
-    """Keys and values of the tokens seen so far, preallocated: (L, B, G, capacity, D).
-
-    The columns are [shared prefix | left padding | prompt | response]; `prefix` and the row's
-    `pad` say which of them hold tokens. The cache owns its length; the model only asks.
-    """
-
-    def __init__(self, config: ModelConfig, rows: int, capacity: int, like: Tensor):
-        shape = (config.layers, rows, config.kv_heads, capacity, config.head_width)
-        self.k, self.v = like.new_zeros(shape), like.new_zeros(shape)
-        self.length = 0
-        self.prefix = 0
-        self.pad = torch.zeros(rows, dtype=torch.long, device=like.device)  # (B,)
-
-    def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Append k, v (B, G, T, D) of one layer; return all of its keys and values (B, G, S, D)."""
-        end = self.length + k.shape[2]
-        self.k[layer, :, :, self.length:end] = k
-        self.v[layer, :, :, self.length:end] = v
-        return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
-
-    def positions(self, new: int) -> Tensor:
-        """Rotary positions (B, T) of the next `new` columns: padding does not count."""
-        column = torch.arange(self.length, self.length + new, device=self.pad.device)
-        return (column - self.pad[:, None]).clamp(min=0)
-
-    def visible(self, new: int) -> Tensor:
-        """Mask (B, T, S): what the next `new` columns may look at: no padding, no future."""
-        key = torch.arange(self.length + new, device=self.pad.device)
-        query = key[self.length:, None]
-        is_token = (key < self.prefix) | (key >= self.prefix + self.pad[:, None])  # (B, S)
-        # A padding column sees itself, or its softmax would have no term.
-        return (key <= query) & is_token[:, None, :] | (key == query)
-
-    def select(self, rows: Tensor) -> "KVCache":
-        """The cache of these rows; a row may be named several times (one prompt, N responses)."""
-        chosen = object.__new__(KVCache)
-        chosen.k, chosen.v, chosen.pad = self.k[:, rows], self.v[:, rows], self.pad[rows]
-        chosen.length, chosen.prefix = self.length, self.prefix
-        return chosen
-
-
 class Decoder(nn.Module):
     """token ids (B, T) -> logits (B, T, V). All state but the weights is in the cache it is handed."""
 
@@ -112,19 +73,18 @@ class Decoder(nn.Module):
     def hidden(self, ids: Tensor, cache: KVCache | None = None) -> Tensor:
         """The last layer's output (B, T, C), before the head."""
         new = ids.shape[1]
-        if cache is None:  # training: no padding on the left, so causal is all it takes
-            positions, mask = torch.arange(new, device=ids.device)[None], None
-        else:
-            positions, mask = cache.positions(new), cache.visible(new)
+        positions = torch.arange(new, device=ids.device)[None] if cache is None else cache.begin(new)
         x = self.dropout(self.embed(ids))  # (B, T, C)
         rotation = rotary(positions, self.config)
         for layer, block in enumerate(self.blocks):
+            # Without a cache (training) there is no padding on the left, so causal is all it takes.
+            attend = causal if cache is None else partial(cache.attend, layer)
             if self.recompute and self.training:
-                x = checkpoint(block, x, rotation, mask, cache, layer, use_reentrant=False)
+                x = checkpoint(block, x, rotation, attend, use_reentrant=False)
             else:
-                x = block(x, rotation, mask, cache, layer)
+                x = block(x, rotation, attend)
         if cache is not None:
-            cache.length += new
+            cache.end(new)
         return self.norm(x)
 
     @property
@@ -143,8 +103,8 @@ class Block(nn.Module):
         self.feed_forward = FeedForward(config)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x, rotation, mask, cache, layer):
-        x = x + self.dropout(self.attention(self.attention_norm(x), rotation, mask, cache, layer))
+    def forward(self, x, rotation, attend):
+        x = x + self.dropout(self.attention(self.attention_norm(x), rotation, attend))
         return x + self.dropout(self.feed_forward(self.feed_forward_norm(x)))
 
 
@@ -159,29 +119,18 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(config.width, self.kv_heads * self.head_width, bias=False)
         self.out_proj = nn.Linear(self.heads * self.head_width, config.width, bias=False)
 
-    def forward(self, x, rotation, mask, cache, layer):
+    def forward(self, x, rotation, attend):
         B, T, _ = x.shape
         q = self.q_proj(x).view(B, T, self.heads, self.head_width).transpose(1, 2)  # (B, H, T, D)
         k = self.k_proj(x).view(B, T, self.kv_heads, self.head_width).transpose(1, 2)  # (B, G, T, D)
         v = self.v_proj(x).view(B, T, self.kv_heads, self.head_width).transpose(1, 2)
-        q, k = rotate(q, rotation), rotate(k, rotation)
-        if cache is None:
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-        else:
-            k, v = cache.update(layer, k, v)  # (B, G, S, D)
-            y = grouped_attention(q, k, v, mask)
+        y = attend(rotate(q, rotation), rotate(k, rotation), v)  # (B, H, T, D)
         return self.out_proj(y.transpose(1, 2).reshape(B, T, self.heads * self.head_width))
 
 
-def grouped_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-    """Attention of q (B, H, T, D) on k, v (B, G, S, D) under mask (B, T, S) -> (B, H, T, D).
-
-    The R queries of a key/value head are laid side by side in time, so that no key is copied."""
-    B, H, T, D = q.shape
-    G, S = k.shape[1:3]
-    q = q.reshape(B, G, (H // G) * T, D)
-    mask = mask[:, None, None].expand(B, 1, H // G, T, S).reshape(B, 1, (H // G) * T, S)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).view(B, H, T, D)
+def causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Each of q (B, H, T, D) looks at k, v (B, G, T, D) up to its own place."""
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
 
 
 class FeedForward(nn.Module):

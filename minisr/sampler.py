@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from minisr.model import Decoder, KVCache
+from minisr.cache import KVCache
+from minisr.model import Decoder
 from minisr.records import InputError
 
 
@@ -72,11 +73,9 @@ def sample(model: Decoder, prompts: list[list[int]], n: int, config: SampleConfi
 
 def _wave(model, prompts, numbers, n, config, key, stop) -> list[list[Sample]]:
     """Prefill these prompts, fan out to n rows each, decode until all rows are done."""
-    shortest, longest = min(map(len, prompts)), max(map(len, prompts))
-    limit = min(config.max_new_tokens, model.config.context - shortest)
-    logits, cache = prefill(model, prompts, longest + limit)
-    fan_out = torch.arange(len(prompts), device=model.device).repeat_interleave(n)
-    logits, cache = logits[fan_out], cache.select(fan_out)  # (B, V)
+    limit = min(config.max_new_tokens, model.config.context - min(map(len, prompts)))
+    logits, cache = prefill(model, prompts, n, limit)
+    logits = logits.repeat_interleave(n, 0)  # (B, V)
     keys = torch.tensor([row_key(key, i, j) for i in numbers for j in range(n)])
     tokens = decode(model, logits, cache, keys.to(model.device), limit, config, stop)
     samples = []
@@ -87,20 +86,27 @@ def _wave(model, prompts, numbers, n, config, key, stop) -> list[list[Sample]]:
     return [samples[i:i + n] for i in range(0, len(samples), n)]
 
 
-def prefill(model: Decoder, prompts: list[list[int]], capacity: int) -> tuple[Tensor, KVCache]:
-    """Logits (B, V) after each prompt, and the cache: the common prefix once, the rest padded left."""
-    shared = common_prefix(prompts)
+def prefill(model: Decoder, prompts: list[list[int]], n: int, limit: int) -> tuple[Tensor, KVCache]:
+    """Logits (P, V) after each prompt, and the cache of n rows a prompt with room for limit tokens.
+
+    What all prompts begin with is computed once and shared; the rest, padded on the left, once a prompt."""
+    shared = common_prefix(prompts) if len(prompts) > 1 else 0
+    pad = torch.tensor([len(prompt) for prompt in prompts])
     rest = max(map(len, prompts)) - shared
-    ids = torch.zeros(len(prompts), rest, dtype=torch.long)  # (B, T)
+    pad = rest + shared - pad  # (P,)
+    ids = torch.zeros(len(prompts), rest, dtype=torch.long)  # (P, T)
     for row, prompt in enumerate(prompts):
-        ids[row, rest - (len(prompt) - shared):] = torch.tensor(prompt[shared:])
-    cache = KVCache(model.config, 1, capacity, model.embed.weight)
+        ids[row, pad[row]:] = torch.tensor(prompt[shared:])
+    room = rest + (limit if n == 1 else 0)
+    cache = KVCache(model.config, 1 if shared else len(prompts), shared or room, model.embed.weight)
     if shared:
         model.hidden(torch.tensor([prompts[0][:shared]], device=model.device), cache)
-        cache.prefix = shared
-    cache = cache.select(torch.zeros(len(prompts), dtype=torch.long, device=model.device))
-    cache.pad = torch.tensor([rest + shared - len(p) for p in prompts], device=model.device)
-    return model.head(model.hidden(ids.to(model.device), cache)[:, -1]), cache
+        cache.share(len(prompts), room)
+    cache.pad = pad.to(model.device) if pad.any() else None
+    logits = model.head(model.hidden(ids.to(model.device), cache)[:, -1])
+    if n > 1:
+        cache.share(n, limit)
+    return logits, cache
 
 
 def common_prefix(prompts: list[list[int]]) -> int:
@@ -125,8 +131,8 @@ def decode(model, logits, cache, keys, limit, config, stop) -> Tensor:
             break
         if living < 0.8 * len(rows):  # dropping rows copies the cache, so not at every step
             kept = alive.nonzero()[:, 0]
-            cache, rows, keys, drawn = cache.select(kept), rows[kept], keys[kept], drawn[kept]
-            alive = alive[kept]
+            cache.keep(kept)
+            rows, keys, drawn, alive = rows[kept], keys[kept], drawn[kept], alive[kept]
         logits = model.head(model.hidden(drawn[:, None], cache)[:, -1])  # (B, V)
     return tokens
 

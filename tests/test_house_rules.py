@@ -17,8 +17,8 @@ NAMES = {".".join(["minisr", *file.relative_to(FOLDER).with_suffix("").parts]).r
          for file in FILES}
 
 # Who may import whom: a module only those to its left.
-ORDER = """records model tokenizer world world.words world.oracle world.writers world.corpus sampler train sft
-dpo prompts judge pairs evaluate checkpoint interop interop.names interop.sentencepiece_json interop.hf
+ORDER = """records cache model tokenizer world world.words world.oracle world.writers world.corpus sampler train
+sft dpo prompts judge pairs evaluate checkpoint interop interop.names interop.sentencepiece_json interop.hf
 interop.gguf interop.source seed_data config pretrain run stages report show loop experiment
 cli __main__""".split()
 

@@ -3,7 +3,8 @@ import cmath
 import pytest
 import torch
 
-from minisr.model import Decoder, KVCache, ModelConfig, init_weights, rotary, rotate
+from minisr.cache import KVCache
+from minisr.model import Decoder, ModelConfig, init_weights, rotary, rotate
 
 SHAPES = {
     "MHA": dict(kv_heads=4),
@@ -66,11 +67,10 @@ def test_padding_and_a_shared_prefix_leave_no_trace_in_the_logits(random_decoder
     rest, answer = max(lengths), 3
     text = torch.randint(60, (4, shared + rest + answer), generator=torch.Generator().manual_seed(3))
     text[:, :shared] = text[0, :shared]
-    cache = KVCache(model.config, 1, text.shape[1], model.embed.weight)
+    cache = KVCache(model.config, 1 if shared else 4, text.shape[1], model.embed.weight)
     if shared:
         model(text[:1, :shared], cache)
-        cache.prefix = shared
-    cache = cache.select(torch.zeros(4, dtype=torch.long))
+        cache.share(4, rest + answer)
     cache.pad = torch.tensor([rest - length for length in lengths])
     parts = text[:, shared:].split([rest, 1, 1, 1], dim=1)  # what is in a padding column is junk
     padded = torch.cat([model(part, cache) for part in parts], dim=1)
@@ -141,21 +141,45 @@ def test_forward_always_returns_logits_of_shape_B_T_V(random_decoder, rows, new,
     assert cache.length == 2 * new
 
 
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+@pytest.mark.parametrize("shared, n", [(0, 3), (5, 3), (5, 1), (0, 1), (1, 2)])
 @torch.no_grad()
-def test_select_gives_each_row_keys_and_values_of_its_own(random_decoder):
+def test_rows_that_share_and_leave_see_what_they_would_see_alone(random_decoder, shared, n, kv_heads):
+    # A prefix for all, 6 prompts of unlike length, n rows each; after every second token rows leave.
+    model, lengths = random_decoder(kv_heads=kv_heads), [1, 3, 6, 6, 2, 4]
+    generator, rest = torch.Generator().manual_seed(4), max(lengths)
+    prefix = torch.randint(60, (1, shared), generator=generator)
+    prompts = [torch.randint(60, (1, length), generator=generator) for length in lengths]
+    answers = torch.randint(60, (6 * n, 8), generator=generator)
+    cache = KVCache(model.config, 1 if shared else 6, shared or rest + 8, model.embed.weight)
+    if shared:
+        model(prefix, cache)
+        cache.share(6, rest + 8)
+    cache.pad = torch.tensor([rest - length for length in lengths])
+    model(torch.cat([torch.nn.functional.pad(p, (rest - p.shape[1], 0)) for p in prompts]), cache)
+    if n > 1:
+        cache.share(n, 8)
+    rows, order = torch.arange(6 * n), torch.randperm(6 * n, generator=generator)
+    for step in range(8):
+        logits = model(answers[rows, step:step + 1], cache)[:, 0]
+        for row, found in zip(rows.tolist(), logits):
+            alone = torch.cat([prefix, prompts[row // n], answers[row:row + 1, :step + 1]], 1)
+            torch.testing.assert_close(found, model(alone)[0, -1], atol=3e-5, rtol=1e-5)
+        if step % 2:
+            kept = torch.isin(rows, order[:(6 * n * (7 - step)) // 8 + 1]).nonzero()[:, 0]
+            cache.keep(kept)
+            rows = rows[kept]
+    assert len(rows) < 2 * n
+
+
+@torch.no_grad()
+def test_what_rows_share_is_in_memory_once(random_decoder):
     model = random_decoder()
-    cache = KVCache(model.config, 2, 6, model.embed.weight)
-    cache.pad = torch.tensor([0, 2])
-    model(torch.tensor([[1, 2, 3, 4], [5, 6, 7, 8]]), cache)
-    chosen = cache.select(torch.tensor([1, 0, 1]))
-    for new, old in enumerate([1, 0, 1]):
-        assert torch.equal(chosen.k[:, new], cache.k[:, old])
-        assert torch.equal(chosen.v[:, new], cache.v[:, old])
-        assert chosen.pad[new] == cache.pad[old]
-    before = cache.k.clone(), cache.v.clone()
-    model(torch.tensor([[9], [10], [11]]), chosen)
-    assert not torch.equal(chosen.k[:, 0], chosen.k[:, 2])  # one prompt, two answers
-    assert torch.equal(cache.k, before[0]) and torch.equal(cache.v, before[1])
-    assert (cache.length, chosen.length) == (4, 5)
-    chosen.pad[0] = 99
-    assert chosen.pad[2] == 2 and cache.pad[1] == 2
+    cache = KVCache(model.config, 1, 50, model.embed.weight)
+    model(torch.ones(1, 50, dtype=torch.long), cache)
+    cache.share(10, 20)
+    model(torch.ones(10, 20, dtype=torch.long), cache)
+    cache.share(4, 3)
+    assert [part.k.shape[1] for part in cache.shared] == [1, 10] and cache.k.shape[1:4:2] == (40, 3)
+    cache.keep(torch.arange(0, 8))  # of the first two prompts
+    assert [part.k.shape[1] for part in cache.shared] == [1, 2] and cache.k.shape[1] == 8
