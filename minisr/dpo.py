@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from minisr.records import InputError
 from minisr.sampler import key as coordinates
-from minisr.sft import collate, encode_examples, schedule, target_loss_parts
+from minisr.sft import encode_examples, schedule, target_loss_parts, token_logps
 from minisr.train import OptimConfig, fit, micro_batches
 
 
@@ -45,28 +46,74 @@ def dpo_loss(policy_chosen_logps: Tensor, policy_rejected_logps: Tensor,
 
 
 def encode_pairs(tokenizer, pairs: list[dict], context: int) -> list[tuple]:
-    """Pair records -> [(chosen, rejected)], each (ids, mask)."""
-    sides = [encode_examples(tokenizer, [{"prompt": p["prompt"], "response": p[side]} for p in pairs],
-                             context) for side in ("chosen", "rejected")]
-    return list(zip(*sides))
+    """Pair records -> [(prompt ids, chosen ids, rejected ids)], each response with its end."""
+    encoded = []
+    for number, pair in enumerate(pairs, 1):
+        prompt = tokenizer.chat_prompt(pair["prompt"])
+        sides = [tokenizer.chat(pair["prompt"], pair[side])[0] for side in ("chosen", "rejected")]
+        longest = max(map(len, sides))
+        if longest > context:
+            raise InputError(f"pair {number} has {longest} tokens, the model's context is {context}: "
+                             "shorten it or leave it out")
+        encoded.append((prompt, *(ids[len(prompt):] for ids in sides)))
+    return encoded
+
+
+class Packed:
+    """Pairs as rows [prompt | chosen | rejected | padding], B x T: the prompt is computed once for both.
+
+    Stands where the decoder takes a KV cache: it says who looks at whom. Each response's positions
+    go on from the prompt's, and the rejected response does not see the chosen one."""
+
+    def __init__(self, pairs: list[tuple], device):
+        rows = [prompt + chosen + rejected for prompt, chosen, rejected in pairs]
+        longest = max(map(len, rows))
+        self.ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows], device=device)
+        lengths = torch.tensor([[len(part) for part in pair] for pair in pairs], device=device)  # (B, 3)
+        column = torch.arange(longest, device=device)  # (T,)
+        rejected = column >= lengths[:, :2].sum(1)[:, None]  # (B, T)
+        chosen = (column >= lengths[:, :1]) & ~rejected
+        self.positions = column - rejected * lengths[:, 1:2]
+        apart = rejected[:, :, None] & chosen[:, None, :]
+        self.mask = ((column <= column[:, None]) & ~apart)[:, None]  # (B, 1, T, T)
+        # Where each response token stands, and what predicts it: the place before, or the prompt's end.
+        response = (chosen | rejected) & (column < lengths.sum(1)[:, None])
+        first = rejected & (column == lengths[:, :2].sum(1)[:, None])
+        before = torch.where(first, lengths[:, :1], column) - 1
+        self.row, self.place = response.nonzero(as_tuple=True)  # (M,) each: chosen, rejected of each pair
+        self.source = before[self.row, self.place]
+        self.sizes = lengths[:, 1:].flatten().tolist()  # tokens of chosen, rejected, chosen, ...
+
+    def begin(self, new: int) -> Tensor:
+        return self.positions
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask, enable_gqa=True)
+
+    def end(self, new: int) -> None:
+        """Nothing is kept."""
 
 
 def pair_logps(model, pairs: list[tuple]) -> tuple[Tensor, Tensor, Tensor]:
     """log p of chosen (B,), of rejected (B,), and the chosen ones' loss a token (B,)."""
-    sides = [chosen for chosen, _ in pairs] + [rejected for _, rejected in pairs]
-    ids, mask = collate(sides, model.device)  # (2B, T)
-    logps = sequence_logprobs(model(ids), ids, mask)
-    chosen, rejected = logps.chunk(2)
-    return chosen, rejected, -chosen / mask[:len(pairs)].sum(-1)
+    packed = Packed(pairs, model.device)
+    x = model.hidden(packed.ids, packed)[packed.row, packed.source]  # (M, C)
+    logps = token_logps(model.head, x, packed.ids[packed.row, packed.place])  # (M,)
+    sums = torch.stack([part.sum() for part in logps.split(packed.sizes)])
+    chosen, rejected = sums[0::2], sums[1::2]
+    return chosen, rejected, -chosen / torch.tensor(packed.sizes[0::2], device=model.device)
 
 
 @torch.no_grad()
 def reference_logps(model, pairs: list[tuple], batch_size: int) -> tuple[Tensor, Tensor]:
     """The frozen reference: log p of every chosen and rejected response under the model as it is."""
     model.eval()
-    parts = [pair_logps(model, pairs[i:i + batch_size])[:2] for i in range(0, len(pairs), batch_size)]
-    chosen, rejected = zip(*parts)
-    return torch.cat(chosen), torch.cat(rejected)
+    order = sorted(range(len(pairs)), key=lambda i: sum(map(len, pairs[i])))  # like lengths, little padding
+    logps = torch.zeros(2, len(pairs), device=model.device)
+    for i in range(0, len(order), batch_size):
+        batch = order[i:i + batch_size]
+        logps[:, batch] = torch.stack(pair_logps(model, [pairs[j] for j in batch])[:2])
+    return logps[0], logps[1]
 
 
 def train_dpo(model, tokenizer, pairs: list[dict], replay: list[dict], config: DPOConfig, key: int,
@@ -74,7 +121,7 @@ def train_dpo(model, tokenizer, pairs: list[dict], replay: list[dict], config: D
     """Train M_t in place into M_{t+1} on preference pairs; `replay` are EFT records; returns it."""
     encoded = encode_pairs(tokenizer, pairs, model.config.context)
     ref_chosen, ref_rejected = reference_logps(model, encoded, config.micro_batch or config.batch_size)
-    batches = schedule([len(c[0]) for c, _ in encoded], config.batch_size, config.epochs, key)
+    batches = schedule([sum(map(len, pair)) for pair in encoded], config.batch_size, config.epochs, key)
     replayed = iter(_replay_batches(tokenizer, replay, batches, model, config, key))
     torch.manual_seed(coordinates(key, "dropout"))
 

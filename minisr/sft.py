@@ -5,10 +5,13 @@ from random import Random
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from minisr.records import InputError
 from minisr.sampler import key as coordinates
 from minisr.train import OptimConfig, fit, micro_batches
+
+LOGITS = 2**24  # numbers held at once, 64 MB in float32
 
 
 def encode_examples(tokenizer, examples: list[dict], context: int) -> list[tuple]:
@@ -45,19 +48,36 @@ def collate(encoded: list[tuple], device) -> tuple[Tensor, Tensor]:
     return ids.to(device), mask.to(device)
 
 
-def target_loss(logits: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
-    """Cross-entropy summed over target tokens: logits (B, T, V) at t - 1 predict ids (B, T) at t."""
-    targets = ids[:, 1:].masked_fill(~mask[:, 1:], -100)
-    return F.cross_entropy(logits[:, :-1].transpose(1, 2).float(), targets, ignore_index=-100,
-                           reduction="sum")
+def token_logps(head, x: Tensor, targets: Tensor) -> Tensor:
+    """log p of the tokens targets (M,), each after the decoder's last state x (M, C): (M,).
+
+    Logits of many tokens over a large vocabulary would fill the memory: they are made a chunk at a time,
+    and made again in the backward pass."""
+    rows = max(1, LOGITS // head.weight.shape[0])
+    if len(x) <= rows:
+        return _logps(head, x, targets)
+    parts = [checkpoint(_logps, head, *chunk, use_reentrant=False)
+             for chunk in zip(x.split(rows), targets.split(rows))]
+    return torch.cat(parts)
+
+
+def _logps(head, x: Tensor, targets: Tensor) -> Tensor:
+    return -F.cross_entropy(head(x).float(), targets, reduction="none")
+
+
+def target_loss(model, ids: Tensor, mask: Tensor) -> Tensor:
+    """Cross-entropy summed over the target tokens of ids (B, T): the state at t - 1 predicts t.
+
+    The head, most of a small model's work, is computed only where there is a target."""
+    counts = mask[:, 1:]
+    return -token_logps(model.head, model.hidden(ids)[:, :-1][counts], ids[:, 1:][counts]).sum()
 
 
 def target_loss_parts(model, batch: list[tuple], config: OptimConfig):
     """The mean loss a target token of a batch of (ids, mask), in its micro-batches' shares."""
     targets = sum(sum(mask[1:]) for _, mask in batch)
     for part in micro_batches(batch, config):
-        ids, mask = collate(part, model.device)
-        yield target_loss(model(ids), ids, mask) / targets
+        yield target_loss(model, *collate(part, model.device)) / targets
 
 
 def train_sft(model, tokenizer, examples: list[dict], config: OptimConfig, key: int,

@@ -65,8 +65,9 @@ def _show_training(run: Path, name: str, pair: dict) -> None:
         print(f"{which:14}{chosen:10.2f}{rejected:10.2f}{chosen - rejected:12.2f}")
     if sys.stdout.isatty():  # colours mean nothing in a file
         print("\nwhat bears loss (green):")
-        for ids, mask in encoded[0]:
-            print(tokenizer.paint(ids, mask))
+        prompt, *sides = encoded[0]
+        for side in sides:
+            print(tokenizer.paint(prompt + side, [False] * len(prompt) + [True] * len(side)))
 
 
 def show_answers(run: Path, count: int) -> None:

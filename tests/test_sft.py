@@ -3,11 +3,13 @@
 import json
 from dataclasses import replace
 from math import ceil, cos, log, pi
+from types import SimpleNamespace
 
 import pytest
 import torch
 from tiny import tiny_model, tiny_tokenizer
 
+from minisr import sft
 from minisr.records import InputError
 from minisr.sft import collate, encode_examples, schedule, target_loss, train_sft
 from minisr.train import OptimConfig, fit, learning_rate
@@ -17,6 +19,13 @@ EXAMPLES = [{"prompt": "Write a story.", "response": "Once there was a fox. The 
             {"prompt": "News?", "response": "Today we saw a bear."}]
 
 
+def saying(logits):
+    """A model whose logits are these, whatever it reads."""
+    head = torch.nn.Linear(logits.shape[-1], logits.shape[-1], bias=False)
+    head.weight.data = torch.eye(logits.shape[-1])
+    return SimpleNamespace(hidden=lambda ids: logits, head=head)
+
+
 def test_the_loss_is_the_mean_cross_entropy_of_the_targets_by_hand():
     ids = torch.tensor([[0, 1, 0, 1], [1, 1, 0, 0]])
     mask = torch.tensor([[False, False, True, True], [False, True, False, False]])
@@ -24,7 +33,7 @@ def test_the_loss_is_the_mean_cross_entropy_of_the_targets_by_hand():
     a, b = [0.0, log(3)], [0.0, 0.0]
     logits = torch.tensor([[b, a, a, [9.0, -9.0]], [a, b, b, b]])
     by_hand = -(log(1 / 4) + log(3 / 4) + log(3 / 4)) / 3  # id 0, then 1; in the second row 1
-    assert target_loss(logits, ids, mask).item() / mask[:, 1:].sum() == pytest.approx(by_hand, abs=1e-6)
+    assert target_loss(saying(logits), ids, mask).item() / 3 == pytest.approx(by_hand, abs=1e-6)
 
 
 def test_prompt_and_padding_bear_no_loss_and_the_end_token_does():
@@ -33,7 +42,7 @@ def test_prompt_and_padding_bear_no_loss_and_the_end_token_does():
     ids, mask = collate(encoded, "cpu")
     torch.manual_seed(0)
     logits = torch.randn(*ids.shape, len(tokenizer), requires_grad=True)
-    target_loss(logits, ids, mask).backward()
+    target_loss(saying(logits), ids, mask).backward()
     bearing = logits.grad.abs().sum(-1) > 0  # (B, T)
     for row, example in enumerate(EXAMPLES):
         asked = len(tokenizer.chat_prompt(example["prompt"]))
@@ -51,7 +60,7 @@ def test_padding_does_not_change_the_loss():
 
     def loss_of(batch):
         ids, mask = collate(batch, "cpu")
-        return target_loss(model(ids), ids, mask).item() / mask[:, 1:].sum().item()
+        return target_loss(model, ids, mask).item() / mask[:, 1:].sum().item()
 
     counts = [sum(mask) for _, mask in encoded]
     alone = sum(loss_of([example]) * count for example, count in zip(encoded, counts)) / sum(counts)
@@ -226,3 +235,18 @@ def test_bfloat16_weights_gather_steps_too_small_for_them():
     norms = start == 1  # 1 + 1e-5 is 1 in bfloat16
     assert rounded[norms].abs().max() > 1e-3
     assert torch.corrcoef(torch.stack([exact, rounded]))[0, 1] > 0.6
+
+
+@pytest.mark.parametrize("logits", [1, 7 * 500, 2**24])  # one token at a time, seven, all together
+def test_chunks_of_logits_change_neither_loss_nor_gradient(monkeypatch, logits):
+    monkeypatch.setattr(sft, "LOGITS", logits)
+    model, (ids, mask) = tiny_model(), collate(encode_examples(tiny_tokenizer(), EXAMPLES, 96), "cpu")
+    loss = target_loss(model, ids, mask)
+    loss.backward()
+    plain = tiny_model()
+    wanted = torch.nn.functional.cross_entropy(plain(ids)[:, :-1][mask[:, 1:]], ids[:, 1:][mask[:, 1:]],
+                                               reduction="sum")
+    wanted.backward()
+    assert loss.item() == pytest.approx(wanted.item(), rel=1e-6)
+    for weight, other in zip(model.parameters(), plain.parameters()):
+        torch.testing.assert_close(weight.grad, other.grad, atol=1e-4, rtol=1e-4)

@@ -84,9 +84,10 @@ def test_training_raises_the_margin_of_every_pair(train):
 
 def test_nll_adds_the_chosen_responses_mean_loss_a_token(train):
     model, losses = tiny_model(), []
-    for chosen, _ in encoded():
-        ids, mask = collate([chosen], "cpu")
-        losses.append(target_loss(model(ids), ids, mask).item() / mask.sum().item())
+    for prompt, chosen, _ in encoded():
+        ids = torch.tensor([prompt + chosen])
+        logps = model(ids)[0, len(prompt) - 1:-1].log_softmax(-1)
+        losses.append(-logps[range(len(chosen)), chosen].mean().item())
     for weight in (0.0, 2.0):  # long or short, each response counts the same
         _, _, [record] = train(nll=weight, batch_size=3, **FROZEN)
         assert record["loss"] == pytest.approx(log(2) + weight * sum(losses) / 3, abs=1e-4)
@@ -94,7 +95,7 @@ def test_nll_adds_the_chosen_responses_mean_loss_a_token(train):
 
 def test_replay_adds_the_loss_of_the_replayed_examples(train):
     ids, mask = collate(encode_examples(tiny_tokenizer(), REPLAY, 96), "cpu")
-    loss = target_loss(tiny_model()(ids), ids, mask).item() / mask.sum().item()
+    loss = target_loss(tiny_model(), ids, mask).item() / mask.sum().item()
     for weight in (0.0, 0.5):
         _, _, records = train(examples=REPLAY, replay=weight, batch_size=3, epochs=3, **FROZEN)
         assert [r["loss"] for r in records] == pytest.approx([log(2) + weight * loss] * 3, abs=1e-4)
