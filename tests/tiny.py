@@ -6,7 +6,7 @@ from random import Random
 import pytest
 import torch
 
-from minisr.model import Decoder, ModelConfig
+from minisr.model import Decoder, KVCache, ModelConfig
 from minisr.tokenizer import Tokenizer, train_tokenizer
 from minisr.world.corpus import document
 
@@ -73,3 +73,60 @@ def as_llama(model: Decoder):
         rope_theta=c.rope_theta, tie_word_embeddings=c.tied, pad_token_id=0))
     llama.load_state_dict({llama_name(name): weight.clone() for name, weight in model.state_dict().items()})
     return llama
+
+
+def random_llama(kind: str = "Llama", **changes):
+    """A random Llama or Mistral of transformers, in eval mode, whose logits are of scale 1 and more."""
+    transformers = pytest.importorskip("transformers")
+    shape = dict(vocab_size=len(tiny_tokenizer()), hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+                 num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512,
+                 tie_word_embeddings=False)
+    config = getattr(transformers, f"{kind}Config")(**{**shape, **changes})
+    llama = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for weight in llama.parameters():
+            centre, std = (1, 0.2) if weight.dim() == 1 else (0, 0.25 if len(weight) > 100 else 0.15)
+            weight.copy_(centre + std * torch.randn(weight.shape, generator=generator))
+    return llama
+
+
+@torch.no_grad()
+def assert_same_logits(model: Decoder, llama, length: int = 256, atol: float = 1e-5) -> None:
+    """Ours are theirs, of the whole at once and with the cache, the second half token by token."""
+    ids = torch.randint(len(tiny_tokenizer()), (2, length), generator=torch.Generator().manual_seed(1))
+    expected = llama(ids).logits
+    assert expected.std() > 1  # else the bound would say little
+    torch.testing.assert_close(model(ids), expected, atol=atol, rtol=0)
+    cache = KVCache(model.config, 2, length, model.embed.weight)
+    parts = ids.split([length // 2] + [1] * (length - length // 2), dim=1)
+    cached = torch.cat([model(part, cache) for part in parts], dim=1)
+    torch.testing.assert_close(cached, expected, atol=atol, rtol=0)
+
+
+@cache
+def byte_level_json(*specials: str) -> str:
+    """A tokenizer.json of GPT-2's kind with these special tokens, trained by the tokenizers library."""
+    tokenizers = pytest.importorskip("tokenizers")
+    made = tokenizers.Tokenizer(tokenizers.models.BPE())
+    made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = tokenizers.decoders.ByteLevel()
+    rng = Random(1)
+    made.train_from_iterator([document(rng) for _ in range(100)], tokenizers.trainers.BpeTrainer(
+        vocab_size=400, special_tokens=list(specials), show_progress=False,
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet()))
+    return made.to_str()
+
+
+def as_folder(llama, folder, **how):
+    llama.save_pretrained(folder, **how)
+    (folder / "tokenizer.model").write_bytes(tiny_tokenizer().vocabulary.content)
+    return folder
+
+
+def as_bin(folder, **how):
+    """The folder's weights in the older format."""
+    (folder / "model.safetensors").rename(folder / "x.safetensors")
+    weights = pytest.importorskip("safetensors.torch").load_file(folder / "x.safetensors")
+    (folder / "x.safetensors").unlink()
+    torch.save(weights, folder / "pytorch_model.bin", **how)
