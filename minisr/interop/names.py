@@ -120,6 +120,8 @@ def recognise_chat(jinja: str | None, specials) -> str:
         return chat_template("llama3")
     if "[INST]" in jinja and {"<s>", "</s>"} <= set(specials):
         return chat_template("llama2")
+    if "<|user|>" in jinja and "</s>" in specials and "<|user|>" not in specials:  # TinyLlama, Zephyr
+        return chat_template("zephyr")
     return chat_template("tiny" if "<|user|>" in specials else "plain")
 
 
