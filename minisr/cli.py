@@ -204,8 +204,8 @@ def _model_commands(command) -> None:
     sub = command(import_, "import", "make a minisr model folder from a Hugging Face folder or a GGUF file")
     sub.add_argument("source", help=SOURCES)
     sub.add_argument("--out", type=Path, required=True, help="folder of the model")
-    sub.add_argument("--chat", default="", help="chat template: chatml, llama2, llama3, zephyr, plain, tiny or "
-                     "a text file with {prompt} and {response}; default: the one most like the model's own")
+    sub.add_argument("--chat", default="", help="chat template: chatml, llama2, llama3, zephyr, plain, tiny "
+                     "or a text file with {prompt} and {response}; default: the one most like the model's")
     sub = command(export, "export", "write a model as a Hugging Face folder, for transformers and its kin")
     sub.add_argument("model", help="folder of a model, e.g. runs/tiny/M3")
     sub.add_argument("--out", type=Path, required=True, help="the Hugging Face folder")
