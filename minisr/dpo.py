@@ -50,12 +50,12 @@ def encode_pairs(tokenizer, pairs: list[dict], context: int) -> list[tuple]:
     encoded = []
     for number, pair in enumerate(pairs, 1):
         prompt = tokenizer.chat_prompt(pair["prompt"])
-        sides = [tokenizer.chat(pair["prompt"], pair[side])[0] for side in ("chosen", "rejected")]
-        longest = max(map(len, sides))
+        sides = [tokenizer.answer(pair[side]) for side in ("chosen", "rejected")]
+        longest = len(prompt) + max(map(len, sides))
         if longest > context:
             raise InputError(f"pair {number} has {longest} tokens, the model's context is {context}: "
                              "shorten it or leave it out")
-        encoded.append((prompt, *(ids[len(prompt):] for ids in sides)))
+        encoded.append((prompt, *sides))
     return encoded
 
 
@@ -117,10 +117,13 @@ def reference_logps(model, pairs: list[tuple], batch_size: int) -> tuple[Tensor,
 
 
 def train_dpo(model, tokenizer, pairs: list[dict], replay: list[dict], config: DPOConfig, key: int,
-              title: str, log_file=None):
-    """Train M_t in place into M_{t+1} on preference pairs; `replay` are EFT records; returns it."""
+              title: str, log_file=None, known: dict | None = None):
+    """Train M_t in place into M_{t+1} on preference pairs; `replay` are EFT records; returns it.
+
+    `known` are log-probabilities of (prompt, response) under M_t, recorded when it wrote them: what the
+    reference would compute."""
     encoded = encode_pairs(tokenizer, pairs, model.config.context)
-    ref_chosen, ref_rejected = reference_logps(model, encoded, config.micro_batch or config.batch_size)
+    ref_chosen, ref_rejected = _reference(model, pairs, encoded, known or {}, config)
     batches = schedule([sum(map(len, pair)) for pair in encoded], config.batch_size, config.epochs, key)
     replayed = iter(_replay_batches(tokenizer, replay, batches, model, config, key))
     torch.manual_seed(coordinates(key, "dropout"))
@@ -139,6 +142,17 @@ def train_dpo(model, tokenizer, pairs: list[dict], replay: list[dict], config: D
 
     fit(model, batches, loss_parts, config, title, log_file)
     return model
+
+
+def _reference(model, pairs, encoded, known, config) -> Tensor:
+    """The reference's log p of chosen and rejected (2, B): recorded while sampling, or else computed."""
+    logps = torch.tensor([[known.get((p["prompt"], p[side]), torch.nan) for p in pairs]
+                          for side in ("chosen", "rejected")], device=model.device)
+    rest = logps.isnan().any(0).nonzero()[:, 0].tolist()
+    if rest:
+        missing = [encoded[i] for i in rest]
+        logps[:, rest] = torch.stack(reference_logps(model, missing, config.micro_batch or config.batch_size))
+    return logps
 
 
 def _replay_batches(tokenizer, replay, batches, model, config, key) -> list[list[tuple]]:

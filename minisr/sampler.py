@@ -38,6 +38,7 @@ class Sample:
 
     ids: list[int]
     finished: bool  # False: cut at max_new_tokens or at the model's context
+    logp: float = 0.0  # if asked for: log p of ids under the model itself, whatever the temperature
 
 
 def key(*coordinates) -> int:
@@ -48,10 +49,11 @@ def key(*coordinates) -> int:
 
 @torch.no_grad()
 def sample(model: Decoder, prompts: list[list[int]], n: int, config: SampleConfig, *,
-           key: int, stop: tuple[int, ...], title: str = "sample") -> list[list[Sample]]:
+           key: int, stop: tuple[int, ...], title: str = "sample",
+           with_logps: bool = False) -> list[list[Sample]]:
     """Draw n responses to each prompt (token ids): result[i][j] is sample j of prompt i.
 
-    A response ends with the first token that is in stop, and keeps it.
+    A response ends with the first token that is in stop, and keeps it. with_logps asks for its log p.
 
     Raises InputError if a prompt leaves no room for a single new token in the model's context."""
     for i, prompt in enumerate(prompts):
@@ -64,25 +66,25 @@ def sample(model: Decoder, prompts: list[list[int]], n: int, config: SampleConfi
     with tqdm(total=len(prompts) * n, desc=title, leave=False) as bar:
         for start in range(0, len(order), per_wave):
             wave = order[start:start + per_wave]
-            drawn = _wave(model, [prompts[i] for i in wave], wave, n, config, key, stop)
+            drawn = _wave(model, [prompts[i] for i in wave], wave, n, config, key, stop, with_logps)
             for i, samples in zip(wave, drawn):
                 results[i] = samples
             bar.update(len(wave) * n)
     return results
 
 
-def _wave(model, prompts, numbers, n, config, key, stop) -> list[list[Sample]]:
+def _wave(model, prompts, numbers, n, config, key, stop, with_logps) -> list[list[Sample]]:
     """Prefill these prompts, fan out to n rows each, decode until all rows are done."""
     limit = min(config.max_new_tokens, model.config.context - min(map(len, prompts)))
     logits, cache = prefill(model, prompts, n, limit)
     logits = logits.repeat_interleave(n, 0)  # (B, V)
     keys = torch.tensor([row_key(key, i, j) for i in numbers for j in range(n)])
-    tokens = decode(model, logits, cache, keys.to(model.device), limit, config, stop)
+    tokens, logps = decode(model, logits, cache, keys.to(model.device), limit, config, stop, with_logps)
     samples = []
-    for number, row in enumerate(tokens.tolist()):
+    for number, (row, logp) in enumerate(zip(tokens.tolist(), logps.tolist())):
         row = row[:model.config.context - len(prompts[number // n])]  # each has its own room
         end = next((i for i, token in enumerate(row) if token in stop), None)
-        samples.append(Sample(row if end is None else row[:end + 1], end is not None))
+        samples.append(Sample(row if end is None else row[:end + 1], end is not None, logp))
     return [samples[i:i + n] for i in range(0, len(samples), n)]
 
 
@@ -116,8 +118,11 @@ def common_prefix(prompts: list[list[int]]) -> int:
     return next((i for i in range(limit) if low[i] != high[i]), limit)
 
 
-def decode(model, logits, cache, keys, limit, config, stop) -> Tensor:
-    """Draw up to limit tokens for each row: (B, limit). What follows a row's stop token means nothing."""
+def decode(model, logits, cache, keys, limit, config, stop, with_logps) -> tuple[Tensor, Tensor]:
+    """Draw up to limit tokens for each row: (B, limit), and their log p, up to the stop token: (B,).
+
+    What follows a row's stop token means nothing."""
+    logps = torch.zeros(len(keys), device=keys.device)
     tokens = torch.full((len(keys), limit), stop[0], device=keys.device)
     stops = torch.tensor(stop, device=keys.device)
     rows = torch.arange(len(keys), device=keys.device)  # rows still in the batch
@@ -125,6 +130,9 @@ def decode(model, logits, cache, keys, limit, config, stop) -> Tensor:
     for step in range(limit):
         drawn = draw(logits, config.temperature, config.top_p, keys, step)  # (B,)
         tokens[rows, step] = drawn
+        if with_logps:
+            said = logits.gather(1, drawn[:, None])[:, 0] - logits.logsumexp(1)
+            logps[rows] += torch.where(alive, said, 0.0).float()
         alive &= ~torch.isin(drawn, stops)
         living = int(alive.sum())
         if living == 0 or step == limit - 1:
@@ -134,7 +142,7 @@ def decode(model, logits, cache, keys, limit, config, stop) -> Tensor:
             cache.keep(kept)
             rows, keys, drawn, alive = rows[kept], keys[kept], drawn[kept], alive[kept]
         logits = model.head(model.hidden(drawn[:, None], cache)[:, -1])  # (B, V)
-    return tokens
+    return tokens, logps
 
 
 def draw(logits: Tensor, temperature: float, top_p: float, keys: Tensor, step: int) -> Tensor:

@@ -95,17 +95,22 @@ class Model:
         """{y_i^1 .. y_i^N}"""
         made = self._answers([record["prompt"] for record in x], self.config.responses.candidates,
                              self.config.responses, "responses")
-        records = [{"prompt": record["prompt"], "responses": [text for text, _ in row],
-                    "finished": [done for _, done in row]} for record, row in zip(x, made)]
+        records = [{"prompt": record["prompt"], **dict(zip(("responses", "finished", "logps"), zip(*row)))}
+                   for record, row in zip(x, made)]
         return records, Counter(finished=sum(sum(r["finished"]) for r in records),
                                 cut=sum(not f for r in records for f in r["finished"]))
 
     def _answers(self, asked: list[str], n: int, config: SampleConfig, purpose: str):
-        """n (text, finished) for each prompt."""
+        """n (text, finished, log p) for each prompt; the log p is that of the text, None if unknown."""
         model, tokenizer = self.load()
-        drawn = sample(model, [tokenizer.chat_prompt(p) for p in asked], n, config,
+        drawn = sample(model, [tokenizer.chat_prompt(p) for p in asked], n, config, with_logps=True,
                        key=self.key(purpose), stop=tokenizer.stops, title=f"{self.name} {purpose}")
-        return [[(tokenizer.decode(s.ids), s.finished) for s in row] for row in drawn]
+        exact = model.embed.weight.dtype == torch.float32  # in bfloat16 training sees other numbers
+
+        def told(text, s):  # tokens may spell a text in another way than training will
+            return exact and tokenizer.answer(text) == s.ids
+        return [[(text, s.finished, s.logp if told(text, s) else None)
+                 for text, s in ((tokenizer.decode(s.ids), s) for s in row)] for row in drawn]
 
     @stage("rewards")
     def judge(self, x, y):
@@ -152,8 +157,12 @@ class Model:
         replay = read_jsonl(self.run.folder / "seed" / "eft.jsonl", "EFT data")
         if not preferences:
             return self._train(name, "DPO", lambda model, tokenizer, log: write_jsonl(log, []))
+        known = {(y["prompt"], text): logp
+                 for y in read_jsonl(self.folder / "responses.jsonl", "responses")
+                 for text, logp in zip(y["responses"], y["logps"]) if logp is not None}
         return self._train(name, "DPO", lambda model, tokenizer, log: dpo.train_dpo(
-            model, tokenizer, preferences, replay, self.config.dpo, self.run.key(name, "DPO"), name, log))
+            model, tokenizer, preferences, replay, self.config.dpo, self.run.key(name, "DPO"), name, log,
+            known))
 
     def _train(self, name: str, by: str, train) -> "Model":
         """Load this model afresh, train it, save it as `name`: this one stays what it is."""
@@ -177,7 +186,7 @@ class Model:
         sampled = self._answers(held_out, 1, self.config.evaluate, "evaluation")
         greedy = self._answers(held_out, 1, replace(self.config.evaluate, temperature=0.0), "evaluation")
         records = []
-        for prompt, [(warm, _)], [(cold, _)] in zip(held_out, sampled, greedy):
+        for prompt, [(warm, *_)], [(cold, *_)] in zip(held_out, sampled, greedy):
             records.append({"prompt": prompt, "sampled": warm, "greedy": cold})
             if self.run.has_oracle:
                 request = oracle.parse_request(prompt)
@@ -192,7 +201,7 @@ class Model:
         answers = self._answers(asked, 1, self.config.evaluate, "export")
         generator = f"minisr {self.run.folder.name} {self.name}"
         write_json(path, [{"instruction": prompt, "output": text, "generator": generator}
-                          for prompt, [(text, _)] in zip(asked, answers)])
+                          for prompt, [(text, *_)] in zip(asked, answers)])
         self.release()
 
     @stage("judge_evaluation")

@@ -58,10 +58,13 @@ class Tokenizer:
             ids += self.encode(part.replace("{prompt}", prompt)) if special is None else [special]
         return ids
 
+    def answer(self, response: str) -> list[int]:
+        """A response with its end."""
+        return [*self.encode(response + self._closing), self.eos]
+
     def chat(self, prompt: str, response: str) -> tuple[list[int], list[bool]]:
         """A whole exchange and its loss mask: True on the response and its end, the targets."""
-        asked = self.chat_prompt(prompt)
-        answered = [*self.encode(response + self._closing), self.eos]
+        asked, answered = self.chat_prompt(prompt), self.answer(response)
         return asked + answered, [False] * len(asked) + [True] * len(answered)
 
     @cached_property

@@ -196,3 +196,16 @@ def test_a_prompt_that_is_empty_or_fills_the_context_is_named(SuccessorLM, wrong
         sample(SuccessorLM(context=16), [[1], [2], wrong, [3]], 1, greedy(4), key=0, stop=(9,), title="tasks")
     [[answer]] = sample(SuccessorLM(context=16), [[1] * 15], 1, greedy(4), key=0, stop=(9,))
     assert answer.ids == [2]
+
+
+def test_log_probabilities_told_are_the_models_own_whatever_the_temperature(random_decoder):
+    model = random_decoder(vocab_size=12, std=0.2)
+    prompts = [[i % 12 for i in p] for p in random_prompts([3, 8, 1, 8, 5])]
+    rows = sample(model, prompts, 4, SampleConfig(0.6, 0.9, 20), key=3, stop=(2, 7), with_logps=True)
+    for prompt, samples in zip(prompts, rows):
+        for s in samples:
+            with torch.no_grad():
+                logps = model(torch.tensor([prompt + s.ids]))[0, len(prompt) - 1:-1].double().log_softmax(-1)
+            expected = logps[range(len(s.ids)), s.ids].sum().item()
+            assert s.logp == pytest.approx(expected, abs=1e-4) and s.logp < -0.5
+    assert len({len(s.ids) for row in rows for s in row}) > 6  # rows leave at different steps

@@ -23,7 +23,7 @@ def encoded() -> list[tuple]:
 @pytest.fixture
 def train(monkeypatch, tmp_path):
     """Train on PAIRS: the model, the four log-probabilities of each call of dpo_loss, and the log."""
-    def run(model=None, examples=(), pairs=PAIRS, **config):
+    def run(model=None, examples=(), pairs=PAIRS, known=None, **config):
         calls = []
 
         def spy(*arguments):
@@ -32,7 +32,7 @@ def train(monkeypatch, tmp_path):
 
         monkeypatch.setattr(dpo, "dpo_loss", spy)
         model = train_dpo(model or tiny_model(), tiny_tokenizer(), pairs, list(examples),
-                          DPOConfig(**{"batch_size": 2, **config}), 0, "test", tmp_path / "log")
+                          DPOConfig(**{"batch_size": 2, **config}), 0, "test", tmp_path / "log", known)
         return model, calls, [json.loads(line) for line in (tmp_path / "log").read_text().splitlines()]
     return run
 
@@ -104,3 +104,17 @@ def test_replay_adds_the_loss_of_the_replayed_examples(train):
 def test_replay_lasts_as_long_as_the_pairs(train):
     _, _, records = train(examples=REPLAY * 2, pairs=PAIRS[:1], replay=1.0, batch_size=8, epochs=3)
     assert len(records) == 3
+
+
+def test_what_was_recorded_while_sampling_is_the_reference_and_only_the_rest_is_computed(train, monkeypatch):
+    chosen, rejected = reference_logps(tiny_model(), encoded(), 3)
+    known = {(p["prompt"], p[side]): logps[i].item() + 0.5 for i, p in enumerate(PAIRS[:2])
+             for side, logps in (("chosen", chosen), ("rejected", rejected))}
+    known.pop((PAIRS[1]["prompt"], PAIRS[1]["rejected"]))
+    computed = []
+    monkeypatch.setattr(dpo, "reference_logps", lambda model, pairs, size: (
+        computed.extend(pairs), reference_logps(model, pairs, size))[1])
+    _, [[_, _, r_w, r_l]], _ = train(batch_size=3, known=known, **FROZEN)
+    expected = chosen + torch.tensor([0.5, 0.0, 0.0]), rejected + torch.tensor([0.5, 0.0, 0.0])
+    assert torch.allclose(by_value(r_w, r_l), by_value(*expected), atol=1e-4)
+    assert computed == encoded()[1:]  # of the second only one side was known
