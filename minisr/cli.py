@@ -1,4 +1,4 @@
-"""The command line: minisr run | pretrain | experiment | eval | show | chat | import | export."""
+"""The command line: minisr run | pretrain | experiment | eval | show | chat | import | export | bench."""
 
 import argparse
 import sys
@@ -135,6 +135,12 @@ def export(options) -> None:
     print(f"{options.out}/ is a Hugging Face folder: transformers loads it, and so can what builds on it")
 
 
+def bench(options) -> None:
+    """Speed, memory and share of the machine's limit of each arrow of the figure."""
+    from minisr.bench import bench
+    bench(options.model, options.only, options.without, options.repeats, options.threads)
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str):
         """A wrong option is wrong input like any other: one line, code 2."""
@@ -209,6 +215,15 @@ def _model_commands(command) -> None:
     sub = command(export, "export", "write a model as a Hugging Face folder, for transformers and its kin")
     sub.add_argument("model", help="folder of a model, e.g. runs/tiny/M3")
     sub.add_argument("--out", type=Path, required=True, help="the Hugging Face folder")
+    sub = command(bench, "bench", "how fast each arrow of the figure is on this machine, and its limit")
+    sub.add_argument("--model", help="tiny, smollm2 or a model's folder; default tiny, and smollm2 if its "
+                     "package is there")
+    sub.add_argument("--only", nargs="+", default=[], metavar="WORK",
+                     help="of prompts, responses, judging, reference, dpo, sft")
+    sub.add_argument("--without", action="append", default=[], metavar="TRICK",
+                     help="do it the plain way: prefix-sharing, dropping or prompt-sharing (repeatable)")
+    sub.add_argument("--repeats", type=int, default=5, metavar="K", help="timed turns; default 5")
+    sub.add_argument("--threads", type=int, default=2, metavar="K", help="of the CPU; default 2")
 
 
 def _set(sub) -> None:

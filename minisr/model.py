@@ -10,7 +10,7 @@ Differs from Llama in nothing but size. Read from the top; stop when satisfied.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 
 import torch
@@ -40,12 +40,19 @@ class ModelConfig:
     dropout: float = 0.0
 
     def __post_init__(self):
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.type is int:
+                if type(value) is not int or value < (field.name not in ("layers", "head_width")):
+                    raise ValueError(f"{field.name} must be a whole number of 1 or more, not {value!r}")
+            elif field.type is float and not (type(value) in (int, float) and 0 <= value < math.inf):
+                raise ValueError(f"{field.name} must be a number, not negative, not {value!r}")
         if not self.head_width and self.width % (2 * self.heads) or self.heads % self.kv_heads:
             raise ValueError("width must be an even multiple of heads, and heads a multiple of kv_heads")
         object.__setattr__(self, "head_width", self.head_width or self.width // self.heads)
         object.__setattr__(self, "rope_scaling", tuple(self.rope_scaling))
-        if self.head_width % 2 or len(self.rope_scaling) not in (0, 1, 4):
-            raise ValueError("head_width must be even, and rope_scaling have 0, 1 or 4 numbers")
+        if self.head_width % 2 or len(self.rope_scaling) not in (0, 1, 4) or 0 in self.rope_scaling:
+            raise ValueError("head_width must be even, and rope_scaling have 0, 1 or 4 numbers, none 0")
 
 
 class Decoder(nn.Module):
@@ -158,7 +165,8 @@ def frequencies(config: ModelConfig, device) -> Tensor:
     Linear scaling divides all by a factor. Llama 3 does so where a turn is longer than context / low,
     not where it is shorter than context / high, and in between a share of it."""
     D = config.head_width
-    frequency = config.rope_theta ** -(torch.arange(0, D, 2, device=device, dtype=torch.float32) / D)
+    exponent = torch.arange(0, D, 2, device=device, dtype=torch.float32) / D
+    frequency = 1.0 / config.rope_theta**exponent  # Llama's own rounding: at position 8000 the last bit shows
     if not config.rope_scaling:
         return frequency
     factor, *rest = config.rope_scaling

@@ -77,6 +77,8 @@ def read_json(path: Path, what: str):
     except json.JSONDecodeError as error:
         raise InputError(f"{what} {path} is not valid JSON: line {error.lineno}: {error.msg}; "
                          "remove it to have it made again") from error
+    except RecursionError as error:
+        raise InputError(f"{what} {path} is not valid JSON: nested too deeply") from error
 
 
 def read_jsonl(path: Path, what: str, texts: tuple[str, ...] = ()) -> list[dict]:

@@ -1,6 +1,7 @@
 """A run: its folder, its config, and the seed data that all its models share."""
 
 from dataclasses import asdict, replace
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -8,7 +9,7 @@ import torch
 from minisr import seed_data
 from minisr.checkpoint import SEED_MODEL
 from minisr.config import Config, differences, load_config, to_toml
-from minisr.interop.source import source_digest
+from minisr.interop.source import load_source
 from minisr.judge import load_template
 from minisr.records import InputError, read_jsonl, write_bytes, write_jsonl
 from minisr.sampler import key
@@ -46,10 +47,15 @@ class Run:
                 raise InputError(f"{folder} was made with another config ({'; '.join(changed)}); "
                                  "choose another folder with --out, or delete this one")
         if not (run.folder / "M0").exists():
-            source_digest(config.seed_model or str(SEED_MODEL))  # told before anything is written
+            run.seed_model  # noqa: B018  what is wrong with these is told before anything is written
             seed_data.held_out_and_seeds(config.seed_data, config.seed)
         write_bytes(stored, to_toml(config).encode())
         return run
+
+    @cached_property
+    def seed_model(self):
+        """(decoder, tokenizer) of M0's source."""
+        return load_source(self.config.seed_model or str(SEED_MODEL), self.device, self.config.chat)
 
     def key(self, *coordinates) -> int:
         """The random numbers of one purpose in this run."""

@@ -19,7 +19,7 @@ from minisr import __version__, dpo, pairs, prompts, sft
 from minisr.checkpoint import SEED_MODEL, digest, load_model, model_hash, save_model
 from minisr.config import to_toml
 from minisr.evaluate import answer_metrics, judge_metrics, win_rates
-from minisr.interop.source import load_source, source_digest
+from minisr.interop.source import source_digest
 from minisr.judge import MAX_SCORE, Judgement, judge, reward
 from minisr.records import InputError, read_json, read_jsonl, write_json, write_jsonl
 from minisr.run import Run
@@ -54,9 +54,9 @@ class Model:
     def copy_seed_model(self) -> "Model":
         """Make this M0: copied into the run, so that the run is whole by itself."""
         if not (self.folder / "meta.json").exists():
-            source = self.config.seed_model or str(SEED_MODEL)
-            model, tokenizer = load_source(source, self.run.device, self.config.chat)
-            save_model(self.folder, model, tokenizer, {"made_by": "copy", "from": source_digest(source)})
+            source = source_digest(self.config.seed_model or str(SEED_MODEL))
+            save_model(self.folder, *self.run.seed_model, {"made_by": "copy", "from": source})
+            del self.run.seed_model  # from here on it is read from the run's own folder
         return self
 
     def load(self):

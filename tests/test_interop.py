@@ -19,6 +19,7 @@ from minisr.checkpoint import load_model
 from minisr.interop import hf
 from minisr.interop.names import config_from_hf
 from minisr.interop.source import load_source
+from minisr.model import frequencies
 from minisr.sampler import SampleConfig, sample
 from minisr.tokenizer import Tokenizer, TokenizerJSON, chat_template
 
@@ -121,11 +122,23 @@ SHAPES = {
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_an_exported_folder_gives_our_logits_in_transformers(shape, random_decoder, tmp_path):
-    model = random_decoder(vocab_size=len(tiny_tokenizer()), std=0.2, context=512, **shape)
+    model = random_decoder(vocab_size=len(tiny_tokenizer()), std=0.15, context=512, **shape)
+    model.head.weight.data *= 1.5
     hf.export(model, tiny_tokenizer(), tmp_path)
     llama = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
     assert llama.dtype == torch.float32
     assert_same_logits(model, llama, length=200)
+
+
+@pytest.mark.parametrize("factor", [1.0, 4.0])
+@pytest.mark.parametrize("theta", [300.0, 10000.0, 100000.0, 500000.0, 1000000.0])
+@pytest.mark.parametrize("width", [8, 64, 128])
+def test_rotary_frequencies_are_those_of_transformers_to_the_last_bit(width, theta, factor):
+    # A bit is 6e-8 of the angle: at position 8000, 5e-4 of a radian.
+    rope = {"rope_type": "linear", "factor": factor, "rope_theta": theta}
+    llama = random_llama(head_dim=width, rope_parameters=rope)
+    ours = config_from_hf(llama.config.to_dict(), "config.json")
+    assert torch.equal(frequencies(ours, "cpu"), llama.model.rotary_emb.inv_freq)
 
 
 def test_greedy_generation_after_export_gives_our_samplers_ids(random_decoder, tmp_path):

@@ -360,6 +360,15 @@ def test_a_damaged_source_is_refused_in_one_line(broken, named, folder):
     assert not (folder.parent / "executed").exists()
 
 
+def test_an_index_that_leads_out_of_the_folder_reads_nothing_there(folder):
+    inside = safetensors.load_file(folder / "model.safetensors")
+    outside = {name: weight + 1 for name, weight in inside.items()}
+    safetensors.save_file(outside, folder.parent / "model.safetensors")
+    index(folder, {"weight_map": {"a": "../model.safetensors"}})
+    model, _ = load_source(str(folder))
+    assert torch.equal(model.embed.weight, inside["model.embed_tokens.weight"])
+
+
 def test_the_evil_weights_would_do_harm_if_they_were_trusted(folder):
     weights_that_would_execute_code(folder)
     torch.load(folder / "pytorch_model.bin", weights_only=False)

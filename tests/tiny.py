@@ -7,7 +7,8 @@ from random import Random
 import pytest
 import torch
 
-from minisr.model import Decoder, KVCache, ModelConfig
+from minisr.cache import KVCache
+from minisr.model import Decoder, ModelConfig
 from minisr.tokenizer import Tokenizer, train_tokenizer
 from minisr.world.corpus import document
 
@@ -113,7 +114,7 @@ def byte_level_json(*specials: str) -> str:
     made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     made.decoder = tokenizers.decoders.ByteLevel()
     rng = Random(1)
-    made.train_from_iterator([document(rng) for _ in range(100)], tokenizers.trainers.BpeTrainer(
+    made.train_from_iterator([document(rng) + "\n\n" for _ in range(100)], tokenizers.trainers.BpeTrainer(
         vocab_size=400, special_tokens=list(specials), show_progress=False,
         initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet()))
     return made.to_str()
@@ -130,6 +131,7 @@ def as_bin(folder, **how):
     (folder / "model.safetensors").rename(folder / "x.safetensors")
     weights = pytest.importorskip("safetensors.torch").load_file(folder / "x.safetensors")
     (folder / "x.safetensors").unlink()
+    weights.setdefault("lm_head.weight", weights["model.embed_tokens.weight"])  # so it stored a tied head
     torch.save(weights, folder / "pytorch_model.bin", **how)
 
 

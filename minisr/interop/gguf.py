@@ -30,7 +30,7 @@ WEIGHTS = {
     "blocks.{}.feed_forward.up_proj.weight": "blk.{}.ffn_up.weight",
     "blocks.{}.feed_forward.down_proj.weight": "blk.{}.ffn_down.weight",
 }
-CONTROL = 3  # the token type of special tokens
+CONTROL, USER_DEFINED = 3, 4  # token types: special tokens, and words that are never split
 DIGITS = ("smollm",)  # names of pre-tokenizers that split numbers into digits, then as GPT-2 does
 PLAIN_GPT2 = ("gpt-2", "default")
 LLAMA3 = ("llama-bpe", "llama3", "llama-v3", "smaug-bpe")
@@ -52,10 +52,15 @@ def load(path: Path, device: str = "cpu", chat: str = ""):
         vocabulary = read_vocabulary(about)
         chat = chat or recognise_chat(about.get("tokenizer.chat_template"), vocabulary.specials)
         tokenizer = Tokenizer(vocabulary, chat)
-    except (KeyError, ValueError, RuntimeError) as error:
+    except InputError:
+        raise
+    except Exception as error:  # the libraries raise nothing more special
         raise InputError(f"{path}: no usable tokenizer: {first_line(error)}") from error
     check_sizes(path, config, tokenizer)
-    return assemble(config, read_weights(library, tensors, config, path), device), tokenizer
+    weights = read_weights(library, tensors, config, path)
+    if odd := sorted(tensors.keys() - {"rope_freqs.weight"}):
+        raise InputError(f"{path}: minisr has no place for the tensor {odd[0]}")
+    return assemble(config, weights, device), tokenizer
 
 
 def read_config(about: dict, tensors: dict, path: Path) -> ModelConfig:
@@ -68,6 +73,8 @@ def read_config(about: dict, tensors: dict, path: Path) -> ModelConfig:
     scaling = about.get("llama.rope.scaling.type", "none")
     if scaling not in ("none", "linear"):
         raise InputError(f"{path}: RoPE scaling {scaling!r} is not what minisr computes")
+    if about.get("llama.attention.key_length", 0) > about.get("llama.rope.dimension_count", 0):
+        raise InputError(f"{path}: partial rotary embedding is not what minisr computes")
     try:
         heads, width = about["llama.attention.head_count"], about["llama.embedding_length"]
         linear = about.get("llama.rope.scaling.factor", 1.0)
@@ -105,7 +112,8 @@ def read_weights(library, tensors: dict, config: ModelConfig, path: Path) -> dic
                 continue
             if source not in tensors:
                 raise InputError(f"{path} has no tensor {source}")
-            values = library.quants.dequantize(tensors[source].data, tensors[source].tensor_type)
+            tensor = tensors.pop(source)
+            values = library.quants.dequantize(tensor.data, tensor.tensor_type)
             weights[name] = torch.from_numpy(values.copy()).float()
             if name.endswith(("q_proj.weight", "k_proj.weight")):
                 heads = config.heads if "q_proj" in name else config.kv_heads
@@ -134,8 +142,9 @@ def _byte_level(about: dict) -> TokenizerJSON:
     tokenizers = need("tokenizers", "gguf")
     tokens, types = about["tokenizer.ggml.tokens"], about["tokenizer.ggml.token_type"]
     merges = [tuple(merge.split(" ", 1)) for merge in about["tokenizer.ggml.merges"]]
-    made = tokenizers.Tokenizer(tokenizers.models.BPE({t: i for i, t in enumerate(tokens)}, merges))
     split, family = tokenizers.pre_tokenizers, about.get("tokenizer.ggml.pre", "default")
+    made = tokenizers.Tokenizer(tokenizers.models.BPE(
+        {token: i for i, token in enumerate(tokens)}, merges, ignore_merges=family in LLAMA3))
     if family in LLAMA3:
         steps = [split.Split(tokenizers.Regex(LLAMA3_SPLIT), "isolated"),
                  split.ByteLevel(add_prefix_space=False, use_regex=False)]
@@ -145,8 +154,9 @@ def _byte_level(about: dict) -> TokenizerJSON:
     else:
         raise ValueError(f"unknown pre-tokenizer {family!r}")
     made.pre_tokenizer, made.decoder = split.Sequence(steps), tokenizers.decoders.ByteLevel()
-    made.add_special_tokens([tokenizers.AddedToken(token, special=True, normalized=False)
-                             for token, sort in zip(tokens, types) if sort == CONTROL])
+    for kind, add in ((CONTROL, made.add_special_tokens), (USER_DEFINED, made.add_tokens)):
+        add([tokenizers.AddedToken(token, special=kind == CONTROL, normalized=False)
+             for token, sort in zip(tokens, types) if sort == kind])
     if about.get("tokenizer.ggml.add_bos_token"):
         i = about["tokenizer.ggml.bos_token_id"]
         made.post_processor = tokenizers.processors.TemplateProcessing(

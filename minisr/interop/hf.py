@@ -5,13 +5,12 @@ which is read with weights_only=True. Names and order of halves in RoPE are the 
 no number changes on the way in or out.
 """
 
-import json
-import pickle
+import warnings
 from pathlib import Path
 
 import torch
 
-from minisr.checkpoint import assemble, check_sizes, first_line
+from minisr.checkpoint import assemble, check_sizes, first_line, goes_with
 from minisr.interop.names import config_from_hf, config_to_hf, jinja_of, recognise_chat, weight_names
 from minisr.interop.sentencepiece_json import tokenizer_json
 from minisr.records import InputError, need, read_bytes, read_json, write_bytes, write_json
@@ -47,11 +46,7 @@ def read_weights(folder: Path) -> dict[str, torch.Tensor]:
     for stem, read in (("model.safetensors", _read_safetensors), ("pytorch_model.bin", _read_bin)):
         index = folder / f"{stem}.index.json"
         if index.exists():
-            shards = sorted(set(_object(index).get("weight_map", {}).values()))
-            missing = [name for name in shards if not (folder / Path(name).name).exists()]
-            if missing or not shards:
-                raise InputError(f"{folder}: {index.name} names the shard "
-                                 f"{(missing or ['(none)'])[0]}, which is not there")
+            shards = _shards(index)
             tensors: dict[str, torch.Tensor] = {}
             for name in shards:
                 tensors |= read(folder / Path(name).name)  # .name: an index leads nowhere else
@@ -59,6 +54,18 @@ def read_weights(folder: Path) -> dict[str, torch.Tensor]:
         if (folder / stem).exists():
             return read(folder / stem)
     raise InputError(f"{folder} has neither model.safetensors nor pytorch_model.bin, nor their index")
+
+
+def _shards(index: Path) -> list[str]:
+    """The file names in an index; all must be there."""
+    names = _object(index).get("weight_map")
+    if not isinstance(names, dict) or not names or not all(isinstance(n, str) for n in names.values()):
+        raise InputError(f"{index} has no map from weights to shards")
+    shards = sorted(set(names.values()))
+    for name in shards:
+        if not (index.parent / Path(name).name).is_file():
+            raise InputError(f"{index} names the shard {name!r}, which is not there")
+    return shards
 
 
 def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:
@@ -71,9 +78,14 @@ def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:
 
 def _read_bin(path: Path) -> dict[str, torch.Tensor]:
     try:
-        return torch.load(path, weights_only=True, map_location="cpu")
-    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError) as error:
+        with warnings.catch_warnings(action="ignore"):  # the error says it in one line
+            stored = torch.load(path, weights_only=True, map_location="cpu")
+    except Exception as error:  # a damaged file fails in many ways
         raise InputError(f"{path} is no file of plain tensors: {first_line(error)}") from error
+    if not isinstance(stored, dict) or not all(isinstance(name, str) and isinstance(value, torch.Tensor)
+                                               for name, value in stored.items()):
+        raise InputError(f"{path} holds something else than tensors by name")
+    return stored
 
 
 def load_tokenizer(folder: Path, vocab_size: int, chat: str = "") -> Tokenizer:
@@ -83,7 +95,7 @@ def load_tokenizer(folder: Path, vocab_size: int, chat: str = "") -> Tokenizer:
         raise InputError(f"{folder} has neither tokenizer.model nor tokenizer.json")
     try:
         vocabulary = SentencePiece(read_bytes(model)) if model.exists() else None
-        if as_json.exists() and (vocabulary is None or len(vocabulary) != vocab_size):
+        if as_json.exists() and (vocabulary is None or not goes_with(vocab_size, len(vocabulary))):
             vocabulary = TokenizerJSON(read_bytes(as_json))
         return Tokenizer(vocabulary, chat or _chat(folder, vocabulary))
     except (RuntimeError, ValueError) as error:
@@ -96,9 +108,11 @@ def _chat(folder: Path, vocabulary) -> str:
         return read_bytes(folder / "chat.txt").decode()
     settings = folder / "tokenizer_config.json"
     jinja = _object(settings).get("chat_template") if settings.exists() else None
+    if isinstance(jinja, list):  # several by name
+        jinja = next((one.get("template") for one in jinja if one.get("name") == "default"), None)
     if (folder / "chat_template.jinja").exists():
         jinja = read_bytes(folder / "chat_template.jinja").decode()
-    return recognise_chat(jinja if isinstance(jinja, str) else json.dumps(jinja), vocabulary.specials)
+    return recognise_chat(jinja, vocabulary.specials)
 
 
 def _object(path: Path) -> dict:
@@ -116,11 +130,12 @@ def export(model, tokenizer: Tokenizer, folder: Path) -> None:
     dtype = str(model.embed.weight.dtype).removeprefix("torch.")
     ends = list(tokenizer.stops)
     ids = {"bos_token_id": (tokenizer.begin or [None])[0], "eos_token_id": ends if ends[1:] else ends[0]}
-    write_bytes(folder / "model.safetensors", safetensors.save(named, metadata={"format": "pt"}))
-    for name, content in tokenizer.files.items():
-        write_bytes(folder / name, content)
+    files = tokenizer.files
     if isinstance(tokenizer.vocabulary, SentencePiece):
-        write_bytes(folder / TokenizerJSON.FILE, tokenizer_json(tokenizer.vocabulary))
+        files = files | {TokenizerJSON.FILE: tokenizer_json(tokenizer.vocabulary)}
+    files["model.safetensors"] = safetensors.save(named, metadata={"format": "pt"})
+    for name, content in files.items():
+        write_bytes(folder / name, content)
     write_json(folder / "tokenizer_config.json", _tokenizer_config(tokenizer, model.config.context))
     write_json(folder / "generation_config.json",
                {**ids, "do_sample": True, "temperature": 0.7, "top_p": 0.9})

@@ -43,9 +43,9 @@ def config_from_hf(theirs: dict, where) -> ModelConfig:
         raise InputError(f"{where}: {unknown} is not what minisr computes; it reads Llama-like decoders "
                          f"({', '.join(ARCHITECTURES)}) without it")
     rope = _rope(theirs)
-    missing = sorted(SHAPE.keys() - {"num_key_value_heads"} - theirs.keys())
-    if missing:
-        raise InputError(f"{where} does not tell {missing[0]}")
+    for name in SHAPE:
+        if theirs.get(name) is None and name != "num_key_value_heads":
+            raise InputError(f"{where} does not tell {name}")
     shape = {ours: theirs[name] for name, ours in SHAPE.items() if theirs.get(name) is not None}
     shape.setdefault("kv_heads", shape["heads"])
     try:
@@ -68,7 +68,7 @@ def _unsupported(theirs: dict) -> str | None:
         f"a sliding window ({window}) shorter than the context": window and window < context,
         "a mixture of experts": theirs.get("num_local_experts") or theirs.get("num_experts"),
         "quantized weights": theirs.get("quantization_config"),
-        "partial rotary embedding": theirs.get("partial_rotary_factor", 1) != 1,
+        "partial rotary embedding": any(c.get("partial_rotary_factor", 1) != 1 for c in (theirs, rope)),
         f"RoPE scaling {rope['rope_type']!r}": rope["rope_type"] not in ("default", "linear", "llama3"),
     }
     return next((name for name, found in odd.items() if found), None)

@@ -28,6 +28,18 @@ def resolve(source: str) -> Path:
 def load_source(source: str, device: str = "cpu", chat: str = ""):
     """(decoder, tokenizer) of a source, whatever its format; chat names another chat template."""
     path, template = resolve(source), chat and chat_template(chat)
+    if chat and not template:
+        raise InputError(f"chat template {chat} is empty")
+    try:
+        return _load(path, device, template)
+    except InputError as error:
+        raise InputError(" ".join(str(error).split())) from error  # names may hold line breaks
+    except Exception as error:  # what others made can be wrong in more ways than can be named
+        reason = f"{type(error).__name__}: {checkpoint.first_line(error)}"
+        raise InputError(f"{path} cannot be read as a model: {reason}") from error
+
+
+def _load(path: Path, device: str, template: str):
     if path.suffix == ".gguf" and path.is_file():
         return gguf.load(path, device, template)
     if (path / hf.CONFIG).exists():
