@@ -72,14 +72,10 @@ def load_tokenizer(folder: Path) -> Tokenizer:
 
 def check_sizes(source: Path, config: ModelConfig, tokenizer: Tokenizer) -> None:
     """The embedding may be padded to a round size beyond the vocabulary, not more."""
-    if not goes_with(config.vocab_size, len(tokenizer)):
+    padded = {-(-len(tokenizer) // multiple) * multiple for multiple in (1, 8, 64, 128, 256)}
+    if config.vocab_size not in padded:
         raise InputError(f"{source}: {tokenizer.vocabulary.FILE} has {len(tokenizer)} pieces, the model "
                          f"{config.vocab_size}; they do not belong together")
-
-
-def goes_with(vocab_size: int, pieces: int) -> bool:
-    """Whether an embedding of vocab_size rows is for so many pieces, padded to a round number or not."""
-    return vocab_size in {-(-pieces // multiple) * multiple for multiple in (1, 8, 64, 128, 256)}
 
 
 def model_hash(folder: Path) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from minisr.checkpoint import assemble, check_sizes, first_line, goes_with
+from minisr.checkpoint import assemble, check_sizes, first_line
 from minisr.interop.names import config_from_hf, config_to_hf, jinja_of, recognise_chat, weight_names
 from minisr.interop.sentencepiece_json import tokenizer_json
 from minisr.records import InputError, need, read_bytes, read_json, write_bytes, write_json
@@ -22,7 +22,7 @@ CONFIG = "config.json"
 def load(folder: Path, device: str = "cpu", chat: str = ""):
     """(decoder, tokenizer) of a folder; chat is a chat template's text, "" the folder's own."""
     config = config_from_hf(_object(folder / CONFIG), folder / CONFIG)
-    tokenizer = load_tokenizer(folder, config.vocab_size, chat)
+    tokenizer = load_tokenizer(folder, chat)
     check_sizes(folder, config, tokenizer)
     weights = {}
     stored = read_weights(folder)
@@ -88,15 +88,15 @@ def _read_bin(path: Path) -> dict[str, torch.Tensor]:
     return stored
 
 
-def load_tokenizer(folder: Path, vocab_size: int, chat: str = "") -> Tokenizer:
-    """tokenizer.model if it has all of the model's pieces, else tokenizer.json."""
+def load_tokenizer(folder: Path, chat: str = "") -> Tokenizer:
+    """tokenizer.json, in which alone pieces may have been added; of an export of ours tokenizer.model."""
     model, as_json = folder / SentencePiece.FILE, folder / TokenizerJSON.FILE
     if not model.exists() and not as_json.exists():
         raise InputError(f"{folder} has neither tokenizer.model nor tokenizer.json")
     try:
-        vocabulary = SentencePiece(read_bytes(model)) if model.exists() else None
-        if as_json.exists() and (vocabulary is None or not goes_with(vocab_size, len(vocabulary))):
-            vocabulary = TokenizerJSON(read_bytes(as_json))
+        ours = model.exists() and (folder / "chat.txt").exists()
+        kind = TokenizerJSON if as_json.exists() and not ours else SentencePiece
+        vocabulary = kind(read_bytes(folder / kind.FILE))
         return Tokenizer(vocabulary, chat or _chat(folder, vocabulary))
     except (RuntimeError, ValueError) as error:
         raise InputError(f"{folder}: {first_line(error)}") from error

@@ -43,10 +43,10 @@ def tokenizer_json(vocabulary: SentencePiece) -> bytes:
 
 
 def merges(texts: list[str], pieces, ids: dict[str, int]) -> list[tuple[str, str]]:
-    """Every way to join two pieces into a third, the best-scored result first."""
+    """Every way to join two pieces into a third: the best-scored result first, of equal ones the lower id."""
     found = []
     for text in texts:
-        rank = -pieces.get_score(ids[text])
-        found += [(rank, ids[text[:k]], ids[text[k:]], text[:k], text[k:]) for k in range(1, len(text))
+        rank = (-pieces.get_score(ids[text]), ids[text])
+        found += [(*rank, ids[text[:k]], ids[text[k:]], text[:k], text[k:]) for k in range(1, len(text))
                   if text[:k] in ids and text[k:] in ids]
     return [(left, right) for *_, left, right in sorted(found)]
