@@ -45,6 +45,8 @@ class ModelConfig:
             if field.type is int:
                 if type(value) is not int or value < (field.name not in ("layers", "head_width")):
                     raise ValueError(f"{field.name} must be a whole number of 1 or more, not {value!r}")
+                if value > 2**24:  # told before memory is taken
+                    raise ValueError(f"{field.name} cannot be {value}")
             elif field.type is float and not (type(value) in (int, float) and 0 <= value < math.inf):
                 raise ValueError(f"{field.name} must be a number, not negative, not {value!r}")
         if not self.head_width and self.width % (2 * self.heads) or self.heads % self.kv_heads:

@@ -32,7 +32,7 @@ WEIGHTS = {
 }
 CONTROL, USER_DEFINED = 3, 4  # token types: special tokens, and words that are never split
 DIGITS = ("smollm",)  # names of pre-tokenizers that split numbers into digits, then as GPT-2 does
-PLAIN_GPT2 = ("gpt-2", "default")
+PLAIN_GPT2 = ("gpt-2",)
 LLAMA3 = ("llama-bpe", "llama3", "llama-v3", "smaug-bpe")
 LLAMA3_SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
                 r"|\s*[\r\n]+|\s+(?!\S)|\s+")
@@ -142,7 +142,7 @@ def _byte_level(about: dict) -> TokenizerJSON:
     tokenizers = need("tokenizers", "gguf")
     tokens, types = about["tokenizer.ggml.tokens"], about["tokenizer.ggml.token_type"]
     merges = [tuple(merge.split(" ", 1)) for merge in about["tokenizer.ggml.merges"]]
-    split, family = tokenizers.pre_tokenizers, about.get("tokenizer.ggml.pre", "default")
+    split, family = tokenizers.pre_tokenizers, about.get("tokenizer.ggml.pre", "(not told)")
     made = tokenizers.Tokenizer(tokenizers.models.BPE(
         {token: i for i, token in enumerate(tokens)}, merges, ignore_merges=family in LLAMA3))
     if family in LLAMA3:

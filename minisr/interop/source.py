@@ -16,6 +16,7 @@ def resolve(source: str) -> Path:
     kind, found, name = source.partition("package:")
     if kind or not found:
         return Path(source)
+    name = name.replace("-", "_")
     spec = find_spec(name) if name.isidentifier() else None
     folders = list(spec.submodule_search_locations or []) if spec else []
     files = sorted(file for folder in folders for file in Path(folder).glob("*.gguf"))
