@@ -123,8 +123,8 @@ def recognise_chat(jinja: str | None, specials) -> str:
     if "<|user|>" in jinja and "</s>" in specials and "<|user|>" not in specials:  # TinyLlama, Zephyr
         return chat_template("zephyr")
     if "</s>" not in specials:
-        raise InputError("none of minisr's chat templates goes with this model: name one (--chat, or chat in a "
-                         "config), or a text file with {prompt} and {response}")
+        raise InputError("none of minisr's chat templates goes with this model: name one (--chat; in a "
+                         "config: chat), or a text file with {prompt} and {response}")
     return chat_template("tiny" if "<|user|>" in specials else "plain")
 
 
