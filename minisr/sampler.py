@@ -38,7 +38,7 @@ class Sample:
 
     ids: list[int]
     finished: bool  # False: cut at max_new_tokens or at the model's context
-    logp: float = 0.0  # if asked for: log p of ids under the model itself, whatever the temperature
+    logp: float = 0.0  # if asked for and finished: log p of ids under the model, whatever the temperature
 
 
 def key(*coordinates) -> int:
@@ -84,7 +84,7 @@ def _wave(model, prompts, numbers, n, config, key, stop, with_logps) -> list[lis
     for number, (row, logp) in enumerate(zip(tokens.tolist(), logps.tolist())):
         row = row[:model.config.context - len(prompts[number // n])]  # each has its own room
         end = next((i for i, token in enumerate(row) if token in stop), None)
-        samples.append(Sample(row if end is None else row[:end + 1], end is not None, logp))
+        samples.append(Sample(row, False) if end is None else Sample(row[:end + 1], True, logp))
     return [samples[i:i + n] for i in range(0, len(samples), n)]
 
 

@@ -45,10 +45,11 @@ def optimizers(masters: dict, config: OptimConfig) -> list[torch.optim.Optimizer
     if config.optimizer == "adamw":
         groups = [{"params": matrices, "weight_decay": config.weight_decay},
                   {"params": others, "weight_decay": 0.0}]
-        return [torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.95))]
+        return [torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.95), fused=True)]
     return [torch.optim.Muon(matrices, lr=config.learning_rate, weight_decay=config.weight_decay,
                              adjust_lr_fn="match_rms_adamw"),
-            torch.optim.AdamW(others, lr=config.learning_rate, betas=(0.9, 0.95), weight_decay=0.0)]
+            torch.optim.AdamW(others, lr=config.learning_rate, betas=(0.9, 0.95), weight_decay=0.0,
+                              fused=True)]
 
 
 def master_weights(model) -> dict[str, torch.Tensor]:

@@ -201,9 +201,13 @@ def test_a_prompt_that_is_empty_or_fills_the_context_is_named(SuccessorLM, wrong
 def test_log_probabilities_told_are_the_models_own_whatever_the_temperature(random_decoder):
     model = random_decoder(vocab_size=12, std=0.2)
     prompts = [[i % 12 for i in p] for p in random_prompts([3, 8, 1, 8, 5])]
-    rows = sample(model, prompts, 4, SampleConfig(0.6, 0.9, 20), key=3, stop=(2, 7), with_logps=True)
+    rows = sample(model, prompts, 4, SampleConfig(0.6, 0.9, 100), key=3, stop=(2, 7), with_logps=True)
+    assert sum(s.finished for row in rows for s in row) > 15
     for prompt, samples in zip(prompts, rows):
         for s in samples:
+            if not s.finished:
+                assert s.logp == 0.0  # of what was cut off none is told
+                continue
             with torch.no_grad():
                 logps = model(torch.tensor([prompt + s.ids]))[0, len(prompt) - 1:-1].double().log_softmax(-1)
             expected = logps[range(len(s.ids)), s.ids].sum().item()
