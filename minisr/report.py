@@ -70,9 +70,9 @@ def line(metrics: dict) -> str:
         answers = (f" flawless {100 * m['flawless']:.0f} % sampled, {100 * m['flawless_greedy']:.0f} % "
                    "greedy;")
     pairwise = m["judge"]["pairwise"]
-    return (f"{name} done in {m['seconds']:.0f} s:{answers} its judge can be read in "
-            f"{100 * m['judge']['parse_rate']:.0f} % and orders "
-            f"{'-' if pairwise is None else f'{100 * pairwise:.1f}'} % of pairs rightly")
+    return (f"{name} done in {m['seconds']:.0f} s:{answers} {100 * m['judge']['parse_rate']:.0f} % of its "
+            f"judgements can be read, {'-' if pairwise is None else f'{100 * pairwise:.1f}'} % of pairs are "
+            "ordered rightly")
 
 
 LEGEND = f"Judge metrics: {TIE_RULE}."

@@ -52,10 +52,13 @@ def _of_a_folder(folder: Path, config) -> dict[str, list[dict]]:
               enumerate(read_jsonl(folder / "judged.jsonl", "judged responses", ("prompt",)), 1)]
     held_out = judged[-config.judge_evaluation:]
     ranked = judged[:len(judged) - len(held_out)][:config.ranked]
-    if not ift or not ranked:
-        raise InputError(f"{folder}: no instructions, or not more than judge_evaluation = "
-                         f"{config.judge_evaluation} judged prompts, so that none is left to learn from")
     evaluation = read_prompts(folder / "evaluation.jsonl")
+    if not ift or not evaluation:
+        raise InputError(f"{folder}: no instructions, or no evaluation prompts")
+    if not ranked:
+        raise InputError(f"{folder}/judged.jsonl has {len(judged)} prompts, of which judge_evaluation = "
+                         f"{config.judge_evaluation} are held out: set seed_data.judge_evaluation to "
+                         f"{max(1, len(judged) - 1)} or less, so that some are left to learn from")
     return {"ift": ift[:config.ift], "ranked": ranked, "judge_evaluation": held_out,
             "evaluation": [{"prompt": prompt} for prompt in evaluation[:config.evaluation]]}
 
@@ -93,8 +96,9 @@ def _instruction(record: dict, where: str) -> dict:
             raise ValueError("prompt and response must be texts, the prompt not empty")
         return {"prompt": prompt, "response": response}
     except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+        reason = f"no {error}" if isinstance(error, KeyError) else str(error)
         raise InputError(f"{where}: expected instruction/input/output, prompt/response or messages "
-                         f"({type(error).__name__}: {error})") from error
+                         f"({reason})") from error
 
 
 def _judged(record: dict, path: Path, number: int) -> dict:

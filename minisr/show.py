@@ -32,13 +32,13 @@ def show_way(run: Path, name: str, number: int) -> None:
     for n, response in enumerate(y[number]["responses"]):
         reward = r[number]["rewards"][n]
         print(f"y^{n + 1}  {response}")
-        none = "none (unread)" if y[number]["finished"][n] else "none (cut off)"
-        print(f"     reward {none if reward is None else f'{reward:.2f}'} = mean of {r[number]['scores'][n]}"
-              f"{_truth(y[number]['prompt'], response)}; the first judgement:")
+        none = "none (unread)" if y[number]["finished"][n] else "none (the response was cut off)"
+        told = none if reward is None else f"{reward:.2f} = mean of {r[number]['scores'][n]}"
+        print(f"     reward {told}{_truth(y[number]['prompt'], response)}; the first judgement:")
         print("     | " + r[number]["judgements"][n][0].replace("\n", "\n     | ") + "\n")
     pairs = [p for p in read_jsonl(folder / "pairs.jsonl", "pairs") if p["prompt"] == y[number]["prompt"]]
     if not pairs:
-        print("no pair: equal rewards, or fewer than two that could be read")
+        print("no pair: equal rewards, or fewer than two responses that were finished and could be judged")
         return
     print(f"chosen    y_w  {pairs[0]['chosen']}\nrejected  y_l  {pairs[0]['rejected']}\n")
     _show_training(run, name, pairs[0])
@@ -92,7 +92,7 @@ def chat(source: str, question: str | None, n: int, template: Path | None, confi
         raise InputError("chat takes a question that is not empty, 1 to 64 answers, a temperature from 0 up, "
                          "1 new token or more")
     model, tokenizer = load_source(source)
-    own = WORLD_TEMPLATE if tokenizer.template == chat_template("tiny") else ENGLISH_TEMPLATE
+    own = WORLD_TEMPLATE if in_world(tokenizer) else ENGLISH_TEMPLATE
     judge_template = judge.load_template(template or own)
     if question is not None:
         _answer(model, tokenizer, question, n, judge_template, config, seed)
@@ -107,6 +107,11 @@ def chat(source: str, question: str | None, n: int, template: Path | None, confi
                 print(error, file=sys.stderr)
 
 
+def in_world(tokenizer) -> bool:
+    """Whether a model speaks the tiny world's language, by its chat template."""
+    return tokenizer.template == chat_template("tiny")
+
+
 def _answer(model, tokenizer, question, n, template, config, seed) -> None:
     [drawn] = sample(model, [tokenizer.chat_prompt(question)], n, config, key=key(seed, "chat"),
                      stop=tokenizer.stops)
@@ -115,8 +120,11 @@ def _answer(model, tokenizer, question, n, template, config, seed) -> None:
                          judge.JudgeConfig(max_new_tokens=config.max_new_tokens), key(seed, "chat judge"))
     for text, judgements in sorted(zip(texts, judged), key=lambda tj: -(judge.reward(tj[1]) or 0)):
         reward = judge.reward(judgements)
+        read = [j for j in judgements if j.score is not None]
         print(f"{'unread' if reward is None else f'{reward:6.2f}'}  {text}")
-        print("        | " + judgements[0].text.replace("\n", "\n        | "))
+        print(f"        ({len(read)} of {len(judgements)} judgements could be read)\n        | "
+              + (read or judgements)[0].text.replace("\n", "\n        | "))
     if all(judge.reward(judgements) is None for judgements in judged):
-        print("No judgement can be read: only from M1 on is a model trained to judge, and one of the tiny "
-              f"world knows only its requests, e.g. {EXAMPLE}")
+        print("No judgement can be read: only from M1 on is a model trained to judge"
+              + (f", and one of the tiny world knows only its requests, e.g. {EXAMPLE}" if in_world(tokenizer)
+                 else "; or --max-new-tokens cuts them off"))

@@ -21,22 +21,27 @@ USER, ASSISTANT = "<|user|>", "<|assistant|>"  # of the tokenizers that minisr t
 ENDS = {"</s>", "<|endoftext|>", "<|end_of_text|>", "<|im_end|>", "<|eot_id|>", "<|eom_id|>"}
 
 
+class TemplateError(ValueError):
+    """A chat template that lacks something or does not go with the vocabulary."""
+
+
 class Tokenizer:
     """A vocabulary (SentencePiece or TokenizerJSON) and a chat template."""
 
     def __init__(self, vocabulary, template: str):
-        """Raises ValueError if the template lacks a field or the end of the response."""
+        """Raises TemplateError if the template lacks a field or the end of the response."""
         self.vocabulary, self.template = vocabulary, template
         self.begin = vocabulary.begin  # ids that open a plain text
         names = sorted(vocabulary.specials, key=len, reverse=True)
         self._special = re.compile(f"({'|'.join(map(re.escape, names)) or '(?!)'})")
         if [template.count(field) for field in ("{prompt}", "{response}")] != [1, 1]:
-            raise ValueError("a chat template names {prompt} and {response}, each exactly once")
+            raise TemplateError("a chat template names {prompt} and {response}, each exactly once")
         self._asking, _, after = template.partition("{response}")
         self._closing, *end = self._special.split(after)[:2]  # text, then the first special token
         if not end or "{prompt}" not in self._asking:
-            raise ValueError("a chat template has {prompt} before {response}, and after it one of the "
-                             f"tokenizer's special tokens ({', '.join(names[:8])}), where the answer ends")
+            raise TemplateError("a chat template has {prompt} before {response}, and after it one of the "
+                                f"tokenizer's special tokens ({', '.join([*vocabulary.specials][:8])}), "
+                                "where the answer ends")
         self.eos = vocabulary.specials[end[0]]
 
     def __len__(self) -> int:
@@ -125,8 +130,8 @@ class TokenizerJSON:
         self.pieces.no_padding()
         self.begin = self.pieces.encode("").ids
         self.pieces.encode_special_tokens = True  # from here on, text stays text
-        self.specials = {token.content: i for i, token in self.pieces.get_added_tokens_decoder().items()
-                         if token.special}
+        added = sorted(self.pieces.get_added_tokens_decoder().items())
+        self.specials = {token.content: i for i, token in added if token.special}
 
     def __len__(self) -> int:
         return self.pieces.get_vocab_size()

@@ -50,12 +50,12 @@ def load(path: Path, device: str = "cpu", chat: str = ""):
     config = read_config(about, tensors, path)
     try:
         vocabulary = read_vocabulary(about)
-        chat = chat or recognise_chat(about.get("tokenizer.chat_template"), vocabulary.specials)
-        tokenizer = Tokenizer(vocabulary, chat)
     except InputError:
         raise
     except Exception as error:  # the libraries raise nothing more special
         raise InputError(f"{path}: no usable tokenizer: {first_line(error)}") from error
+    chat = chat or recognise_chat(about.get("tokenizer.chat_template"), vocabulary.specials)
+    tokenizer = Tokenizer(vocabulary, chat)
     check_sizes(path, config, tokenizer)
     weights = read_weights(library, tensors, config, path)
     if odd := sorted(tensors.keys() - {"rope_freqs.weight"}):

