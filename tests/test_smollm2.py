@@ -160,7 +160,8 @@ def test_an_export_gives_the_same_logits_and_ids_in_transformers(ours, prompts, 
     llama = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
     for prompt in prompts:
         ids = torch.tensor([prompt])
-        torch.testing.assert_close(llama(ids).logits, ours[0](ids), atol=1e-4, rtol=0)
+        one = len(prompt) == 1  # then products are matrix by vector, summed in another order
+        torch.testing.assert_close(llama(ids).logits, ours[0](ids), atol=3e-5 if one else 1e-5, rtol=0)
     auto = transformers.AutoTokenizer.from_pretrained(tmp_path)
     for text in NASTY:
         assert auto.encode(text, split_special_tokens=True) == ours[1].encode(text), repr(text)
