@@ -38,11 +38,14 @@ def writing(path: Path):
             file.flush()
             os.fsync(file.fileno())
         os.replace(beside, path)
-    except OSError as error:
+    except BaseException as error:
         with contextlib.suppress(OSError):
             beside.unlink()
-        raise InputError(f"cannot write {path}: {error.strerror}; make room for it or choose "
-                         "another folder") from error
+        if not isinstance(error, OSError | RuntimeError):  # torch.save tells of a full disk by the latter
+            raise
+        reason = getattr(error, "strerror", None) or "the disk may be full"
+        raise InputError(f"cannot write {path}: {reason}; make room for it or choose another "
+                         "folder") from error
 
 
 def write_json(path: Path, value) -> None:

@@ -13,7 +13,7 @@ from tiny import tiny_model, tiny_tokenizer
 from minisr.checkpoint import digest, save_model
 from minisr.cli import main
 from minisr.config import load_config
-from minisr.records import write_jsonl
+from minisr.records import InputError, write_jsonl
 from minisr.run import Run
 from minisr.tokenizer import train_tokenizer
 
@@ -273,3 +273,18 @@ def test_a_vocabulary_that_does_not_suit_the_text_ends_in_one_line(size, named, 
                            "--out", tmp_path / "M0"], capture_output=True, text=True)
     one_line(done.returncode, done.stdout, done.stderr, named)
     assert not (tmp_path / "M0").exists()
+
+
+@pytest.mark.parametrize("error, told", [
+    (OSError(28, "No space left on device"), "No space left"),
+    (RuntimeError("[enforce fail] unexpected pos 9"), "disk may be full")])  # what torch.save raises then
+def test_a_checkpoint_on_a_full_disk_is_told_in_one_line_and_leaves_nothing_half_written(
+        error, told, tmp_path, monkeypatch):
+    def save(value, file):
+        file.write(b"half")
+        raise error
+
+    monkeypatch.setattr(torch, "save", save)
+    with pytest.raises(InputError, match=told):
+        save_model(tmp_path / "M0", tiny_model(), tiny_tokenizer(), {})
+    assert list((tmp_path / "M0").iterdir()) == []
