@@ -41,6 +41,7 @@ from minisr.run import ENGLISH_TEMPLATE, WORLD_TEMPLATE
 from minisr.sampler import SampleConfig, sample
 from minisr.seed_data import eft_by_annotator, held_out_and_seeds
 from minisr.sft import collate, encode_examples, target_loss_parts
+from minisr.step import Step
 from minisr.tokenizer import chat_template
 from minisr.train import OptimConfig, backward, master_weights, optimizers, update
 
@@ -160,7 +161,7 @@ def plain_prefill(model, prompts: list[list[int]], n: int, limit: int) -> tuple[
     longest = max(map(len, rows))
     ids = torch.tensor([[0] * (longest - len(row)) + row for row in rows], device=model.device)
     cache = KVCache(model.config, len(rows), longest + limit, model.embed.weight)
-    cache.pad = torch.tensor([longest - len(row) for row in rows], device=model.device)
+    cache.set_padding(torch.tensor([longest - len(row) for row in rows], device=model.device))
     return model.head(model.hidden(ids, cache)[:, -1])[::n], cache
 
 
@@ -168,6 +169,7 @@ def plain_decode(model, logits, cache, keys, limit, config, stop, with_logps) ->
     """sampler.decode without dropping: finished rows go on until the last one is."""
     stops, tokens = torch.tensor(stop, device=keys.device), []
     alive, logps = torch.ones_like(keys, dtype=torch.bool), torch.zeros(len(keys), device=keys.device)
+    forward = Step(model, int(cache.seen.max()) + limit)
     while True:
         tokens.append(sampler.draw(logits, config.temperature, config.top_p, keys, len(tokens)))
         if with_logps:
@@ -175,7 +177,7 @@ def plain_decode(model, logits, cache, keys, limit, config, stop, with_logps) ->
         alive &= ~torch.isin(tokens[-1], stops)
         if not alive.any() or len(tokens) == limit:
             return torch.stack(tokens, 1), logps
-        logits = model.head(model.hidden(tokens[-1][:, None], cache)[:, -1])
+        logits = forward(tokens[-1], cache)
 
 
 def plain_pair_logps(model, pairs: list[tuple]) -> tuple[Tensor, Tensor, Tensor]:

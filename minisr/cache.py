@@ -25,25 +25,29 @@ class KVCache:
         shape = (self.config.layers, len(self.seen), self.config.kv_heads, capacity, self.config.head_width)
         self.k, self.v = like.new_empty(shape), like.new_empty(shape)
         self.length = 0  # columns in use
-        self.pad: Tensor | None = None  # (B,) how many of them are padding, on the left
+        self.pad = self.seen.new_zeros(len(self.seen))  # (B,) how many of them are padding, on the left
+        self.padded = 0  # the most of these
+        self.bias = like.new_zeros(*shape[1:3], 1, capacity)  # (B, G, 1, S) added to scores: -inf on padding
+
+    def set_padding(self, pad: Tensor) -> None:
+        """The first pad (B,) of the own columns, which are still to come, hold no token."""
+        self.pad, self.padded = pad, int(pad.max())
+        columns = torch.arange(self.padded, device=pad.device)
+        self.bias[..., :self.padded].masked_fill_((columns < pad[:, None])[:, None, None], -torch.inf)
 
     def begin(self, new: int) -> Tensor:
         """Rotary positions (B, T) of the next `new` columns (padding: any), which attend() then takes."""
         columns = torch.arange(self.length + new, device=self.seen.device)
-        before = 0 if self.pad is None else (self.pad - self.length).clamp(min=0)[:, None]  # padding to come
-        self.padding = None if self.pad is None else columns < self.pad[:, None]  # (B, S)
-        future = columns > columns[self.length:, None]  # (T, S)
-        self.mask = None
-        if new > 1 or self.pad is not None:
-            hidden = future[None] if self.pad is None else future | self.padding[:, None]
-            # Padding sees itself, or its softmax would have no term.
-            self.mask = ~(hidden & (columns != columns[self.length:, None]))[:, None]  # (B, 1, T, S)
+        before = (self.pad - self.length).clamp(min=0)[:, None]  # padding to come
+        hidden = (columns > columns[self.length:, None]) | (columns < self.pad[:, None])[:, None]  # (B, T, S)
+        # Padding sees itself, or its softmax would have no term.
+        self.mask = ~(hidden & (columns != columns[self.length:, None]))[:, None]  # (B, 1, T, S)
         return (self.seen[:, None] - before + torch.arange(new, device=self.seen.device)).clamp(min=0)
 
     def end(self, new: int) -> None:
         """All layers have taken the next `new` columns."""
         self.seen = self.seen + new
-        if self.pad is not None:
+        if self.length < self.padded:
             self.seen = self.seen - (self.pad - self.length).clamp(0, new)
         self.length += new
 
@@ -52,50 +56,48 @@ class KVCache:
         end = self.length + k.shape[2]
         self.k[layer, :, :, self.length:end] = k
         self.v[layer, :, :, self.length:end] = v
-        k, v = self.k[layer, :, :, :end], self.v[layer, :, :, :end]  # (B, G, S, D)
-        if not self.shared:
-            return grouped_attention(q, k, v, self.mask)
-        if q.shape[2] == 1:
-            return self._attend_in_parts(layer, q, k, v)
         # A prefill computes so much that copying what is shared costs nothing.
         parts = [part.expanded(layer) for part in self.shared]
-        mask = F.pad(self.mask, (sum(keys.shape[2] for keys, _ in parts), 0), value=True)
-        return grouped_attention(q, *(torch.cat(x, 2) for x in zip(*parts, (k, v))), mask)
+        parts.append((self.k[layer, :, :, :end], self.v[layer, :, :, :end]))  # (B, G, S, D)
+        k, v = (torch.cat(x, 2) if self.shared else x[0] for x in zip(*parts))
+        return grouped_attention(q, k, v, F.pad(self.mask, (k.shape[2] - end, 0), value=True))
 
-    def _attend_in_parts(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """One token a row: one softmax over the scores of all parts, each of which is read once."""
-        B, H, _, D = q.shape
-        G = k.shape[1]
-        q = q.view(B, G, H // G, D) * D**-0.5  # (B, G, R, D)
-        own = torch.bmm(q.flatten(0, 1), k.flatten(0, 1).transpose(1, 2)).view(B, G, H // G, -1)
-        if self.padding is not None:
-            own = own.masked_fill(self.padding[:, None, None], -torch.inf)
-        scores = [*(part.scores(layer, q) for part in self.shared), own]  # each (B, G, R, S)
-        weights = torch.cat(scores, -1).softmax(-1, dtype=torch.float32).to(q.dtype)
-        *shares, own = weights.split([s.shape[-1] for s in scores], -1)
-        y = torch.bmm(own.flatten(0, 1), v.flatten(0, 1)).view(B, G, H // G, D)
+    def look(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """The same for one token a row, q (B, H, D), k, v (B, G, D): (B, H D). Each part is read once, and
+        one softmax is over the scores of all."""
+        B, H, D = q.shape
+        G, end = k.shape[1], self.length + 1
+        keys, values = self.k[layer], self.v[layer]
+        keys.select(2, self.length).copy_(k)
+        values.select(2, self.length).copy_(v)
+        keys, values = keys.flatten(0, 1).narrow(1, 0, end), values.flatten(0, 1).narrow(1, 0, end)  # (B G, S, D)
+        q = q.reshape(B * G, H // G, D)  # (B G, R, D)
+        own = scores(q, keys, self.bias.flatten(0, 1).narrow(2, 0, end))  # (B G, R, S)
+        if not self.shared:
+            return torch.bmm(softmax(own), values).view(B, H * D)
+        parts = [*(part.scores(layer, q.view(B, G, -1, D)) for part in self.shared), own.view(B, G, H // G, -1)]
+        *shares, own = softmax(torch.cat(parts, -1)).split([s.shape[-1] for s in parts], -1)
+        y = torch.bmm(own.flatten(0, 1), values).view(B, G, H // G, D)
         for part, share in zip(self.shared, shares):
             y = y + part.mix(layer, share)
-        return y.view(B, H, 1, D)
+        return y.view(B, H * D)
 
     def share(self, width: int, capacity: int) -> None:
         """Each row becomes `width` rows that share what it has seen; capacity is for their own tokens."""
         rows = torch.arange(len(self.seen) * width, device=self.seen.device)
         for part in self.shared:
             part.slot, part.width = (part.slot[rows // width]) * width + rows % width, part.width * width
-        k, v = self.k[:, :, :, :self.length], self.v[:, :, :, :self.length]
-        self.shared.append(Shared(k, v, self.padding, rows, width))
+        k, v, bias = (x.narrow(3, 0, self.length) for x in (self.k, self.v, self.bias))
+        self.shared.append(Shared(k, v, bias, rows, width))
         self.seen = self.seen[rows // width]
         self._own(capacity, self.k)
 
     def keep(self, rows: Tensor) -> None:
         """Only these rows go on."""
-        self.seen = self.seen[rows]
-        old_k, old_v, length, pad = self.k, self.v, self.length, self.pad
-        self._own(old_k.shape[3], old_k)
-        self.k[:, :, :, :length] = old_k[:, rows, :, :length]
-        self.v[:, :, :, :length] = old_v[:, rows, :, :length]
-        self.length, self.pad = length, None if pad is None else pad[rows]
+        self.seen, self.pad, self.bias = self.seen[rows], self.pad[rows], self.bias[rows]
+        for old in (self.k, self.v):  # in place
+            old[:, :len(rows), :, :self.length] = old[:, rows, :, :self.length]
+        self.k, self.v = self.k[:, :len(rows)], self.v[:, :len(rows)]
         for part in self.shared:
             part.keep(rows)
 
@@ -103,18 +105,14 @@ class KVCache:
 class Shared:
     """Keys and values of A ancestors, (L, A, G, S, D); at each up to `width` rows look."""
 
-    def __init__(self, k: Tensor, v: Tensor, padding: Tensor | None, slot: Tensor, width: int):
+    def __init__(self, k: Tensor, v: Tensor, bias: Tensor, slot: Tensor, width: int):
         self.k, self.v = k, v
-        self.padding = padding  # (A, S), True where no token is; None: everywhere is
+        self.bias = bias  # (A, G, 1, S), -inf where no token is
         self.slot, self.width = slot, width  # (B,) which of the A * width places is the row's
 
     def scores(self, layer: int, q: Tensor) -> Tensor:
         """q (B, G, R, D) times each key: (B, G, R, S)."""
-        scores = torch.bmm(self._spread(q), self.k[layer].flatten(0, 1).transpose(1, 2))
-        if self.padding is not None:
-            hidden = self.padding[:, None, None].expand(-1, self.k.shape[2], -1, -1).flatten(0, 1)
-            scores = scores.masked_fill_(hidden, -torch.inf)
-        return self._gather(scores)
+        return self._gather(scores(self._spread(q), self.k[layer].flatten(0, 1), self.bias.flatten(0, 1)))
 
     def mix(self, layer: int, weights: Tensor) -> Tensor:
         """The values, by weights (B, G, R, S): (B, G, R, D)."""
@@ -145,8 +143,18 @@ class Shared:
         living, ancestor = ancestor.unique(return_inverse=True)
         if len(living) < 0.8 * self.k.shape[1]:
             self.k, self.v = self.k[:, living], self.v[:, living]
-            self.padding = None if self.padding is None else self.padding[living]
+            self.bias = self.bias[living]
             self.slot = ancestor * self.width + place
+
+
+def scores(q: Tensor, k: Tensor, bias: Tensor) -> Tensor:
+    """q (B G, R, D) times keys (B G, S, D), over sqrt(D), plus bias (B G, 1, S): (B G, R, S)."""
+    return torch.baddbmm(bias, q, k.transpose(1, 2), alpha=q.shape[-1]**-0.5)
+
+
+def softmax(scores: Tensor) -> Tensor:
+    """In float32, whatever comes and goes."""
+    return scores.softmax(-1, dtype=torch.float32).to(scores.dtype)
 
 
 def grouped_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:

@@ -20,6 +20,9 @@ from tqdm import tqdm
 from minisr.cache import KVCache
 from minisr.model import Decoder
 from minisr.records import InputError
+from minisr.step import Step
+
+GOLDEN = 0x9E3779B97F4A7C15  # splitmix64's step
 
 
 @dataclass(frozen=True)
@@ -47,7 +50,7 @@ def key(*coordinates) -> int:
     return int.from_bytes(digest, "little") >> 1
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def sample(model: Decoder, prompts: list[list[int]], n: int, config: SampleConfig, *,
            key: int, stop: tuple[int, ...], title: str = "sample",
            with_logps: bool = False) -> list[list[Sample]]:
@@ -104,7 +107,7 @@ def prefill(model: Decoder, prompts: list[list[int]], n: int, limit: int) -> tup
     if shared:
         model.hidden(torch.tensor([prompts[0][:shared]], device=model.device), cache)
         cache.share(len(prompts), room)
-    cache.pad = pad.to(model.device) if pad.any() else None
+    cache.set_padding(pad.to(model.device))
     logits = model.head(model.hidden(ids.to(model.device), cache)[:, -1])
     if n > 1:
         cache.share(n, limit)
@@ -122,18 +125,20 @@ def decode(model, logits, cache, keys, limit, config, stop, with_logps) -> tuple
     """Draw up to limit tokens for each row: (B, limit), and their log p, up to the stop token: (B,).
 
     What follows a row's stop token means nothing."""
+    forward = Step(model, int(cache.seen.max()) + limit)
     logps = torch.zeros(len(keys), device=keys.device)
-    tokens = torch.full((len(keys), limit), stop[0], device=keys.device)
-    stops = torch.tensor(stop, device=keys.device)
+    tokens = torch.full((limit, len(keys)), stop[0], device=keys.device)
     rows = torch.arange(len(keys), device=keys.device)  # rows still in the batch
     alive = torch.ones(len(keys), dtype=torch.bool, device=keys.device)
+    numbers = first_numbers(keys, limit)
     for step in range(limit):
-        drawn = draw(logits, config.temperature, config.top_p, keys, step)  # (B,)
-        tokens[rows, step] = drawn
+        drawn = draw(logits, config.temperature, config.top_p, keys, step, numbers[step])  # (B,)
+        tokens[step].index_copy_(0, rows, drawn)
         if with_logps:
             said = logits.gather(1, drawn[:, None])[:, 0] - logits.logsumexp(1)
-            logps[rows] += torch.where(alive, said, 0.0).float()
-        alive &= ~torch.isin(drawn, stops)
+            logps.index_add_(0, rows, torch.where(alive, said, 0.0).float())
+        for end in stop:
+            alive = alive & (drawn != end)
         living = int(alive.sum())
         if living == 0 or step == limit - 1:
             break
@@ -141,36 +146,55 @@ def decode(model, logits, cache, keys, limit, config, stop, with_logps) -> tuple
             kept = alive.nonzero()[:, 0]
             cache.keep(kept)
             rows, keys, drawn, alive = rows[kept], keys[kept], drawn[kept], alive[kept]
-        logits = model.head(model.hidden(drawn[:, None], cache)[:, -1])  # (B, V)
-    return tokens, logps
+            numbers = numbers[:, kept]
+        logits = forward(drawn, cache)  # (B, V)
+    return tokens.t(), logps
 
 
-def draw(logits: Tensor, temperature: float, top_p: float, keys: Tensor, step: int) -> Tensor:
+def draw(logits: Tensor, temperature: float, top_p: float, keys: Tensor, step: int,
+         first: Tensor | None = None) -> Tensor:
     """One token for each row of logits (B, V): temperature first, then top-p; greedy at 0.
 
     Top-p without sorting: draw from the full distribution and accept what lies in the nucleus,
     that is where the tokens strictly more probable than it have mass below top_p. What is
-    accepted is distributed as the renormalised nucleus; with p = 0.9 a second draw is rare."""
+    accepted is distributed as the renormalised nucleus; with p = 0.9 a second draw is rare.
+    first are the numbers (B,) of the first try, if they are known."""
     if temperature == 0:
         return logits.argmax(-1)
     # No float32 temperature below 1e-30 is meant; 0 / 0 would be drawn from.
     probs = (logits.float() / max(temperature, 1e-30)).softmax(-1)  # (B, V)
     cdf = probs.cumsum(-1)
-    drawn = torch.zeros(len(logits), dtype=torch.long, device=logits.device)
-    todo = torch.arange(len(logits), device=logits.device)
-    for attempt in range(64):
-        u = uniform(keys[todo], step * 64 + attempt)[:, None] * cdf[todo, -1:]
-        token = torch.searchsorted(cdf[todo], u, right=True).clamp(max=logits.shape[1] - 1)
-        drawn[todo] = token[:, 0]
-        if top_p >= 1:
-            return drawn
-        p = probs[todo]
-        above = (p * (p > p.gather(1, token))).sum(-1)
-        todo = todo[above >= top_p]
+    u = first_numbers(keys, step + 1)[step] if first is None else first
+    drawn = _invert(cdf, u)
+    if top_p >= 1:
+        return drawn
+    todo = _outside(probs, drawn, top_p).nonzero()[:, 0]
+    for attempt in range(1, 64):
         if len(todo) == 0:
             return drawn
+        again = _invert(cdf[todo], uniform(keys[todo], step * 64 + attempt))
+        drawn[todo] = again
+        todo = todo[_outside(probs[todo], again, top_p)]
     drawn[todo] = probs[todo].argmax(-1)  # a nucleus of next to no mass: its most probable token
     return drawn
+
+
+def _invert(cdf: Tensor, u: Tensor) -> Tensor:
+    """The token (B,) at which the cumulative probability (B, V) passes the share u (B,) of the whole."""
+    token = torch.searchsorted(cdf, u[:, None] * cdf[:, -1:], right=True)
+    return token.clamp(max=cdf.shape[1] - 1)[:, 0]
+
+
+def _outside(probs: Tensor, token: Tensor, top_p: float) -> Tensor:
+    """Whether a token (B,) lies outside the nucleus."""
+    above = probs > probs.gather(1, token[:, None])
+    return (probs * above).sum(-1) >= top_p
+
+
+def first_numbers(keys: Tensor, steps: int) -> Tensor:
+    """The number with which each row (B,) first tries at each step: (steps, B), in one go."""
+    counters = [_signed((64 * t + 1) * GOLDEN) for t in range(steps)]
+    return _mix(keys + torch.tensor(counters, device=keys.device)[:, None])
 
 
 def row_key(key: int, prompt: int, n: int) -> int:
@@ -180,7 +204,10 @@ def row_key(key: int, prompt: int, n: int) -> int:
 
 def uniform(keys: Tensor, counter: int) -> Tensor:
     """A number in [0, 1) for each key (int64): the splitmix64 hash of key and counter."""
-    x = keys + _signed((counter + 1) * 0x9E3779B97F4A7C15)
+    return _mix(keys + _signed((counter + 1) * GOLDEN))
+
+
+def _mix(x: Tensor) -> Tensor:
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
         x = (x ^ _shift_right(x, shift)) * _signed(factor)
     x = x ^ _shift_right(x, 31)

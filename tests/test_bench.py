@@ -10,6 +10,7 @@ from tiny import PAIRS, tiny_model, tiny_tokenizer
 from minisr import bench, dpo
 from minisr.cli import main
 from minisr.sampler import Sample, SampleConfig, sample
+from minisr.step import Step
 from minisr.train import OptimConfig
 
 # Of tiny_model: per block q, out 16 x 16, k, v 16 x 8, three matrices 16 x 24, two norms of 16.
@@ -39,9 +40,15 @@ def test_scoring_and_training_are_counted_as_by_hand():
     assert bench.scoring_cost(tiny_model(), 10, 4, 2, training=True).flops == 3 * forward.flops
 
 
-def test_the_sampler_computes_what_is_counted():
+def test_the_sampler_computes_what_is_counted(monkeypatch):
     model, computed = tiny_model(), []
     model.blocks[0].register_forward_pre_hook(lambda _, args: computed.append(args[0].shape[:2].numel()))
+
+    def counted(step, ids, cache):
+        computed.append(len(ids))
+        return forward(step, ids, cache)
+    forward = Step.__call__
+    monkeypatch.setattr(Step, "__call__", counted)
     made = sample(model, PROMPTS, 2, SampleConfig(max_new_tokens=5), key=1, stop=(-1,))
     cost = bench.sampling_cost(model, PROMPTS, made)
     assert cost.tokens == 30
@@ -70,7 +77,7 @@ def test_without_prompt_sharing_the_log_probabilities_and_gradients_are_the_same
         chosen, rejected, nll = dpo.pair_logps(model, pairs)
         losses, *_ = dpo.dpo_loss(chosen, rejected, chosen.detach() + 1, rejected.detach(), 0.1)
         (losses + nll).sum().backward()
-        return chosen, rejected, nll, model.blocks[0].attention.q_proj.weight.grad
+        return chosen, rejected, nll, model.blocks[0].attention.qkv_proj.weight.grad
     pairs = dpo.encode_pairs(tiny_tokenizer(), PAIRS, 96)
     shared = made()
     with patch.object(*bench.PLAIN["prompt-sharing"]):

@@ -6,7 +6,7 @@ from math import log
 import numpy as np
 import pytest
 import torch
-from tiny import PAIRS, as_llama, bigram, llama_name, tiny_model, tiny_tokenizer
+from tiny import PAIRS, as_llama, bigram, llama_weights, tiny_model, tiny_tokenizer
 
 from minisr import sft
 from minisr.dpo import dpo_loss, encode_pairs, pair_logps, reference_logps, sequence_logprobs
@@ -155,6 +155,6 @@ def test_loss_and_every_weights_gradient_equal_trls(tmp_path):
     theirs.backward()
 
     assert theirs.item() == pytest.approx(loss.item(), abs=1e-6) and abs(loss.item() - log(2)) > 0.01
-    gradients = {name: weight.grad for name, weight in trainer.model.named_parameters()}
-    for name, weight in policy.named_parameters():
-        assert torch.allclose(weight.grad, gradients[llama_name(name)], atol=1e-6), name
+    ours = llama_weights(policy.config, {name: weight.grad for name, weight in policy.named_parameters()})
+    for name, weight in trainer.model.named_parameters():
+        assert torch.allclose(weight.grad, ours[name], atol=1e-6), name

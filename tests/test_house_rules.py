@@ -17,8 +17,8 @@ NAMES = {".".join(["minisr", *file.relative_to(FOLDER).with_suffix("").parts]).r
          for file in FILES}
 
 # Who may import whom: a module only those to its left.
-ORDER = """records cache model tokenizer world world.words world.oracle world.writers world.corpus sampler
-train sft dpo prompts judge pairs evaluate checkpoint interop interop.names interop.sentencepiece_json
+ORDER = """records cache model tokenizer world world.words world.oracle world.writers world.corpus step
+sampler train sft dpo prompts judge pairs evaluate checkpoint interop interop.names interop.sentencepiece_json
 interop.hf interop.gguf interop.source seed_data config pretrain run stages report show loop experiment
 bench cli __main__""".split()
 
@@ -69,11 +69,11 @@ def code_lines(file):
 def test_the_package_is_short():
     # Without other people's formats and the benchmark.
     core = [file for file in FILES if file.parent.name != "interop" and file.name != "bench.py"]
-    assert sum(map(code_lines, core)) <= 2400
-    assert sum(LINES[file] for file in core) <= 3500
-    assert sum(map(code_lines, FILES)) <= 3200
-    path = "loop model cache tokenizer sampler prompts judge pairs sft dpo evaluate".split()
-    assert sum(LINES[NAMES[f"minisr.{name}"]] for name in path) <= 1450
+    assert sum(map(code_lines, core)) <= 2600
+    assert sum(LINES[file] for file in core) <= 3800
+    assert sum(map(code_lines, FILES)) <= 3500
+    path = "loop model cache tokenizer step sampler prompts judge pairs sft dpo evaluate".split()
+    assert sum(LINES[NAMES[f"minisr.{name}"]] for name in path) <= 1550
 
 
 @pytest.mark.parametrize("name", sorted(NAMES.keys() - {"minisr.__main__"}))  # importing it runs it

@@ -2,9 +2,11 @@ import cmath
 
 import pytest
 import torch
+from tiny import as_llama
 
 from minisr.cache import KVCache
 from minisr.model import Decoder, ModelConfig, init_weights, rotary, rotate
+from minisr.step import Step
 
 SHAPES = {
     "MHA": dict(kv_heads=4),
@@ -14,27 +16,6 @@ SHAPES = {
     "deep": dict(layers=5, width=24, heads=6, kv_heads=3, hidden=40),
     "other constants": dict(rope_theta=300.0, norm_eps=1e-2),
 }
-
-
-def as_llama(model):
-    transformers = pytest.importorskip("transformers")
-    c = model.config
-    llama = transformers.LlamaForCausalLM(transformers.LlamaConfig(
-        vocab_size=c.vocab_size, hidden_size=c.width, intermediate_size=c.hidden, rms_norm_eps=c.norm_eps,
-        num_hidden_layers=c.layers, num_attention_heads=c.heads, num_key_value_heads=c.kv_heads,
-        max_position_embeddings=c.context, tie_word_embeddings=c.tied,
-        rope_parameters={"rope_type": "default", "rope_theta": c.rope_theta})).eval()
-    ours = model.state_dict()
-    theirs = {"model.embed_tokens": "embed", "model.norm": "norm", "lm_head": "head"}
-    for i in range(c.layers):
-        layer, block = f"model.layers.{i}", f"blocks.{i}"
-        theirs |= {f"{layer}.self_attn.{x}_proj": f"{block}.attention.{x}_proj" for x in "qkv"}
-        theirs |= {f"{layer}.mlp.{x}_proj": f"{block}.feed_forward.{x}_proj" for x in ("gate", "up", "down")}
-        theirs |= {f"{layer}.self_attn.o_proj": f"{block}.attention.out_proj",
-                   f"{layer}.input_layernorm": f"{block}.attention_norm",
-                   f"{layer}.post_attention_layernorm": f"{block}.feed_forward_norm"}
-    llama.load_state_dict({f"{a}.weight": ours[f"{b}.weight"] for a, b in theirs.items()})
-    return llama
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
@@ -58,6 +39,11 @@ def test_forward_with_cache_equals_forward_without_for_every_split(random_decode
         cache = KVCache(model.config, 2, 9, model.embed.weight)
         cached = torch.cat([model(part, cache) for part in ids.split(parts, dim=1)], dim=1)
         torch.testing.assert_close(cached, expected, atol=2e-5, rtol=1e-5)
+        if parts[0] < 9:
+            cache, step = KVCache(model.config, 2, 9, model.embed.weight), Step(model, 9)
+            model(ids[:, :parts[0]], cache)
+            stepped = torch.stack([step(token, cache) for token in ids[:, parts[0]:].unbind(1)], dim=1)
+            torch.testing.assert_close(stepped, expected[:, parts[0]:], atol=2e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("shared", [0, 1, 4])
@@ -71,9 +57,10 @@ def test_padding_and_a_shared_prefix_leave_no_trace_in_the_logits(random_decoder
     if shared:
         model(text[:1, :shared], cache)
         cache.share(4, rest + answer)
-    cache.pad = torch.tensor([rest - length for length in lengths])
+    cache.set_padding(torch.tensor([rest - length for length in lengths]))
     parts = text[:, shared:].split([rest, 1, 1, 1], dim=1)  # what is in a padding column is junk
-    padded = torch.cat([model(part, cache) for part in parts], dim=1)
+    step = Step(model, shared + rest + answer)
+    padded = torch.cat([model(parts[0], cache), *(step(part[:, 0], cache)[:, None] for part in parts[1:])], 1)
     for row, pad in enumerate(cache.pad.tolist()):
         alone = torch.cat([text[row, :shared], text[row, shared + pad:]])
         expected = model(alone[None])[0, shared:]
@@ -107,9 +94,9 @@ def test_rope_turns_each_pair_by_position_times_its_own_frequency():
     config, x = ModelConfig(width=12, heads=2, rope_theta=100.0), torch.arange(1.0, 7.0)
     for position in (0, 1, 17):
         got = rotate(x.view(1, 1, 1, 6), rotary(torch.tensor([[position]]), config)).flatten()
-        for i in range(3):  # (x_i, x_{i+3}) as a complex number, turned by position * 100^(-2i/6)
-            turned = complex(x[i], x[i + 3]) * cmath.exp(1j * position * 100.0 ** (-2 * i / 6))
-            assert complex(got[i], got[i + 3]) == pytest.approx(turned, abs=1e-5)
+        for i in range(3):  # (x_2i, x_2i+1) as a complex number, turned by position * 100^(-2i/6)
+            turned = complex(x[2 * i], x[2 * i + 1]) * cmath.exp(1j * position * 100.0 ** (-2 * i / 6))
+            assert complex(got[2 * i], got[2 * i + 1]) == pytest.approx(turned, abs=1e-5)
 
 
 @pytest.mark.parametrize("layers", [2, 8])
@@ -155,13 +142,14 @@ def test_rows_that_share_and_leave_see_what_they_would_see_alone(random_decoder,
     if shared:
         model(prefix, cache)
         cache.share(6, rest + 8)
-    cache.pad = torch.tensor([rest - length for length in lengths])
+    cache.set_padding(torch.tensor([rest - length for length in lengths]))
     model(torch.cat([torch.nn.functional.pad(p, (rest - p.shape[1], 0)) for p in prompts]), cache)
     if n > 1:
         cache.share(n, 8)
     rows, order = torch.arange(6 * n), torch.randperm(6 * n, generator=generator)
+    forward = Step(model, shared + rest + 8)
     for step in range(8):
-        logits = model(answers[rows, step:step + 1], cache)[:, 0]
+        logits = forward(answers[rows, step], cache)
         for row, found in zip(rows.tolist(), logits):
             alone = torch.cat([prefix, prompts[row // n], answers[row:row + 1, :step + 1]], 1)
             torch.testing.assert_close(found, model(alone)[0, -1], atol=3e-5, rtol=1e-5)

@@ -13,6 +13,7 @@ from minisr.interop import hf
 from minisr.interop.sentencepiece_json import tokenizer_json
 from minisr.interop.source import load_source
 from minisr.sampler import SampleConfig, sample
+from minisr.step import Step
 from minisr.tokenizer import SentencePiece, Tokenizer, chat_template
 
 pytestmark = pytest.mark.slow
@@ -85,8 +86,8 @@ def cached(model, ids, alone=16):
     """Logits with the cache: a prefill, then the last tokens one by one."""
     cache = KVCache(model.config, 1, ids.shape[1], model.embed.weight)
     first = max(1, ids.shape[1] - alone)
-    parts = ids.split([first] + [1] * (ids.shape[1] - first), dim=1)
-    return torch.cat([model(part, cache) for part in parts], dim=1)
+    step, parts = Step(model, ids.shape[1]), [model(ids[:, :first], cache)]
+    return torch.cat([*parts, *(step(token, cache)[:, None] for token in ids[:, first:].unbind(1))], dim=1)
 
 
 @pytest.mark.parametrize("number", range(len(CHATS) + len(RAW)))

@@ -9,6 +9,7 @@ import torch
 
 from minisr.cache import KVCache
 from minisr.model import Decoder, ModelConfig
+from minisr.step import Step
 from minisr.tokenizer import Tokenizer, train_tokenizer
 from minisr.world.corpus import document
 
@@ -53,16 +54,26 @@ def speaker(text: str, context: int = 96) -> Decoder:
     return bigram(dict(zip(said, said[1:])), len(tokenizer), context)
 
 
-LLAMA_NAMES = (("attention_norm", "input_layernorm"), ("feed_forward_norm", "post_attention_layernorm"),
-               ("attention.", "self_attn."), ("feed_forward.", "mlp."), ("out_proj", "o_proj"),
-               ("blocks.", "model.layers."), ("embed.", "model.embed_tokens."), ("head.", "lm_head."))
-
-
-def llama_name(name: str) -> str:
-    """What transformers calls a weight of ours."""
-    for ours, theirs in LLAMA_NAMES:
-        name = name.replace(ours, theirs)
-    return f"model.{name}" if name.startswith("norm.") else name
+def llama_weights(c: ModelConfig, ours: dict) -> dict:
+    """Weights of ours, or their gradients, by transformers' names: apart, and with RoPE's halves in turn."""
+    D, theirs = c.head_width, {}
+    halves = [head * D + 2 * i + half for head in range(c.heads) for half in (0, 1) for i in range(D // 2)]
+    for i in range(c.layers):
+        layer, block = f"model.layers.{i}", f"blocks.{i}"
+        qkv = ours[f"{block}.attention.qkv_proj.weight"]
+        q, k, v = qkv[:c.heads * D], qkv[c.heads * D:-c.kv_heads * D], qkv[-c.kv_heads * D:]
+        gate_up = ours[f"{block}.feed_forward.gate_up_proj.weight"]
+        theirs |= {f"{layer}.self_attn.q_proj": q[halves], f"{layer}.self_attn.k_proj": k[halves[:len(k)]],
+                   f"{layer}.self_attn.v_proj": v,
+                   f"{layer}.self_attn.o_proj": ours[f"{block}.attention.out_proj.weight"],
+                   f"{layer}.mlp.gate_proj": gate_up[:c.hidden], f"{layer}.mlp.up_proj": gate_up[c.hidden:],
+                   f"{layer}.mlp.down_proj": ours[f"{block}.feed_forward.down_proj.weight"],
+                   f"{layer}.input_layernorm": ours[f"{block}.attention_norm.weight"],
+                   f"{layer}.post_attention_layernorm": ours[f"{block}.feed_forward_norm.weight"]}
+    theirs |= {"model.embed_tokens": ours["embed.weight"], "model.norm": ours["norm.weight"]}
+    if "head.weight" in ours:
+        theirs["lm_head"] = ours["head.weight"]
+    return {f"{name}.weight": weight.clone() for name, weight in theirs.items()}
 
 
 def as_llama(model: Decoder):
@@ -71,9 +82,10 @@ def as_llama(model: Decoder):
     c = model.config
     llama = transformers.LlamaForCausalLM(transformers.LlamaConfig(
         vocab_size=c.vocab_size, hidden_size=c.width, intermediate_size=c.hidden, num_hidden_layers=c.layers,
-        num_attention_heads=c.heads, num_key_value_heads=c.kv_heads, rms_norm_eps=c.norm_eps,
-        rope_theta=c.rope_theta, tie_word_embeddings=c.tied, pad_token_id=0))
-    llama.load_state_dict({llama_name(name): weight.clone() for name, weight in model.state_dict().items()})
+        num_attention_heads=c.heads, num_key_value_heads=c.kv_heads, rms_norm_eps=c.norm_eps, pad_token_id=0,
+        max_position_embeddings=c.context, tie_word_embeddings=c.tied,
+        rope_parameters={"rope_type": "default", "rope_theta": c.rope_theta})).eval()
+    llama.load_state_dict(llama_weights(c, model.state_dict()))
     return llama
 
 
@@ -101,8 +113,9 @@ def assert_same_logits(model: Decoder, llama, length: int = 256, atol: float = 1
     assert expected.std() > 1  # else the bound would say little
     torch.testing.assert_close(model(ids), expected, atol=atol, rtol=0)
     cache = KVCache(model.config, 2, length, model.embed.weight)
-    parts = ids.split([length // 2] + [1] * (length - length // 2), dim=1)
-    cached = torch.cat([model(part, cache) for part in parts], dim=1)
+    first, *rest = ids.split([length // 2] + [1] * (length - length // 2), dim=1)
+    step = Step(model, length)
+    cached = torch.cat([model(first, cache), *(step(part[:, 0], cache)[:, None] for part in rest)], dim=1)
     torch.testing.assert_close(cached, expected, atol=atol, rtol=0)
 
 

@@ -1,7 +1,6 @@
 """GGUF files of Llama-like decoders: weights dequantized to float32, tokenizer from the file (extra "gguf").
 
-A GGUF file keeps the rows of q and k in the order of Meta's RoPE, which turns neighbours (2i, 2i + 1);
-ours turns halves (i, i + D/2), as Hugging Face's.
+A GGUF file keeps the rows of q and k in the order of Meta's RoPE, which turns neighbours, as ours does.
 """
 
 import json
@@ -11,24 +10,22 @@ from pathlib import Path
 import torch
 
 from minisr.checkpoint import assemble, check_sizes, first_line
-from minisr.interop.names import recognise_chat
+from minisr.interop.names import recognise_chat, weight_names
 from minisr.model import ModelConfig, frequencies
 from minisr.records import InputError, need
 from minisr.tokenizer import SentencePiece, Tokenizer, TokenizerJSON
 
 WEIGHTS = {
-    "embed.weight": "token_embd.weight",
-    "norm.weight": "output_norm.weight",
-    "head.weight": "output.weight",
-    "blocks.{}.attention_norm.weight": "blk.{}.attn_norm.weight",
-    "blocks.{}.attention.q_proj.weight": "blk.{}.attn_q.weight",
-    "blocks.{}.attention.k_proj.weight": "blk.{}.attn_k.weight",
-    "blocks.{}.attention.v_proj.weight": "blk.{}.attn_v.weight",
-    "blocks.{}.attention.out_proj.weight": "blk.{}.attn_output.weight",
-    "blocks.{}.feed_forward_norm.weight": "blk.{}.ffn_norm.weight",
-    "blocks.{}.feed_forward.gate_proj.weight": "blk.{}.ffn_gate.weight",
-    "blocks.{}.feed_forward.up_proj.weight": "blk.{}.ffn_up.weight",
-    "blocks.{}.feed_forward.down_proj.weight": "blk.{}.ffn_down.weight",
+    "embed.weight": ("token_embd.weight",),
+    "norm.weight": ("output_norm.weight",),
+    "head.weight": ("output.weight",),
+    "blocks.{}.attention_norm.weight": ("blk.{}.attn_norm.weight",),
+    "blocks.{}.attention.qkv_proj.weight": (
+        "blk.{}.attn_q.weight", "blk.{}.attn_k.weight", "blk.{}.attn_v.weight"),
+    "blocks.{}.attention.out_proj.weight": ("blk.{}.attn_output.weight",),
+    "blocks.{}.feed_forward_norm.weight": ("blk.{}.ffn_norm.weight",),
+    "blocks.{}.feed_forward.gate_up_proj.weight": ("blk.{}.ffn_gate.weight", "blk.{}.ffn_up.weight"),
+    "blocks.{}.feed_forward.down_proj.weight": ("blk.{}.ffn_down.weight",),
 }
 CONTROL, USER_DEFINED = 3, 4  # token types: special tokens, and words that are never split
 DIGITS = ("smollm",)  # names of pre-tokenizers that split numbers into digits, then as GPT-2 does
@@ -105,26 +102,13 @@ def _llama3_scaling(config: ModelConfig, tensors: dict, path: Path) -> ModelConf
 def read_weights(library, tensors: dict, config: ModelConfig, path: Path) -> dict[str, torch.Tensor]:
     """Our weights, in float32."""
     weights = {}
-    for pattern, theirs in WEIGHTS.items():
-        for i in range(config.layers) if "{}" in pattern else [0]:
-            name, source = pattern.format(i), theirs.format(i)
-            if name == "head.weight" and config.tied:
-                continue
-            if source not in tensors:
-                raise InputError(f"{path} has no tensor {source}")
-            tensor = tensors.pop(source)
-            values = library.quants.dequantize(tensor.data, tensor.tensor_type)
-            weights[name] = torch.from_numpy(values.copy()).float()
-            if name.endswith(("q_proj.weight", "k_proj.weight")):
-                heads = config.heads if "q_proj" in name else config.kv_heads
-                weights[name] = neighbours_to_halves(weights[name], heads)
+    for name, sources in weight_names(config, WEIGHTS).items():
+        if missing := [source for source in sources if source not in tensors]:
+            raise InputError(f"{path} has no tensor {missing[0]}")
+        parts = [tensors.pop(source) for source in sources]
+        values = [library.quants.dequantize(part.data, part.tensor_type) for part in parts]
+        weights[name] = torch.cat([torch.from_numpy(value.copy()).float() for value in values])
     return weights
-
-
-def neighbours_to_halves(weight: torch.Tensor, heads: int) -> torch.Tensor:
-    """Rows of each head (2i, 2i + 1) -> (i, i + D/2): (H D, C)."""
-    rows, width = weight.shape
-    return weight.view(heads, rows // heads // 2, 2, width).transpose(1, 2).reshape(rows, width)
 
 
 def read_vocabulary(about: dict):

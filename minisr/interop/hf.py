@@ -1,8 +1,8 @@
 """Hugging Face folders of Llama-like decoders: config.json, weights, tokenizer (extra "hf").
 
 Weights come from *.safetensors (with or without an index of shards) or from pytorch_model.bin,
-which is read with weights_only=True. Names and order of halves in RoPE are the same as ours, so that
-no number changes on the way in or out.
+which is read with weights_only=True. q, k, v and gate, up are one matrix each here, and RoPE's pairs
+neighbours; no number changes on the way in or out.
 """
 
 import warnings
@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from minisr.checkpoint import assemble, check_sizes, first_line
-from minisr.interop.names import config_from_hf, config_to_hf, jinja_of, recognise_chat, weight_names
+from minisr.interop import names
 from minisr.interop.sentencepiece_json import tokenizer_json
 from minisr.records import InputError, need, read_bytes, read_json, write_bytes, write_json
 from minisr.tokenizer import SentencePiece, Tokenizer, TokenizerJSON
@@ -21,15 +21,11 @@ CONFIG = "config.json"
 
 def load(folder: Path, device: str = "cpu", chat: str = ""):
     """(decoder, tokenizer) of a folder; chat is a chat template's text, "" the folder's own."""
-    config = config_from_hf(_object(folder / CONFIG), folder / CONFIG)
+    config = names.config_from_hf(_object(folder / CONFIG), folder / CONFIG)
     tokenizer = load_tokenizer(folder, chat)
     check_sizes(folder, config, tokenizer)
-    weights = {}
     stored = read_weights(folder)
-    for ours, theirs in weight_names(config).items():
-        if theirs not in stored:
-            raise InputError(f"{folder}: no weight {theirs} in its files; the checkpoint is not complete")
-        weights[ours] = stored.pop(theirs)
+    weights = names.weights_from_hf(config, stored, folder)
     odd = sorted(name for name in stored if not name.endswith("rotary_emb.inv_freq")
                  and not (config.tied and name == "lm_head.weight"))
     if odd:
@@ -58,10 +54,10 @@ def read_weights(folder: Path) -> dict[str, torch.Tensor]:
 
 def _shards(index: Path) -> list[str]:
     """The file names in an index; all must be there."""
-    names = _object(index).get("weight_map")
-    if not isinstance(names, dict) or not names or not all(isinstance(n, str) for n in names.values()):
+    places = _object(index).get("weight_map")
+    if not isinstance(places, dict) or not places or not all(isinstance(n, str) for n in places.values()):
         raise InputError(f"{index} has no map from weights to shards")
-    shards = sorted(set(names.values()))
+    shards = sorted(set(places.values()))
     for name in shards:
         if not (index.parent / Path(name).name).is_file():
             raise InputError(f"{index} names the shard {name!r}, which is not there")
@@ -112,7 +108,7 @@ def _chat(folder: Path, vocabulary) -> str:
         jinja = next((one.get("template") for one in jinja if one.get("name") == "default"), None)
     if (folder / "chat_template.jinja").exists():
         jinja = read_bytes(folder / "chat_template.jinja").decode()
-    return recognise_chat(jinja, vocabulary.specials)
+    return names.recognise_chat(jinja, vocabulary.specials)
 
 
 def _object(path: Path) -> dict:
@@ -125,8 +121,8 @@ def _object(path: Path) -> dict:
 def export(model, tokenizer: Tokenizer, folder: Path) -> None:
     """Write a folder that transformers loads as it is; the same model gives the same bytes."""
     safetensors = need("safetensors.torch", "hf")
-    weights = model.state_dict()
-    named = {theirs: weights[ours].contiguous() for ours, theirs in weight_names(model.config).items()}
+    weights = names.weights_to_hf(model.config, model.state_dict())
+    named = {name: weight.contiguous() for name, weight in weights.items()}
     dtype = str(model.embed.weight.dtype).removeprefix("torch.")
     ends = list(tokenizer.stops)
     ids = {"bos_token_id": (tokenizer.begin or [None])[0], "eos_token_id": ends if ends[1:] else ends[0]}
@@ -139,12 +135,12 @@ def export(model, tokenizer: Tokenizer, folder: Path) -> None:
     write_json(folder / "tokenizer_config.json", _tokenizer_config(tokenizer, model.config.context))
     write_json(folder / "generation_config.json",
                {**ids, "do_sample": True, "temperature": 0.7, "top_p": 0.9})
-    write_json(folder / CONFIG, {**config_to_hf(model.config), "dtype": dtype, **ids})
+    write_json(folder / CONFIG, {**names.config_to_hf(model.config), "dtype": dtype, **ids})
 
 
 def _tokenizer_config(tokenizer: Tokenizer, context: int) -> dict:
-    names = {i: name for name, i in tokenizer.vocabulary.specials.items()}
-    bos = names.get((tokenizer.begin or [None])[0])
+    pieces = {i: name for name, i in tokenizer.vocabulary.specials.items()}
+    bos = pieces.get((tokenizer.begin or [None])[0])
     return {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": context,
-            "bos_token": bos, "eos_token": names[tokenizer.eos], "pad_token": names[tokenizer.eos],
-            "clean_up_tokenization_spaces": False, "chat_template": jinja_of(tokenizer.template)}
+            "bos_token": bos, "eos_token": pieces[tokenizer.eos], "pad_token": pieces[tokenizer.eos],
+            "clean_up_tokenization_spaces": False, "chat_template": names.jinja_of(tokenizer.template)}

@@ -2,24 +2,27 @@
 
 import re
 
+import torch
+from torch import Tensor
+
 from minisr.model import ModelConfig
 from minisr.records import InputError
 from minisr.tokenizer import chat_template
 
-# Ours -> Hugging Face's; "{}" is the number of the block.
+# Ours -> Hugging Face's, in the order in which ours holds them; "{}" is the number of the block.
 WEIGHTS = {
-    "embed.weight": "model.embed_tokens.weight",
-    "norm.weight": "model.norm.weight",
-    "head.weight": "lm_head.weight",
-    "blocks.{}.attention_norm.weight": "model.layers.{}.input_layernorm.weight",
-    "blocks.{}.attention.q_proj.weight": "model.layers.{}.self_attn.q_proj.weight",
-    "blocks.{}.attention.k_proj.weight": "model.layers.{}.self_attn.k_proj.weight",
-    "blocks.{}.attention.v_proj.weight": "model.layers.{}.self_attn.v_proj.weight",
-    "blocks.{}.attention.out_proj.weight": "model.layers.{}.self_attn.o_proj.weight",
-    "blocks.{}.feed_forward_norm.weight": "model.layers.{}.post_attention_layernorm.weight",
-    "blocks.{}.feed_forward.gate_proj.weight": "model.layers.{}.mlp.gate_proj.weight",
-    "blocks.{}.feed_forward.up_proj.weight": "model.layers.{}.mlp.up_proj.weight",
-    "blocks.{}.feed_forward.down_proj.weight": "model.layers.{}.mlp.down_proj.weight",
+    "embed.weight": ("model.embed_tokens.weight",),
+    "norm.weight": ("model.norm.weight",),
+    "head.weight": ("lm_head.weight",),
+    "blocks.{}.attention_norm.weight": ("model.layers.{}.input_layernorm.weight",),
+    "blocks.{}.attention.qkv_proj.weight": (
+        "model.layers.{}.self_attn.q_proj.weight", "model.layers.{}.self_attn.k_proj.weight",
+        "model.layers.{}.self_attn.v_proj.weight"),
+    "blocks.{}.attention.out_proj.weight": ("model.layers.{}.self_attn.o_proj.weight",),
+    "blocks.{}.feed_forward_norm.weight": ("model.layers.{}.post_attention_layernorm.weight",),
+    "blocks.{}.feed_forward.gate_up_proj.weight": (
+        "model.layers.{}.mlp.gate_proj.weight", "model.layers.{}.mlp.up_proj.weight"),
+    "blocks.{}.feed_forward.down_proj.weight": ("model.layers.{}.mlp.down_proj.weight",),
 }
 # Hugging Face's -> ours, for the keys of config.json that are a matter of shape.
 SHAPE = {
@@ -30,11 +33,55 @@ SHAPE = {
 ARCHITECTURES = ("llama", "mistral")
 
 
-def weight_names(config: ModelConfig) -> dict[str, str]:
-    """Hugging Face's name of each of our weights; a tied head has none of its own."""
+def weight_names(config: ModelConfig, weights: dict = WEIGHTS) -> dict[str, tuple[str, ...]]:
+    """Their names for the parts of each of our weights; a tied head has none of its own."""
     numbers = range(config.layers)
-    return {ours.format(i): theirs.format(i) for ours, theirs in WEIGHTS.items()
+    return {ours.format(i): tuple(part.format(i) for part in theirs) for ours, theirs in weights.items()
             for i in (numbers if "{}" in ours else [0]) if not (config.tied and ours == "head.weight")}
+
+
+def part_rows(config: ModelConfig, ours: str) -> list[int]:
+    """How many rows of one of our weights each of their parts has; [] if it is one of theirs."""
+    q, k = config.heads * config.head_width, config.kv_heads * config.head_width
+    return [q, k, k] if "qkv_proj" in ours else [config.hidden] * 2 if "gate_up_proj" in ours else []
+
+
+def weights_from_hf(config: ModelConfig, stored: dict[str, Tensor], where) -> dict[str, Tensor]:
+    """Our weights, out of `stored`, from which they are taken."""
+    weights = {}
+    for ours, theirs in weight_names(config).items():
+        if missing := [name for name in theirs if name not in stored]:
+            raise InputError(f"{where}: no weight {missing[0]} in its files; the checkpoint is not complete")
+        parts = [stored.pop(name) for name in theirs]
+        for name, part, rows in zip(theirs, parts, part_rows(config, ours)):
+            if part.shape != (rows, config.width) or not part.is_floating_point():
+                raise InputError(f"{where}: config.json and weights do not agree: {name} is {part.dtype} "
+                                 f"{list(part.shape)}, not {[rows, config.width]} floating-point numbers")
+        if "qkv_proj" in ours:
+            parts[:2] = [_neighbours(part, config.head_width) for part in parts[:2]]
+        weights[ours] = parts[0] if len(parts) == 1 else torch.cat(parts)
+    return weights
+
+
+def weights_to_hf(config: ModelConfig, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The way back: not a number changes."""
+    theirs = {}
+    for ours, names in weight_names(config).items():
+        parts = list(weights[ours].split(part_rows(config, ours) or len(weights[ours])))
+        if "qkv_proj" in ours:
+            parts[:2] = [_halves(part, config.head_width) for part in parts[:2]]
+        theirs |= dict(zip(names, parts))
+    return theirs
+
+
+def _neighbours(weight: Tensor, D: int) -> Tensor:
+    """Rows of each head (i, i + D/2) -> (2i, 2i + 1), the pairs that our RoPE turns: (H D, C)."""
+    return weight.view(-1, 2, D // 2, weight.shape[1]).transpose(1, 2).reshape(weight.shape)
+
+
+def _halves(weight: Tensor, D: int) -> Tensor:
+    """And back."""
+    return weight.view(-1, D // 2, 2, weight.shape[1]).transpose(1, 2).reshape(weight.shape)
 
 
 def config_from_hf(theirs: dict, where) -> ModelConfig:

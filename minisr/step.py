@@ -1,0 +1,74 @@
+"""The decoder for one new token a row: the arithmetic of model.py in a third of the operations.
+
+Legend as in model.py. A step of a small model, or of few rows, takes as long as it has operations, whatever
+their size; so here are no modules and no axis of time, and every product is written the way that is fast.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from minisr.cache import KVCache
+from minisr.model import Decoder, rotary
+
+LARGE = 2**18  # numbers in a matrix that is no longer in a core's own cache when its turn comes again
+
+
+class Step:
+    """step(ids (B,), cache) is model(ids[:, None], cache)[:, -1], the next logits (B, V)."""
+
+    def __init__(self, model: Decoder, longest: int):
+        """For rows of up to `longest` tokens."""
+        self.rotation = rotary(torch.arange(longest, device=model.device)[None], model.config)[0, 0]
+        self.config, self.embed = model.config, model.embed.weight
+        self.scale = model.config.width**0.5
+        self.eps = torch.tensor(self.scale * model.config.norm_eps**0.5, device=model.device)
+        self.blocks = [(self._norm(block.attention_norm), Product(block.attention.qkv_proj),
+                        Product(block.attention.out_proj), self._norm(block.feed_forward_norm),
+                        Product(block.feed_forward.gate_up_proj), Product(block.feed_forward.down_proj))
+                       for block in model.blocks]
+        self.norm, self.head = self._norm(model.norm), Product(model.head)
+
+    def _norm(self, norm) -> Tensor:
+        return norm.weight.detach().float() * self.scale
+
+    def __call__(self, ids: Tensor, cache: KVCache) -> Tensor:
+        H, G, D = self.config.heads, self.config.kv_heads, self.config.head_width
+        rotation = self.rotation[cache.seen][:, None]  # (B, 1, D/2)
+        x = F.embedding(ids, self.embed)  # (B, C)
+        for layer, (norm, qkv, out, second_norm, gate_up, down) in enumerate(self.blocks):
+            heads = qkv(self.normed(x, norm)).contiguous().view(-1, H + 2 * G, D)
+            turning, v = heads.split((H + G, G), 1)
+            pairs = torch.view_as_complex(turning.float().view(-1, H + G, D // 2, 2))
+            q, k = torch.view_as_real(pairs * rotation).flatten(-2).to(x.dtype).split((H, G), 1)
+            x = out(cache.look(layer, q, k, v), x)
+            gate, up = gate_up(self.normed(x, second_norm)).chunk(2, -1)
+            x = down(F.silu(gate) * up, x)
+        cache.end(1)
+        return self.head(self.normed(x, self.norm))
+
+    def normed(self, x: Tensor, weight: Tensor) -> Tensor:
+        """RMSNorm: sqrt(C) x / sqrt(sum of x^2 + C eps), times its weight; weight holds the sqrt(C)."""
+        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+        return (x / torch.hypot(length, self.eps) * weight).to(x.dtype)
+
+
+class Product:
+    """x (B, C) times a layer's weight (N, C): (B, N)."""
+
+    def __init__(self, layer: torch.nn.Linear):
+        weight = layer.weight.detach()
+        self.weight = weight.t()  # (C, N)
+        # A CPU's BLAS shares the rows of the first matrix among its threads: of a few rows of x that keeps
+        # one thread waiting. So a large weight comes first, a part a thread: SmolLM2 with two threads takes
+        # a quarter of the time for one row, a third for four, three quarters for 64 (minisr bench).
+        parts = torch.get_num_threads()
+        if weight.numel() >= LARGE and not weight.is_cuda and len(weight) % parts == 0:
+            self.weight = weight.view(parts, -1, weight.shape[1])  # (parts, N / parts, C)
+
+    def __call__(self, x: Tensor, onto: Tensor | None = None) -> Tensor:
+        """The product, added to `onto` (B, N)."""
+        if self.weight.dim() == 2:
+            return torch.mm(x, self.weight) if onto is None else torch.addmm(onto, x, self.weight)
+        y = torch.bmm(self.weight, x.t().expand(len(self.weight), -1, -1)).view(-1, len(x)).t()
+        return y if onto is None else onto + y
