@@ -14,7 +14,7 @@ import sys
 import tempfile
 from collections import namedtuple
 from dataclasses import replace
-from math import log
+from math import ceil, log
 from pathlib import Path
 
 from sides import TRL, Minisr, MinisrDPO, Process, Transformers
@@ -105,7 +105,7 @@ def sampling(model: str, folder: Path, jobs: dict, options) -> list[dict]:
         for peer in peers:
             check_greedy(ours, peer, job)
         turns = take_turns(f"{model} {work}", [ours, *peers], options.repeats,
-                           lambda side, turn, job=job: side("timed", "lengths", job, turn))
+                           lambda side, times, turn, job=job: side("timed", times, "lengths", job, turn))
         for turn in turns:
             turn["tokens"] = [sum(lengths) for lengths in turn["result"]]
         if job["forced"] and len({count for turn in turns for count in turn["tokens"]}) > 1:
@@ -136,7 +136,7 @@ def training(model: str, folder: Path, pairs: list[dict], options) -> list[dict]
         if encoded != theirs or abs(losses[0] - losses[1]) > 1e-5 or abs(losses[0] - log(2)) < 1e-4:
             sys.exit(f"not the same work: losses {losses}, tokens equal: {encoded == theirs}")
         turns = take_turns(f"{model} DPO", [ours, peer], options.repeats,
-                           lambda side, _: side("timed", "step"))
+                           lambda side, times, _: side("timed", times, "step"))
         tokens = sum(len(part) for pair in encoded for part in pair)
         for turn in turns:
             turn["tokens"] = [tokens] * options.repeats
@@ -151,11 +151,15 @@ def training(model: str, folder: Path, pairs: list[dict], options) -> list[dict]
 
 
 def take_turns(title: str, sides: list[Process], repeats: int, call) -> list[dict]:
-    """Each side's measurements, a list a field, of `repeats` rounds A B A B after one that is not counted."""
+    """Each side's measurements, a list a field, of `repeats` rounds A B A B after one that is not counted.
+
+    In a turn the work is done until it takes a quarter of a second: as often by one side as by the other."""
     turns: list[list[dict]] = [[] for _ in sides]
+    times = 1
     for turn in tqdm(range(repeats + 1), title, leave=False):
         for side, taken in zip(sides, turns):
-            taken.append(call(side, turn))
+            taken.append(call(side, times, turn))
+        times = max(times, ceil(0.25 / turns[0][0]["seconds"]))
     return [{field: [measured[field] for measured in taken[1:]] for field in taken[0]} for taken in turns]
 
 

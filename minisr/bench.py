@@ -71,7 +71,7 @@ def sampling_cost(model, prompts: list[list[int]], drawn: list[list[sampler.Samp
     """Of drawing these samples side by side: one prefill, then a step a token."""
     config, lengths = model.config, [[len(s.ids) for s in row] for row in drawn]
     tokens, rows, steps = sum(map(sum, lengths)), sum(map(len, lengths)), max(map(max, lengths))
-    shared = sampler.common_prefix(prompts) if len(prompts) > 1 else 0
+    shared = sampler.shared_prefix(prompts)
     rests = [len(prompt) - shared for prompt in prompts]
     # A row's last token is drawn, never computed. Its n-th step reads n keys of its own.
     keys = (shared * (steps - 1) + sum(rest * (max(row) - 1) for rest, row in zip(rests, lengths))

@@ -5,6 +5,8 @@ responses; only what a row says itself is its own. So a step reads each shared k
 that look at it, not once a row, and nothing is copied when a prompt fans out.
 """
 
+from copy import copy
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -23,7 +25,7 @@ class KVCache:
 
     def _own(self, capacity: int, like: Tensor) -> None:
         shape = (self.config.layers, len(self.seen), self.config.kv_heads, capacity, self.config.head_width)
-        self.k, self.v = like.new_empty(shape), like.new_empty(shape)
+        self.k, self.v = like.new_zeros(shape), like.new_zeros(shape)  # zeros where padding stays
         self.length = 0  # columns in use
         self.pad = self.seen.new_zeros(len(self.seen))  # (B,) how many of them are padding, on the left
         self.padded = 0  # the most of these
@@ -70,17 +72,29 @@ class KVCache:
         keys, values = self.k[layer], self.v[layer]
         keys.select(2, self.length).copy_(k)
         values.select(2, self.length).copy_(v)
-        keys, values = keys.flatten(0, 1).narrow(1, 0, end), values.flatten(0, 1).narrow(1, 0, end)  # (B G, S, D)
+        keys, values = (x.flatten(0, 1).narrow(1, 0, end) for x in (keys, values))  # (B G, S, D)
         q = q.reshape(B * G, H // G, D)  # (B G, R, D)
         own = scores(q, keys, self.bias.flatten(0, 1).narrow(2, 0, end))  # (B G, R, S)
         if not self.shared:
             return torch.bmm(softmax(own), values).view(B, H * D)
-        parts = [*(part.scores(layer, q.view(B, G, -1, D)) for part in self.shared), own.view(B, G, H // G, -1)]
+        q, own = (x.view(B, G, H // G, -1) for x in (q, own))
+        parts = [*(part.scores(layer, q) for part in self.shared), own]  # each (B, G, R, S)
         *shares, own = softmax(torch.cat(parts, -1)).split([s.shape[-1] for s in parts], -1)
         y = torch.bmm(own.flatten(0, 1), values).view(B, G, H // G, D)
         for part, share in zip(self.shared, shares):
             y = y + part.mix(layer, share)
         return y.view(B, H * D)
+
+    def part(self, rows: slice, skip: int) -> "KVCache":
+        """The same memory, of these rows and without the first `skip` own columns, in which they have
+        nothing but padding: to fill it in parts. The whole is then told by end()."""
+        part = copy(self)
+        part.k, part.v = self.k[:, rows, :, skip:], self.v[:, rows, :, skip:]
+        part.seen, part.pad, part.padded = self.seen[rows], self.pad[rows] - skip, self.padded - skip
+        part.shared = [copy(shared) for shared in self.shared]
+        for shared in part.shared:
+            shared.slot = shared.slot[rows]
+        return part
 
     def share(self, width: int, capacity: int) -> None:
         """Each row becomes `width` rows that share what it has seen; capacity is for their own tokens."""

@@ -95,7 +95,7 @@ def prefill(model: Decoder, prompts: list[list[int]], n: int, limit: int) -> tup
     """Logits (P, V) after each prompt, and the cache of n rows a prompt with room for limit tokens.
 
     What all prompts begin with is computed once and shared; the rest, padded on the left, once a prompt."""
-    shared = common_prefix(prompts) if len(prompts) > 1 else 0
+    shared = shared_prefix(prompts)
     pad = torch.tensor([len(prompt) for prompt in prompts])
     rest = max(map(len, prompts)) - shared
     pad = rest + shared - pad  # (P,)
@@ -108,10 +108,31 @@ def prefill(model: Decoder, prompts: list[list[int]], n: int, limit: int) -> tup
         model.hidden(torch.tensor([prompts[0][:shared]], device=model.device), cache)
         cache.share(len(prompts), room)
     cache.set_padding(pad.to(model.device))
-    logits = model.head(model.hidden(ids.to(model.device), cache)[:, -1])
+    last = []
+    for rows in alike(pad, rest):
+        skip = int(pad[rows].min())  # columns in which none of them has a token
+        last.append(model.hidden(ids[rows, skip:].to(model.device), cache.part(rows, skip))[:, -1])
+    cache.end(rest)
     if n > 1:
         cache.share(n, limit)
-    return logits, cache
+    return model.head(torch.cat(last)), cache
+
+
+def alike(pad: Tensor, rest: int) -> list[slice]:
+    """Rows in groups of 512 tokens or more: with prompts sorted by length little padding is computed, and
+    only a group's activations are in memory at once."""
+    groups, start, tokens = [], 0, (rest - pad).tolist()
+    for end in range(1, len(tokens) + 1):
+        if sum(tokens[start:end]) >= 512 or end == len(tokens):
+            groups.append(slice(start, end))
+            start = end
+    return groups
+
+
+def shared_prefix(prompts: list[list[int]]) -> int:
+    """How many tokens are computed once for all; a few are not worth a part of their own in each step."""
+    shared = common_prefix(prompts) if len(prompts) > 1 else 0
+    return shared if shared >= 16 else 0
 
 
 def common_prefix(prompts: list[list[int]]) -> int:

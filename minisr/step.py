@@ -38,9 +38,8 @@ class Step:
         x = F.embedding(ids, self.embed)  # (B, C)
         for layer, (norm, qkv, out, second_norm, gate_up, down) in enumerate(self.blocks):
             heads = qkv(self.normed(x, norm)).contiguous().view(-1, H + 2 * G, D)
-            turning, v = heads.split((H + G, G), 1)
-            pairs = torch.view_as_complex(turning.float().view(-1, H + G, D // 2, 2))
-            q, k = torch.view_as_real(pairs * rotation).flatten(-2).to(x.dtype).split((H, G), 1)
+            turn(heads[:, :H + G], rotation)
+            q, k, v = heads.split((H, G, G), 1)
             x = out(cache.look(layer, q, k, v), x)
             gate, up = gate_up(self.normed(x, second_norm)).chunk(2, -1)
             x = down(F.silu(gate) * up, x)
@@ -51,6 +50,13 @@ class Step:
         """RMSNorm: sqrt(C) x / sqrt(sum of x^2 + C eps), times its weight; weight holds the sqrt(C)."""
         length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
         return (x / torch.hypot(length, self.eps) * weight).to(x.dtype)
+
+
+def turn(x: Tensor, rotation: Tensor) -> None:
+    """model.rotate, in place: x (B, heads, D) by rotation (B, 1, D/2)."""
+    pairs = torch.view_as_complex(x.float().view(*x.shape[:2], -1, 2)).mul_(rotation)
+    if x.dtype != torch.float32:  # else that was a view of x
+        x.copy_(torch.view_as_real(pairs).flatten(-2))
 
 
 class Product:

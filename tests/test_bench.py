@@ -17,7 +17,8 @@ from minisr.train import OptimConfig
 BLOCKS = 2 * (2 * 16 * 16 + 2 * 16 * 8 + 3 * 16 * 24 + 2 * 16)
 HEAD = 16 * len(tiny_tokenizer())
 WEIGHT_BYTES = 4 * (BLOCKS + HEAD + 16)
-PROMPTS = [[5, 6, 7, 8], [5, 6, 9, 10], [5, 6, 7, 11]]
+HEADER = list(range(30, 46))  # as much as is worth sharing
+PROMPTS = [[*HEADER, *rest] for rest in ([5, 6, 7, 8], [5, 6, 9, 10], [5, 6, 7, 11])]
 
 
 def drawn(*lengths):
@@ -25,12 +26,12 @@ def drawn(*lengths):
 
 
 def test_sampling_is_counted_as_by_hand():
-    cost = bench.sampling_cost(tiny_model(), [[1, 2, 3], [1, 2, 4, 5]], drawn([2, 1], [3, 3]))
+    cost = bench.sampling_cost(tiny_model(), [[*HEADER, 3], [*HEADER, 4, 5]], drawn([2, 1], [3, 3]))
     assert cost.tokens == 9
-    # Shared 1, 2 once; 3 and 4, 5 once; all tokens but each row's last.
-    assert cost.flops == 2 * (BLOCKS * (2 + 1 + 2 + 9 - 4) + HEAD * 9)
-    # Two steps after the prefill read keys: the shared two; 3 in one step, 4 and 5 in both; the rows' own.
-    keys = 2 * 2 + 1 * 1 + 2 * 2 + (1 + 0 + 1 + 2 + 1 + 2)
+    # The shared header once; 3 and 4, 5 once; all tokens but each row's last.
+    assert cost.flops == 2 * (BLOCKS * (16 + 1 + 2 + 9 - 4) + HEAD * 9)
+    # Two steps after the prefill read keys: the shared 16; 3 in one step, 4 and 5 in both; the rows' own.
+    keys = 16 * 2 + 1 * 1 + 2 * 2 + (1 + 0 + 1 + 2 + 1 + 2)
     assert cost.bytes == 3 * WEIGHT_BYTES + keys * 2 * 2 * 8 * 4  # k and v, layers, width of a head, float32
 
 
@@ -59,9 +60,11 @@ def test_the_sampler_computes_what_is_counted(monkeypatch):
 @pytest.mark.parametrize("trick", ["prefix-sharing", "dropping"])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_without_a_trick_the_samples_are_the_same(decoder, trick, temperature):
+    prompts = [*PROMPTS, [*HEADER, 5, 6, 7, 8, 9, 10, 11]]
+
     def draw():
-        return sample(decoder, [*PROMPTS, [5, 6, 7, 8, 9, 10, 11]], 3, SampleConfig(temperature, 0.9, 24),
-                      key=3, stop=tuple(range(0, 500, 20)), with_logps=True)
+        return sample(decoder, prompts, 3, SampleConfig(temperature, 0.9, 24), key=3,
+                      stop=tuple(range(0, 500, 20)), with_logps=True)
     with patch.object(*bench.PLAIN[trick]):
         plain = draw()
     made = draw()

@@ -6,7 +6,18 @@ import pytest
 import torch
 
 from minisr.records import InputError
-from minisr.sampler import Sample, SampleConfig, common_prefix, draw, key, row_key, sample, uniform
+from minisr.sampler import (
+    Sample,
+    SampleConfig,
+    alike,
+    common_prefix,
+    draw,
+    key,
+    prefill,
+    row_key,
+    sample,
+    uniform,
+)
 
 LOGITS = [2.0, -1.0, 0.5, 1.7, 0.1, -3.0, 1.0, 0.4]
 DRAWS = 20_000
@@ -69,7 +80,7 @@ def test_a_response_is_cut_where_its_own_prompt_and_it_fill_the_context(Successo
     assert rows == [[Sample(list(range(4, 4 + n)), finished=False)] for n in (1, 12, 6)]
 
 
-@pytest.mark.parametrize("shared", [0, 11])
+@pytest.mark.parametrize("shared", [0, 11, 16, 30])
 def test_greedy_with_cache_equals_greedy_without_for_every_prompt_length(decoder, shared):
     [header] = random_prompts([shared], seed=5)
     prompts = [header + rest for rest in random_prompts(range(1, 21))]
@@ -188,6 +199,20 @@ def test_common_prefix_is_what_brute_force_finds():
         prompts = [[rng.randrange(2) for _ in range(rng.randint(1, 6))] for _ in range(rng.randint(1, 4))]
         fits = [k for k in range(min(map(len, prompts))) if len({tuple(p[:k]) for p in prompts}) == 1]
         assert common_prefix(prompts) == max(fits)
+
+
+def test_a_prefill_in_groups_is_the_prefill_of_each_prompt_alone(decoder):
+    # Enough tokens for several groups, with a header for all and without.
+    for header in random_prompts([0, 20], seed=6):
+        prompts = [header + rest for rest in random_prompts(range(10, 70, 2))]
+        pad = torch.tensor([68 - len(rest) for rest in prompts]) + len(header)
+        assert len(alike(pad, 68)) > 2 and sum((s.stop - s.start) for s in alike(pad, 68)) == 30
+        for n in (1, 2):
+            with torch.no_grad():
+                logits, cache = prefill(decoder, prompts, n, 4)
+                expected = torch.stack([decoder(torch.tensor([prompt]))[0, -1] for prompt in prompts])
+            torch.testing.assert_close(logits, expected, atol=3e-5, rtol=1e-5)
+            assert cache.seen.tolist() == [len(prompt) for prompt in prompts for _ in range(n)]
 
 
 @pytest.mark.parametrize("wrong", [[], [1] * 16, [1] * 40])
