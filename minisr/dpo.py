@@ -60,35 +60,45 @@ def encode_pairs(tokenizer, pairs: list[dict], context: int) -> list[tuple]:
 
 
 class Packed:
-    """Pairs as rows [prompt | chosen | rejected | padding], B x T: the prompt is computed once for both.
+    """Pairs as [prompt | chosen | rejected], one after the other in one row of M tokens: each prompt is
+    computed once for both responses, and no padding but in attention, on a grid of B x T.
 
     Stands where the decoder takes a KV cache: it says who looks at whom. Each response's positions
     go on from the prompt's, and the rejected response does not see the chosen one."""
 
     def __init__(self, pairs: list[tuple], device):
-        rows = [prompt + chosen + rejected for prompt, chosen, rejected in pairs]
-        longest = max(map(len, rows))
-        self.ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows], device=device)
         lengths = torch.tensor([[len(part) for part in pair] for pair in pairs], device=device)  # (B, 3)
-        column = torch.arange(longest, device=device)  # (T,)
-        rejected = column >= lengths[:, :2].sum(1)[:, None]  # (B, T)
-        chosen = (column >= lengths[:, :1]) & ~rejected
-        self.positions = column - rejected * lengths[:, 1:2]
+        ends = lengths.cumsum(1)
+        column = torch.arange(int(ends.max()), device=device)  # (T,)
+        there, rejected = column < ends[:, 2:], column >= ends[:, 1:2]  # (B, T) each
+        chosen = (column >= ends[:, :1]) & ~rejected
         apart = rejected[:, :, None] & chosen[:, None, :]
         self.mask = ((column <= column[:, None]) & ~apart)[:, None]  # (B, 1, T, T)
-        # Where each response token stands, and what predicts it: the place before, or the prompt's end.
-        response = (chosen | rejected) & (column < lengths.sum(1)[:, None])
-        first = rejected & (column == lengths[:, :2].sum(1)[:, None])
-        before = torch.where(first, lengths[:, :1], column) - 1
-        self.row, self.place = response.nonzero(as_tuple=True)  # (M,) each: chosen, rejected of each pair
-        self.source = before[self.row, self.place]
+        self.cells = there.flatten().nonzero()[:, 0]  # (M,) where on the grid the tokens stand
+        self.ids = torch.tensor([[token for pair in pairs for part in pair for token in part]], device=device)
+        self.positions = (column - rejected * lengths[:, 1:2])[there][None]  # (1, M)
+        # What predicts a response's token: the one before, or, of the rejected's first, the prompt's last.
+        place = torch.arange(len(self.cells), device=device)
+        first = rejected & (column == ends[:, 1:2])
+        before = place - 1 - (first * lengths[:, 1:2])[there]
+        self.targets = (chosen | rejected)[there].nonzero()[:, 0]  # chosen, rejected of each pair
+        self.sources = before[self.targets]
         self.sizes = lengths[:, 1:].flatten().tolist()  # tokens of chosen, rejected, chosen, ...
 
     def begin(self, new: int) -> Tensor:
         return self.positions
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask, enable_gqa=True)
+        """q (1, H, M, D), k, v (1, G, M, D): (1, H, M, D)."""
+        q, k, v = (self._on_grid(x[0].transpose(0, 1)) for x in (q, k, v))  # (B, H or G, T, D)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask, enable_gqa=True)
+        return y.transpose(1, 2).flatten(0, 1).index_select(0, self.cells).transpose(0, 1)[None]
+
+    def _on_grid(self, x: Tensor) -> Tensor:
+        """(M, H, D) -> (B, H, T, D), zeros where no token is."""
+        B, _, T, _ = self.mask.shape
+        grid = x.new_zeros(B * T, *x.shape[1:]).index_copy(0, self.cells, x)
+        return grid.unflatten(0, (B, T)).transpose(1, 2)
 
     def end(self, new: int) -> None:
         """Nothing is kept."""
@@ -97,8 +107,8 @@ class Packed:
 def pair_logps(model, pairs: list[tuple]) -> tuple[Tensor, Tensor, Tensor]:
     """log p of chosen (B,), of rejected (B,), and the chosen ones' loss a token (B,)."""
     packed = Packed(pairs, model.device)
-    x = model.hidden(packed.ids, packed)[packed.row, packed.source]  # (M, C)
-    logps = token_logps(model.head, x, packed.ids[packed.row, packed.place])  # (M,)
+    x = model.hidden(packed.ids, packed, packed.sources)  # (N, C) of the N response tokens
+    logps = token_logps(model.head, x, packed.ids[0, packed.targets])  # (N,)
     sums = torch.stack([part.sum() for part in logps.split(packed.sizes)])
     chosen, rejected = sums[0::2], sums[1::2]
     return chosen, rejected, -chosen / torch.tensor(packed.sizes[0::2], device=model.device)

@@ -79,8 +79,9 @@ class Decoder(nn.Module):
     def forward(self, ids: Tensor, cache: KVCache | None = None) -> Tensor:
         return self.head(self.hidden(ids, cache))  # (B, T, V)
 
-    def hidden(self, ids: Tensor, cache: KVCache | None = None) -> Tensor:
-        """The last layer's output (B, T, C), before the head."""
+    def hidden(self, ids: Tensor, cache: KVCache | None = None, wanted: Tensor | None = None) -> Tensor:
+        """The last layer's output (B, T, C), before the head; or of N `wanted` tokens alone, by their
+        numbers in the flattened (B T): (N, C). The last feed-forward is computed for no others."""
         new = ids.shape[1]
         positions = torch.arange(new, device=ids.device)[None] if cache is None else cache.begin(new)
         x = self.dropout(self.embed(ids))  # (B, T, C)
@@ -88,12 +89,15 @@ class Decoder(nn.Module):
         for layer, block in enumerate(self.blocks):
             # Without a cache (training) there is no padding on the left, so causal is all it takes.
             attend = causal if cache is None else partial(cache.attend, layer)
+            rest = (rotation, attend, wanted if layer == self.config.layers - 1 else None)
             if self.recompute and self.training:
-                x = checkpoint(block, x, rotation, attend, use_reentrant=False)
+                x = checkpoint(block, x, *rest, use_reentrant=False)
             else:
-                x = block(x, rotation, attend)
+                x = block(x, *rest)
         if cache is not None:
             cache.end(new)
+        if wanted is not None and not self.blocks:
+            x = x.flatten(0, 1)[wanted]
         return self.norm(x)
 
     @property
@@ -112,8 +116,10 @@ class Block(nn.Module):
         self.feed_forward = FeedForward(config)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x, rotation, attend):
+    def forward(self, x, rotation, attend, wanted=None):
         x = x + self.dropout(self.attention(self.attention_norm(x), rotation, attend))
+        if wanted is not None:
+            x = x.flatten(0, 1).index_select(0, wanted)  # (N, C)
         return x + self.dropout(self.feed_forward(self.feed_forward_norm(x)))
 
 

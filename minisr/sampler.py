@@ -111,7 +111,9 @@ def prefill(model: Decoder, prompts: list[list[int]], n: int, limit: int) -> tup
     last = []
     for rows in alike(pad, rest):
         skip = int(pad[rows].min())  # columns in which none of them has a token
-        last.append(model.hidden(ids[rows, skip:].to(model.device), cache.part(rows, skip))[:, -1])
+        group = ids[rows, skip:].to(model.device)
+        ends = torch.arange(1, len(group) + 1, device=model.device) * group.shape[1] - 1
+        last.append(model.hidden(group, cache.part(rows, skip), ends))
     cache.end(rest)
     if n > 1:
         cache.share(n, limit)

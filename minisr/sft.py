@@ -70,7 +70,8 @@ def target_loss(model, ids: Tensor, mask: Tensor) -> Tensor:
 
     The head, a fifth of SmolLM2-135M's work, is computed only where there is a target."""
     counts = mask[:, 1:]
-    return -token_logps(model.head, model.hidden(ids)[:, :-1][counts], ids[:, 1:][counts]).sum()
+    sources = F.pad(counts, (0, 1)).flatten().nonzero()[:, 0]  # (N,)
+    return -token_logps(model.head, model.hidden(ids, wanted=sources), ids[:, 1:][counts]).sum()
 
 
 def target_loss_parts(model, batch: list[tuple], config: OptimConfig):
