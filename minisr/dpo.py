@@ -10,10 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from minisr.cache import scores, softmax
 from minisr.records import InputError
 from minisr.sampler import key as coordinates
 from minisr.sft import encode_examples, schedule, target_loss_parts, token_logps
 from minisr.train import OptimConfig, fit, micro_batches
+
+SHORT = 128  # tokens of a row, up to which a CPU's attention kernel takes longer than attention written out
 
 
 @dataclass(frozen=True)
@@ -83,7 +86,7 @@ class Packed:
         before = place - 1 - (first * lengths[:, 1:2])[there]
         self.targets = (chosen | rejected)[there].nonzero()[:, 0]  # chosen, rejected of each pair
         self.sources = before[self.targets]
-        self.sizes = lengths[:, 1:].flatten().tolist()  # tokens of chosen, rejected, chosen, ...
+        self.sizes = lengths[:, 1:].flatten()  # (2 B,) tokens of chosen, rejected, chosen, ...
 
     def begin(self, new: int) -> Tensor:
         return self.positions
@@ -91,7 +94,10 @@ class Packed:
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q (1, H, M, D), k, v (1, G, M, D): (1, H, M, D)."""
         q, k, v = (self._on_grid(x[0].transpose(0, 1)) for x in (q, k, v))  # (B, H or G, T, D)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask, enable_gqa=True)
+        if q.is_cuda or q.shape[2] > SHORT:
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask, enable_gqa=True)
+        else:
+            y = written_out_attention(q, k, v, self.mask)
         return y.transpose(1, 2).flatten(0, 1).index_select(0, self.cells).transpose(0, 1)[None]
 
     def _on_grid(self, x: Tensor) -> Tensor:
@@ -104,14 +110,24 @@ class Packed:
         """Nothing is kept."""
 
 
+def written_out_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """softmax(q k^T / sqrt(D)) v for q (B, H, T, D), k, v (B, G, T, D), mask (B, 1, T, T): (B, H, T, D)."""
+    B, H, T, D = q.shape
+    G = k.shape[1]
+    q, k, v = q.reshape(B * G, -1, D), k.flatten(0, 1), v.flatten(0, 1)  # (B G, R T, D), (B G, T, D)
+    bias = torch.zeros_like(mask, dtype=q.dtype).masked_fill(~mask, -torch.inf)
+    bias = bias.expand(B, H, T, T).reshape(B * G, -1, T)  # (B G, R T, T)
+    return torch.bmm(softmax(scores(q, k, bias)), v).view(B, H, T, D)
+
+
 def pair_logps(model, pairs: list[tuple]) -> tuple[Tensor, Tensor, Tensor]:
     """log p of chosen (B,), of rejected (B,), and the chosen ones' loss a token (B,)."""
     packed = Packed(pairs, model.device)
     x = model.hidden(packed.ids, packed, packed.sources)  # (N, C) of the N response tokens
     logps = token_logps(model.head, x, packed.ids[0, packed.targets])  # (N,)
-    sums = torch.stack([part.sum() for part in logps.split(packed.sizes)])
+    sums = torch.segment_reduce(logps, "sum", lengths=packed.sizes)
     chosen, rejected = sums[0::2], sums[1::2]
-    return chosen, rejected, -chosen / torch.tensor(packed.sizes[0::2], device=model.device)
+    return chosen, rejected, -chosen / packed.sizes[0::2]
 
 
 @torch.no_grad()

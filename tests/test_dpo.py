@@ -8,7 +8,7 @@ import pytest
 import torch
 from tiny import PAIRS, as_llama, bigram, llama_weights, tiny_model, tiny_tokenizer
 
-from minisr import sft
+from minisr import dpo, sft
 from minisr.dpo import dpo_loss, encode_pairs, pair_logps, reference_logps, sequence_logprobs
 from minisr.sft import collate
 
@@ -132,6 +132,17 @@ def test_loss_and_gradient_equal_a_float64_implementation():
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # of names that trl uses inside transformers
+def test_attention_written_out_is_the_kernels(monkeypatch):
+    made = []
+    for short in (0, 128):
+        monkeypatch.setattr(dpo, "SHORT", short)
+        model = tiny_model()
+        chosen, rejected, nll = pair_logps(model, encoded())
+        (chosen - 2 * rejected + nll).sum().backward()
+        made.append((chosen, rejected, nll, *(weight.grad for weight in model.parameters())))
+    torch.testing.assert_close(made[0], made[1], atol=1e-5, rtol=1e-5)
+
+
 def test_loss_and_every_weights_gradient_equal_trls(tmp_path):
     trl, transformers = pytest.importorskip("trl"), pytest.importorskip("transformers")
     datasets, tokenizers = pytest.importorskip("datasets"), pytest.importorskip("tokenizers")
