@@ -174,10 +174,10 @@ class FeedForward(nn.Module):
         return self.down_proj(F.silu(gate) * up)
 
 
-def rotary(positions: Tensor, config: ModelConfig) -> Tensor:
-    """e^(i angle) (B, 1, T, D/2), the angle being position * frequency."""
+def rotary(positions: Tensor, config: ModelConfig) -> tuple[Tensor, Tensor]:
+    """cos and sin (B, 1, T, D/2) of the angle position * frequency."""
     angle = positions[:, None, :, None].float() * frequencies(config, positions.device)
-    return torch.polar(torch.ones_like(angle), angle)
+    return angle.cos(), angle.sin()
 
 
 @lru_cache
@@ -200,12 +200,11 @@ def frequencies(config: ModelConfig, device) -> Tensor:
     return frequency * (keep + (1 - keep) / factor)
 
 
-def rotate(x: Tensor, rotation: Tensor) -> Tensor:
-    """Turn each pair of neighbours in x (B, H, T, D), read as a complex number, by its angle (RoPE).
-
-    Hugging Face's weights have the pairs' first halves before the second ones; interop reorders them."""
-    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))  # (B, H, T, D/2)
-    return torch.view_as_real(pairs * rotation).flatten(-2).to(x.dtype)
+def rotate(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
+    """Turn each pair (x_i, x_{i+D/2}) by its angle (RoPE, half-split as in Llama's HF weights)."""
+    cos, sin = rotation
+    a, b = x.float().chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
 
 
 def init_weights(model: Decoder, generator: torch.Generator) -> None:

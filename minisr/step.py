@@ -19,7 +19,8 @@ class Step:
 
     def __init__(self, model: Decoder, longest: int):
         """For rows of up to `longest` tokens."""
-        self.rotation = rotary(torch.arange(longest, device=model.device)[None], model.config)[0, 0]
+        cos, sin = (x[0, 0] for x in rotary(torch.arange(longest, device=model.device)[None], model.config))
+        self.cos, self.sin = torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)  # (longest, D) each
         self.config, self.embed = model.config, model.embed.weight
         self.scale = model.config.width**0.5
         self.eps = torch.tensor(self.scale * model.config.norm_eps**0.5, device=model.device)
@@ -34,12 +35,12 @@ class Step:
 
     def __call__(self, ids: Tensor, cache: KVCache) -> Tensor:
         H, G, D = self.config.heads, self.config.kv_heads, self.config.head_width
-        rotation = self.rotation[cache.seen][:, None]  # (B, 1, D/2)
+        cos, sin = self.cos[cache.seen][:, None], self.sin[cache.seen][:, None]  # (B, 1, D)
         x = F.embedding(ids, self.embed)  # (B, C)
         for layer, (norm, qkv, out, second_norm, gate_up, down) in enumerate(self.blocks):
             heads = qkv(self.normed(x, norm)).contiguous().view(-1, H + 2 * G, D)
-            turn(heads[:, :H + G], rotation)
-            q, k, v = heads.split((H, G, G), 1)
+            turning, v = heads.split((H + G, G), 1)
+            q, k = turn(turning, cos, sin).split((H, G), 1)
             x = out(cache.look(layer, q, k, v), x)
             gate, up = gate_up(self.normed(x, second_norm)).chunk(2, -1)
             x = down(F.silu(gate) * up, x)
@@ -52,11 +53,9 @@ class Step:
         return (x / torch.hypot(length, self.eps) * weight).to(x.dtype)
 
 
-def turn(x: Tensor, rotation: Tensor) -> None:
-    """model.rotate, in place: x (B, heads, D) by rotation (B, 1, D/2)."""
-    pairs = torch.view_as_complex(x.float().view(*x.shape[:2], -1, 2)).mul_(rotation)
-    if x.dtype != torch.float32:  # else that was a view of x
-        x.copy_(torch.view_as_real(pairs).flatten(-2))
+def turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """model.rotate in three operations: x (B, heads, D) times cos, plus its halves swapped times sin."""
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin).to(x.dtype)
 
 
 class Product:

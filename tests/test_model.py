@@ -94,9 +94,9 @@ def test_rope_turns_each_pair_by_position_times_its_own_frequency():
     config, x = ModelConfig(width=12, heads=2, rope_theta=100.0), torch.arange(1.0, 7.0)
     for position in (0, 1, 17):
         got = rotate(x.view(1, 1, 1, 6), rotary(torch.tensor([[position]]), config)).flatten()
-        for i in range(3):  # (x_2i, x_2i+1) as a complex number, turned by position * 100^(-2i/6)
-            turned = complex(x[2 * i], x[2 * i + 1]) * cmath.exp(1j * position * 100.0 ** (-2 * i / 6))
-            assert complex(got[2 * i], got[2 * i + 1]) == pytest.approx(turned, abs=1e-5)
+        for i in range(3):  # (x_i, x_{i+3}) as a complex number, turned by position * 100^(-2i/6)
+            turned = complex(x[i], x[i + 3]) * cmath.exp(1j * position * 100.0 ** (-2 * i / 6))
+            assert complex(got[i], got[i + 3]) == pytest.approx(turned, abs=1e-5)
 
 
 @pytest.mark.parametrize("layers", [2, 8])

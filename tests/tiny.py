@@ -55,15 +55,14 @@ def speaker(text: str, context: int = 96) -> Decoder:
 
 
 def llama_weights(c: ModelConfig, ours: dict) -> dict:
-    """Weights of ours, or their gradients, by transformers' names: apart, and with RoPE's halves in turn."""
+    """Weights of ours, or their gradients, by transformers' names, and apart."""
     D, theirs = c.head_width, {}
-    halves = [head * D + 2 * i + half for head in range(c.heads) for half in (0, 1) for i in range(D // 2)]
     for i in range(c.layers):
         layer, block = f"model.layers.{i}", f"blocks.{i}"
         qkv = ours[f"{block}.attention.qkv_proj.weight"]
         q, k, v = qkv[:c.heads * D], qkv[c.heads * D:-c.kv_heads * D], qkv[-c.kv_heads * D:]
         gate_up = ours[f"{block}.feed_forward.gate_up_proj.weight"]
-        theirs |= {f"{layer}.self_attn.q_proj": q[halves], f"{layer}.self_attn.k_proj": k[halves[:len(k)]],
+        theirs |= {f"{layer}.self_attn.q_proj": q, f"{layer}.self_attn.k_proj": k,
                    f"{layer}.self_attn.v_proj": v,
                    f"{layer}.self_attn.o_proj": ours[f"{block}.attention.out_proj.weight"],
                    f"{layer}.mlp.gate_proj": gate_up[:c.hidden], f"{layer}.mlp.up_proj": gate_up[c.hidden:],

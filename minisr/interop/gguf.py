@@ -1,6 +1,7 @@
 """GGUF files of Llama-like decoders: weights dequantized to float32, tokenizer from the file (extra "gguf").
 
-A GGUF file keeps the rows of q and k in the order of Meta's RoPE, which turns neighbours, as ours does.
+A GGUF file keeps the rows of q and k in the order of Meta's RoPE, which turns neighbours (2i, 2i + 1);
+ours turns halves (i, i + D/2), as Hugging Face's.
 """
 
 import json
@@ -107,8 +108,16 @@ def read_weights(library, tensors: dict, config: ModelConfig, path: Path) -> dic
             raise InputError(f"{path} has no tensor {missing[0]}")
         parts = [tensors.pop(source) for source in sources]
         values = [library.quants.dequantize(part.data, part.tensor_type) for part in parts]
-        weights[name] = torch.cat([torch.from_numpy(value.copy()).float() for value in values])
+        values = [torch.from_numpy(value.copy()).float() for value in values]
+        if "qkv_proj" in name:
+            values[:2] = [neighbours_to_halves(value, config.head_width) for value in values[:2]]
+        weights[name] = torch.cat(values)
     return weights
+
+
+def neighbours_to_halves(weight: torch.Tensor, D: int) -> torch.Tensor:
+    """Rows of each head (2i, 2i + 1) -> (i, i + D/2): (H D, C)."""
+    return weight.view(-1, D // 2, 2, weight.shape[1]).transpose(1, 2).reshape(weight.shape)
 
 
 def read_vocabulary(about: dict):

@@ -1,8 +1,8 @@
 """Hugging Face folders of Llama-like decoders: config.json, weights, tokenizer (extra "hf").
 
 Weights come from *.safetensors (with or without an index of shards) or from pytorch_model.bin,
-which is read with weights_only=True. q, k, v and gate, up are one matrix each here, and RoPE's pairs
-neighbours; no number changes on the way in or out.
+which is read with weights_only=True. q, k, v and gate, up are one matrix each here; the order of halves
+in RoPE is the same: no number changes on the way in or out.
 """
 
 import warnings

@@ -57,8 +57,6 @@ def weights_from_hf(config: ModelConfig, stored: dict[str, Tensor], where) -> di
             if part.shape != (rows, config.width) or not part.is_floating_point():
                 raise InputError(f"{where}: config.json and weights do not agree: {name} is {part.dtype} "
                                  f"{list(part.shape)}, not {[rows, config.width]} floating-point numbers")
-        if "qkv_proj" in ours:
-            parts[:2] = [_neighbours(part, config.head_width) for part in parts[:2]]
         weights[ours] = parts[0] if len(parts) == 1 else torch.cat(parts)
     return weights
 
@@ -67,21 +65,8 @@ def weights_to_hf(config: ModelConfig, weights: dict[str, Tensor]) -> dict[str, 
     """The way back: not a number changes."""
     theirs = {}
     for ours, names in weight_names(config).items():
-        parts = list(weights[ours].split(part_rows(config, ours) or len(weights[ours])))
-        if "qkv_proj" in ours:
-            parts[:2] = [_halves(part, config.head_width) for part in parts[:2]]
-        theirs |= dict(zip(names, parts))
+        theirs |= dict(zip(names, weights[ours].split(part_rows(config, ours) or len(weights[ours]))))
     return theirs
-
-
-def _neighbours(weight: Tensor, D: int) -> Tensor:
-    """Rows of each head (i, i + D/2) -> (2i, 2i + 1), the pairs that our RoPE turns: (H D, C)."""
-    return weight.view(-1, 2, D // 2, weight.shape[1]).transpose(1, 2).reshape(weight.shape)
-
-
-def _halves(weight: Tensor, D: int) -> Tensor:
-    """And back."""
-    return weight.view(-1, D // 2, 2, weight.shape[1]).transpose(1, 2).reshape(weight.shape)
 
 
 def config_from_hf(theirs: dict, where) -> ModelConfig:
