@@ -57,8 +57,7 @@ def works(name: str) -> dict[str, dict[int, object]]:
 
     few, tokens = (32, 32) if tiny else (4, 8)
     sizes = [2**i for i in range(DOUBLINGS[name] + 1)]
-    longest = min(max(map(len, asked)), max(map(len, judged)))
-    room = model.config.context - longest
+    room = model.config.context - max(map(len, asked[:few]))
     return {
         "responses over N": {n: run(asked[:few], n, tokens) for n in sizes},
         "responses over prompts, N = 4": {8 * p: run(asked[:8 * p], 4, tokens) for p in sizes},

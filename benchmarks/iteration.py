@@ -30,7 +30,7 @@ from minisr.bench import machine
 from minisr.config import load_config
 from minisr.evaluate import answer_metrics
 from minisr.interop import hf
-from minisr.interop.names import weights_from_hf
+from minisr.interop.names import weights_from
 from minisr.records import read_json
 from minisr.run import Run
 from minisr.sampler import Sample
@@ -82,7 +82,7 @@ class Peers:
         with redirect_stdout(sys.stderr):
             trl.DPOTrainer(theirs, None, settings, train_dataset=datasets.Dataset.from_list(chats),
                            processing_class=transformers.AutoTokenizer.from_pretrained(self.folder)).train()
-        model.load_state_dict(weights_from_hf(model.config, dict(theirs.state_dict()), "TRL"),
+        model.load_state_dict(weights_from(model.config, dict(theirs.state_dict()), "TRL"),
                               strict=not model.config.tied)
         return model
 

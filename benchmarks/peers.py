@@ -159,7 +159,8 @@ def take_turns(title: str, sides: list[Process], repeats: int, call) -> list[dic
     for turn in tqdm(range(repeats + 1), title, leave=False):
         for side, taken in zip(sides, turns):
             taken.append(call(side, times, turn))
-        times = max(times, ceil(0.25 / turns[0][0]["seconds"]))
+        if turn == 0:
+            times = ceil(0.25 / turns[0][0]["seconds"])
     return [{field: [measured[field] for measured in taken[1:]] for field in taken[0]} for taken in turns]
 
 

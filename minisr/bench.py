@@ -4,7 +4,8 @@ The work is fixed and seeded, on the data of a run. All works take turns, so tha
 the machine meets every one. The limit (a roofline) is what no program gets around, the larger of
 
 - bytes / bandwidth: the weights once a step, each key and value once a step for all rows that share it;
-- operations / matmul rate: 2 a weight and token, 6 in training; the head's only where a token is predicted.
+- operations / matmul rate: 2 a weight and token, 6 in training; the head's and the last feed-forward's only
+  where a token is predicted.
 
 Attention's operations and the activations' bytes are left out, so the true limit is a little nearer.
 """
@@ -58,9 +59,11 @@ Cost = namedtuple("Cost", "tokens flops bytes")
 
 
 def forward_flops(model, computed: int, predicted: int) -> int:
-    """Of `computed` tokens through the blocks and `predicted` ones through the head."""
-    blocks = sum(p.numel() for p in model.blocks.parameters())
-    return 2 * (blocks * computed + model.head.weight.numel() * predicted)
+    """Of `computed` tokens through the blocks, of which `predicted` ones through the last feed-forward and
+    the head."""
+    blocks, last = (sum(p.numel() for p in part.parameters())
+                    for part in (model.blocks, model.blocks[-1].feed_forward))
+    return 2 * ((blocks - last) * computed + (last + model.head.weight.numel()) * predicted)
 
 
 def weight_bytes(model) -> int:
@@ -71,13 +74,14 @@ def sampling_cost(model, prompts: list[list[int]], drawn: list[list[sampler.Samp
     """Of drawing these samples side by side: one prefill, then a step a token."""
     config, lengths = model.config, [[len(s.ids) for s in row] for row in drawn]
     tokens, rows, steps = sum(map(sum, lengths)), sum(map(len, lengths)), max(map(max, lengths))
-    shared = sampler.shared_prefix(prompts)
+    shared = sampler.common_prefix(prompts) if len(prompts) > 1 else 0
     rests = [len(prompt) - shared for prompt in prompts]
     # A row's last token is drawn, never computed. Its n-th step reads n keys of its own.
     keys = (shared * (steps - 1) + sum(rest * (max(row) - 1) for rest, row in zip(rests, lengths))
             + sum(n * (n - 1) // 2 for row in lengths for n in row))
     key_value = 2 * config.layers * config.kv_heads * config.head_width * model.embed.weight.element_size()
-    return Cost(tokens, forward_flops(model, shared + sum(rests) + tokens - rows, tokens),
+    computed, predicted = shared + sum(rests) + tokens - rows, len(prompts) + tokens - rows
+    return Cost(tokens, forward_flops(model, computed, predicted),
                 steps * weight_bytes(model) + keys * key_value)
 
 
@@ -92,7 +96,7 @@ class Trainer:
 
     def __init__(self, model, config: OptimConfig):
         self.model, self.config, self.masters = model, config, master_weights(model)
-        self.chosen = optimizers(self.masters, config)
+        self.chosen = optimizers(self.masters, config, model.config)
 
     def step(self, losses) -> float:
         """One step on the losses of its micro-batches; returns their sum."""
@@ -137,7 +141,7 @@ def _training(model, tokenizer, data: dict, template: str, size: int) -> dict[st
     pairs = dpo.encode_pairs(tokenizer, best[:2 * size], model.config.context)
     records = data["ift"][:size // 2] + eft_by_annotator(data["ranked"], template)[:size - size // 2]
     examples = encode_examples(tokenizer, records, model.config.context)
-    trainer = Trainer(model, OptimConfig())
+    trainer = Trainer(model, OptimConfig(micro_batch=size // 2))  # like lengths together, as in training
 
     def losses():
         chosen, rejected, _ = dpo.pair_logps(model, pairs[:size])
@@ -156,13 +160,14 @@ def _training(model, tokenizer, data: dict, template: str, size: int) -> dict[st
 
 
 def plain_prefill(model, prompts: list[list[int]], n: int, limit: int) -> tuple[Tensor, KVCache]:
-    """sampler.prefill without sharing: every row computes and keeps the whole of its prompt."""
+    """sampler.prefill without sharing: every row computes and keeps the whole of its prompt, all at once."""
     rows = [prompt for prompt in prompts for _ in range(n)]
     longest = max(map(len, rows))
     ids = torch.tensor([[0] * (longest - len(row)) + row for row in rows], device=model.device)
     cache = KVCache(model.config, len(rows), longest + limit, model.embed.weight)
     cache.set_padding(torch.tensor([longest - len(row) for row in rows], device=model.device))
-    return model.head(model.hidden(ids, cache)[:, -1])[::n], cache
+    last = torch.arange(1, len(rows) + 1, device=model.device) * longest - 1
+    return model.head(model.hidden(ids, cache, last))[::n], cache
 
 
 def plain_decode(model, logits, cache, keys, limit, config, stop, with_logps) -> tuple[Tensor, Tensor]:

@@ -25,7 +25,7 @@ class KVCache:
 
     def _own(self, capacity: int, like: Tensor) -> None:
         shape = (self.config.layers, len(self.seen), self.config.kv_heads, capacity, self.config.head_width)
-        self.k, self.v = like.new_zeros(shape), like.new_zeros(shape)  # zeros where padding stays
+        self.k, self.v = like.new_empty(shape), like.new_empty(shape)
         self.length = 0  # columns in use
         self.pad = self.seen.new_zeros(len(self.seen))  # (B,) how many of them are padding, on the left
         self.padded = 0  # the most of these
@@ -36,6 +36,8 @@ class KVCache:
         self.pad, self.padded = pad, int(pad.max())
         columns = torch.arange(self.padded, device=pad.device)
         self.bias[..., :self.padded].masked_fill_((columns < pad[:, None])[:, None, None], -torch.inf)
+        for x in (self.k, self.v):  # may stay unwritten, and no weight of 0 makes 0 of a NaN
+            x[:, :, :, :self.padded] = 0
 
     def begin(self, new: int) -> Tensor:
         """Rotary positions (B, T) of the next `new` columns (padding: any), which attend() then takes."""
@@ -58,11 +60,12 @@ class KVCache:
         end = self.length + k.shape[2]
         self.k[layer, :, :, self.length:end] = k
         self.v[layer, :, :, self.length:end] = v
-        # A prefill computes so much that copying what is shared costs nothing.
-        parts = [part.expanded(layer) for part in self.shared]
-        parts.append((self.k[layer, :, :, :end], self.v[layer, :, :, :end]))  # (B, G, S, D)
-        k, v = (torch.cat(x, 2) if self.shared else x[0] for x in zip(*parts))
-        return grouped_attention(q, k, v, F.pad(self.mask, (k.shape[2] - end, 0), value=True))
+        k, v, mask = self.k[layer, :, :, :end], self.v[layer, :, :, :end], self.mask  # (B, G, S, D)
+        for part in reversed(self.shared):  # a prefill computes so much that copying costs nothing
+            keys, values, there = part.expanded(layer)
+            k, v = torch.cat([keys, k], 2), torch.cat([values, v], 2)
+            mask = torch.cat([there.expand(-1, -1, q.shape[2], -1), mask], 3)
+        return grouped_attention(q, k, v, mask)
 
     def look(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """The same for one token a row, q (B, H, D), k, v (B, G, D): (B, H D). Each part is read once, and
@@ -87,7 +90,7 @@ class KVCache:
 
     def part(self, rows: slice, skip: int) -> "KVCache":
         """The same memory, of these rows and without the first `skip` own columns, in which they have
-        nothing but padding: to fill it in parts. The whole is then told by end()."""
+        nothing but padding: to prefill it in parts. The whole is then told by end()."""
         part = copy(self)
         part.k, part.v = self.k[:, rows, :, skip:], self.v[:, rows, :, skip:]
         part.seen, part.pad, part.padded = self.seen[rows], self.pad[rows] - skip, self.padded - skip
@@ -145,10 +148,10 @@ class Shared:
         x = x.view(A, G, self.width, -1, x.shape[-1]).transpose(1, 2).flatten(0, 1)
         return x if len(self.slot) == len(x) else x.index_select(0, self.slot)
 
-    def expanded(self, layer: int) -> tuple[Tensor, Tensor]:
-        """Keys and values once a row: (B, G, S, D) each."""
+    def expanded(self, layer: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Keys and values (B, G, S, D) once a row, and where a token is (B, 1, 1, S)."""
         rows = self.slot // self.width
-        return self.k[layer, rows], self.v[layer, rows]
+        return self.k[layer, rows], self.v[layer, rows], self.bias[rows, :1] == 0
 
     def keep(self, rows: Tensor) -> None:
         """Only these rows look; ancestors at which none looks any more leave when they are a fifth."""
@@ -162,22 +165,21 @@ class Shared:
 
 
 def scores(q: Tensor, k: Tensor, bias: Tensor) -> Tensor:
-    """q (B G, R, D) times keys (B G, S, D), over sqrt(D), plus bias (B G, 1, S): (B G, R, S)."""
+    """q (B G, R, D) times keys (B G, S, D), over sqrt(D), plus bias (B G, 1 or R, S): (B G, R, S)."""
     return torch.baddbmm(bias, q, k.transpose(1, 2), alpha=q.shape[-1]**-0.5)
 
 
-def softmax(scores: Tensor) -> Tensor:
+def softmax(x: Tensor) -> Tensor:
     """In float32, whatever comes and goes."""
-    return scores.softmax(-1, dtype=torch.float32).to(scores.dtype)
+    return x.softmax(-1, dtype=torch.float32).to(x.dtype)
 
 
-def grouped_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+def grouped_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     """Attention of q (B, H, T, D) on k, v (B, G, S, D) under mask (B, 1, T, S) -> (B, H, T, D).
 
     The R queries of a key/value head are laid side by side in time, so that no key is copied."""
     B, H, T, D = q.shape
     G = k.shape[1]
-    if mask is not None:
-        mask = mask.repeat(1, 1, H // G, 1)
+    mask = mask.repeat(1, 1, H // G, 1)
     q = q.reshape(B, G, (H // G) * T, D)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).view(B, H, T, D)

@@ -77,6 +77,7 @@ class Packed:
         chosen = (column >= ends[:, :1]) & ~rejected
         apart = rejected[:, :, None] & chosen[:, None, :]
         self.mask = ((column <= column[:, None]) & ~apart)[:, None]  # (B, 1, T, T)
+        self.bias: Tensor | None = None  # the same, to be added to scores
         self.cells = there.flatten().nonzero()[:, 0]  # (M,) where on the grid the tokens stand
         self.ids = torch.tensor([[token for pair in pairs for part in pair for token in part]], device=device)
         self.positions = (column - rejected * lengths[:, 1:2])[there][None]  # (1, M)
@@ -97,8 +98,18 @@ class Packed:
         if q.is_cuda or q.shape[2] > SHORT:
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask, enable_gqa=True)
         else:
-            y = written_out_attention(q, k, v, self.mask)
+            y = self._written_out(q, k, v)
         return y.transpose(1, 2).flatten(0, 1).index_select(0, self.cells).transpose(0, 1)[None]
+
+    def _written_out(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """softmax(q k^T / sqrt(D)) v on the grid: (B, H, T, D)."""
+        B, H, T, D = q.shape
+        G = k.shape[1]
+        if self.bias is None:
+            hidden = torch.zeros_like(self.mask, dtype=q.dtype).masked_fill(~self.mask, -torch.inf)
+            self.bias = hidden.expand(B, H, T, T).reshape(B * G, -1, T)  # (B G, R T, T)
+        q, k, v = q.reshape(B * G, -1, D), k.flatten(0, 1), v.flatten(0, 1)  # (B G, R T, D), (B G, T, D)
+        return torch.bmm(softmax(scores(q, k, self.bias)), v).view(B, H, T, D)
 
     def _on_grid(self, x: Tensor) -> Tensor:
         """(M, H, D) -> (B, H, T, D), zeros where no token is."""
@@ -108,16 +119,6 @@ class Packed:
 
     def end(self, new: int) -> None:
         """Nothing is kept."""
-
-
-def written_out_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-    """softmax(q k^T / sqrt(D)) v for q (B, H, T, D), k, v (B, G, T, D), mask (B, 1, T, T): (B, H, T, D)."""
-    B, H, T, D = q.shape
-    G = k.shape[1]
-    q, k, v = q.reshape(B * G, -1, D), k.flatten(0, 1), v.flatten(0, 1)  # (B G, R T, D), (B G, T, D)
-    bias = torch.zeros_like(mask, dtype=q.dtype).masked_fill(~mask, -torch.inf)
-    bias = bias.expand(B, H, T, T).reshape(B * G, -1, T)  # (B G, R T, T)
-    return torch.bmm(softmax(scores(q, k, bias)), v).view(B, H, T, D)
 
 
 def pair_logps(model, pairs: list[tuple]) -> tuple[Tensor, Tensor, Tensor]:

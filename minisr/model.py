@@ -207,6 +207,12 @@ def rotate(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
 
 
+def part_rows(name: str, config: ModelConfig) -> list[int]:
+    """How many rows of a weight each matrix has that it is made of; [] if it is one."""
+    q, k = config.heads * config.head_width, config.kv_heads * config.head_width
+    return [q, k, k] if "qkv_proj" in name else [config.hidden] * 2 if "gate_up_proj" in name else []
+
+
 def init_weights(model: Decoder, generator: torch.Generator) -> None:
     """Normal with std 0.02; what writes to the stream (out, down) is scaled by 1/sqrt(2 L)."""
     for name, weight in model.named_parameters():

@@ -105,11 +105,12 @@ def prefill(model: Decoder, prompts: list[list[int]], n: int, limit: int) -> tup
     room = rest + (limit if n == 1 else 0)
     cache = KVCache(model.config, 1 if shared else len(prompts), shared or room, model.embed.weight)
     if shared:
-        model.hidden(torch.tensor([prompts[0][:shared]], device=model.device), cache)
+        nothing = torch.zeros(0, dtype=torch.long, device=model.device)  # but keys and values is wanted
+        model.hidden(torch.tensor([prompts[0][:shared]], device=model.device), cache, nothing)
         cache.share(len(prompts), room)
     cache.set_padding(pad.to(model.device))
     last = []
-    for rows in alike(pad, rest):
+    for rows in alike((rest - pad).tolist(), 2**15 if model.embed.weight.is_cuda else 512):
         skip = int(pad[rows].min())  # columns in which none of them has a token
         group = ids[rows, skip:].to(model.device)
         ends = torch.arange(1, len(group) + 1, device=model.device) * group.shape[1] - 1
@@ -120,12 +121,12 @@ def prefill(model: Decoder, prompts: list[list[int]], n: int, limit: int) -> tup
     return model.head(torch.cat(last)), cache
 
 
-def alike(pad: Tensor, rest: int) -> list[slice]:
-    """Rows in groups of 512 tokens or more: with prompts sorted by length little padding is computed, and
-    only a group's activations are in memory at once."""
-    groups, start, tokens = [], 0, (rest - pad).tolist()
+def alike(tokens: list[int], least: int) -> list[slice]:
+    """Rows in groups of `least` tokens or more: with prompts sorted by length little padding is computed,
+    and only a group's activations are in memory at once."""
+    groups, start = [], 0
     for end in range(1, len(tokens) + 1):
-        if sum(tokens[start:end]) >= 512 or end == len(tokens):
+        if sum(tokens[start:end]) >= least or end == len(tokens):
             groups.append(slice(start, end))
             start = end
     return groups
@@ -154,14 +155,15 @@ def decode(model, logits, cache, keys, limit, config, stop, with_logps) -> tuple
     rows = torch.arange(len(keys), device=keys.device)  # rows still in the batch
     alive = torch.ones(len(keys), dtype=torch.bool, device=keys.device)
     numbers = first_numbers(keys, limit)
+    ends = torch.zeros(max(logits.shape[1], *stop) + 2, dtype=torch.bool, device=keys.device)
+    ends[list(stop)] = True  # looked up by token; -1, which never comes, has a place of its own
     for step in range(limit):
         drawn = draw(logits, config.temperature, config.top_p, keys, step, numbers[step])  # (B,)
         tokens[step].index_copy_(0, rows, drawn)
         if with_logps:
             said = logits.gather(1, drawn[:, None])[:, 0] - logits.logsumexp(1)
             logps.index_add_(0, rows, torch.where(alive, said, 0.0).float())
-        for end in stop:
-            alive = alive & (drawn != end)
+        alive = alive & ~ends[drawn]
         living = int(alive.sum())
         if living == 0 or step == limit - 1:
             break
@@ -187,7 +189,7 @@ def draw(logits: Tensor, temperature: float, top_p: float, keys: Tensor, step: i
     # No float32 temperature below 1e-30 is meant; 0 / 0 would be drawn from.
     probs = (logits.float() / max(temperature, 1e-30)).softmax(-1)  # (B, V)
     cdf = probs.cumsum(-1)
-    u = first_numbers(keys, step + 1)[step] if first is None else first
+    u = uniform(keys, step * 64) if first is None else first
     drawn = _invert(cdf, u)
     if top_p >= 1:
         return drawn
@@ -217,7 +219,7 @@ def _outside(probs: Tensor, token: Tensor, top_p: float) -> Tensor:
 def first_numbers(keys: Tensor, steps: int) -> Tensor:
     """The number with which each row (B,) first tries at each step: (steps, B), in one go."""
     counters = [_signed((64 * t + 1) * GOLDEN) for t in range(steps)]
-    return _mix(keys + torch.tensor(counters, device=keys.device)[:, None])
+    return _mix(keys + torch.tensor(counters, dtype=torch.long, device=keys.device)[:, None])
 
 
 def row_key(key: int, prompt: int, n: int) -> int:

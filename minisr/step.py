@@ -21,7 +21,7 @@ class Step:
         """For rows of up to `longest` tokens."""
         cos, sin = (x[0, 0] for x in rotary(torch.arange(longest, device=model.device)[None], model.config))
         self.cos, self.sin = torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)  # (longest, D) each
-        self.config, self.embed = model.config, model.embed.weight
+        self.config, self.embed = model.config, model.embed.weight.detach()
         self.scale = model.config.width**0.5
         self.eps = torch.tensor(self.scale * model.config.norm_eps**0.5, device=model.device)
         self.blocks = [(self._norm(block.attention_norm), Product(block.attention.qkv_proj),
@@ -69,7 +69,7 @@ class Product:
         # a quarter of the time for one row, a third for four, three quarters for 64 (minisr bench).
         parts = torch.get_num_threads()
         if weight.numel() >= LARGE and not weight.is_cuda and len(weight) % parts == 0:
-            self.weight = weight.view(parts, -1, weight.shape[1])  # (parts, N / parts, C)
+            self.weight = weight.reshape(parts, -1, weight.shape[1])  # (parts, N / parts, C)
 
     def __call__(self, x: Tensor, onto: Tensor | None = None) -> Tensor:
         """The product, added to `onto` (B, N)."""

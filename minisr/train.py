@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from tqdm import tqdm
 
+from minisr.model import ModelConfig, part_rows
 from minisr.records import InputError, write_jsonl
 
 
@@ -37,19 +38,34 @@ def learning_rate(step: int, steps: int, config: OptimConfig) -> float:
     return config.final_learning_rate + span * (1 + math.cos(math.pi * progress)) / 2
 
 
-def optimizers(masters: dict, config: OptimConfig) -> list[torch.optim.Optimizer]:
+def optimizers(masters: dict, config: OptimConfig, shape: ModelConfig) -> list[torch.optim.Optimizer]:
     """AdamW; with "muon" only for what is no matrix inside a block (Jordan et al., 2024)."""
-    matrices = [p for name, p in masters.items() if name.startswith("blocks.") and p.dim() == 2]
-    ids = set(map(id, matrices))
-    others = [p for p in masters.values() if id(p) not in ids]
+    matrices = {name: p for name, p in masters.items() if name.startswith("blocks.") and p.dim() == 2}
+    others = [p for name, p in masters.items() if name not in matrices]
     if config.optimizer == "adamw":
-        groups = [{"params": matrices, "weight_decay": config.weight_decay},
+        groups = [{"params": matrices.values(), "weight_decay": config.weight_decay},
                   {"params": others, "weight_decay": 0.0}]
         return [torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.95), fused=True)]
-    return [torch.optim.Muon(matrices, lr=config.learning_rate, weight_decay=config.weight_decay,
-                             adjust_lr_fn="match_rms_adamw"),
+    return [_muon(matrices, config, shape),
             torch.optim.AdamW(others, lr=config.learning_rate, betas=(0.9, 0.95), weight_decay=0.0,
                               fused=True)]
+
+
+def _muon(matrices: dict, config: OptimConfig, shape: ModelConfig) -> torch.optim.Optimizer:
+    """It makes each update orthogonal, so q, k, v and gate, up, one weight each, are to it what they are:
+    matrices of their own, in the same memory."""
+    rows = {name: part_rows(name, shape) or len(p) for name, p in matrices.items()}
+    parts = {name: [part.requires_grad_() for part in p.detach().split(rows[name])]
+             for name, p in matrices.items()}
+    muon = torch.optim.Muon(sum(parts.values(), []), lr=config.learning_rate,
+                            weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw")
+
+    def hand_on_gradients(*_):
+        for name, p in matrices.items():
+            for part, grad in zip(parts[name], p.grad.split(rows[name])):
+                part.grad = grad
+    muon.register_step_pre_hook(hand_on_gradients)
+    return muon
 
 
 def master_weights(model) -> dict[str, torch.Tensor]:
@@ -86,7 +102,7 @@ def fit(model, batches: list, loss_parts, config: OptimConfig, title: str, log_f
         if isinstance(module, torch.nn.Dropout):
             module.p = config.dropout
     masters = master_weights(model)
-    chosen, log = optimizers(masters, config), []
+    chosen, log = optimizers(masters, config, model.config), []
     for step, batch in enumerate(tqdm(batches, title, leave=False)):
         rate, figures = learning_rate(step, len(batches), config), Counter()
         for loss, share in loss_parts(batch):
@@ -111,7 +127,7 @@ def update(model, masters: dict, chosen: list[torch.optim.Optimizer], rate: floa
         for group in optimizer.param_groups:
             group["lr"] = rate
         optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
     for name, p in model.named_parameters():
+        masters[name].grad = None
         if p is not masters[name]:
             p.copy_(masters[name])

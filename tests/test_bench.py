@@ -15,6 +15,7 @@ from minisr.train import OptimConfig
 
 # Of tiny_model: per block q, out 16 x 16, k, v 16 x 8, three matrices 16 x 24, two norms of 16.
 BLOCKS = 2 * (2 * 16 * 16 + 2 * 16 * 8 + 3 * 16 * 24 + 2 * 16)
+LAST = 3 * 16 * 24  # the last feed-forward
 HEAD = 16 * len(tiny_tokenizer())
 WEIGHT_BYTES = 4 * (BLOCKS + HEAD + 16)
 HEADER = list(range(30, 46))  # as much as is worth sharing
@@ -29,7 +30,8 @@ def test_sampling_is_counted_as_by_hand():
     cost = bench.sampling_cost(tiny_model(), [[*HEADER, 3], [*HEADER, 4, 5]], drawn([2, 1], [3, 3]))
     assert cost.tokens == 9
     # The shared header once; 3 and 4, 5 once; all tokens but each row's last.
-    assert cost.flops == 2 * (BLOCKS * (16 + 1 + 2 + 9 - 4) + HEAD * 9)
+    # The last feed-forward and the head: at the end of 2 prompts, and for the 9 - 4 tokens that were read.
+    assert cost.flops == 2 * ((BLOCKS - LAST) * (16 + 1 + 2 + 9 - 4) + (LAST + HEAD) * (2 + 9 - 4))
     # Two steps after the prefill read keys: the shared 16; 3 in one step, 4 and 5 in both; the rows' own.
     keys = 16 * 2 + 1 * 1 + 2 * 2 + (1 + 0 + 1 + 2 + 1 + 2)
     assert cost.bytes == 3 * WEIGHT_BYTES + keys * 2 * 2 * 8 * 4  # k and v, layers, width of a head, float32
@@ -37,23 +39,26 @@ def test_sampling_is_counted_as_by_hand():
 
 def test_scoring_and_training_are_counted_as_by_hand():
     forward = bench.scoring_cost(tiny_model(), computed=10, predicted=4, batches=2, training=False)
-    assert forward == (10, 2 * (BLOCKS * 10 + HEAD * 4), 2 * WEIGHT_BYTES)
+    assert forward == (10, 2 * ((BLOCKS - LAST) * 10 + (LAST + HEAD) * 4), 2 * WEIGHT_BYTES)
     assert bench.scoring_cost(tiny_model(), 10, 4, 2, training=True).flops == 3 * forward.flops
 
 
 def test_the_sampler_computes_what_is_counted(monkeypatch):
-    model, computed = tiny_model(), []
+    model, computed, predicted = tiny_model(), [], []
     model.blocks[0].register_forward_pre_hook(lambda _, args: computed.append(args[0].shape[:2].numel()))
+    for part in (model.blocks[1].feed_forward, model.head):
+        part.register_forward_pre_hook(lambda _, args: predicted.append(args[0].shape[:-1].numel()))
 
     def counted(step, ids, cache):
         computed.append(len(ids))
+        predicted.extend([len(ids)] * 2)
         return forward(step, ids, cache)
     forward = Step.__call__
     monkeypatch.setattr(Step, "__call__", counted)
     made = sample(model, PROMPTS, 2, SampleConfig(max_new_tokens=5), key=1, stop=(-1,))
     cost = bench.sampling_cost(model, PROMPTS, made)
     assert cost.tokens == 30
-    assert cost.flops == 2 * (BLOCKS * sum(computed) + HEAD * 30)
+    assert 2 * cost.flops == 2 * (2 * (BLOCKS - LAST) * sum(computed) + (LAST + HEAD) * sum(predicted))
     assert cost.bytes >= WEIGHT_BYTES * 5
 
 

@@ -131,7 +131,6 @@ def test_loss_and_gradient_equal_a_float64_implementation():
         assert (four[0].grad < 0).all() and (four[1].grad > 0).all()  # a step raises chosen, lowers rejected
 
 
-@pytest.mark.filterwarnings("ignore::FutureWarning")  # of names that trl uses inside transformers
 def test_attention_written_out_is_the_kernels(monkeypatch):
     made = []
     for short in (0, 128):
@@ -143,6 +142,7 @@ def test_attention_written_out_is_the_kernels(monkeypatch):
     torch.testing.assert_close(made[0], made[1], atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # of names that trl uses inside transformers
 def test_loss_and_every_weights_gradient_equal_trls(tmp_path):
     trl, transformers = pytest.importorskip("trl"), pytest.importorskip("transformers")
     datasets, tokenizers = pytest.importorskip("datasets"), pytest.importorskip("tokenizers")

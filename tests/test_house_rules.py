@@ -73,7 +73,7 @@ def test_the_package_is_short():
     assert sum(LINES[file] for file in core) <= 3800
     assert sum(map(code_lines, FILES)) <= 3500
     path = "loop model cache tokenizer step sampler prompts judge pairs sft dpo evaluate".split()
-    assert sum(LINES[NAMES[f"minisr.{name}"]] for name in path) <= 1620
+    assert sum(LINES[NAMES[f"minisr.{name}"]] for name in path) <= 1650
 
 
 @pytest.mark.parametrize("name", sorted(NAMES.keys() - {"minisr.__main__"}))  # importing it runs it

@@ -18,6 +18,7 @@ from minisr.sampler import (
     sample,
     uniform,
 )
+from minisr.step import Step
 
 LOGITS = [2.0, -1.0, 0.5, 1.7, 0.1, -3.0, 1.0, 0.4]
 DRAWS = 20_000
@@ -205,14 +206,18 @@ def test_a_prefill_in_groups_is_the_prefill_of_each_prompt_alone(decoder):
     # Enough tokens for several groups, with a header for all and without.
     for header in random_prompts([0, 20], seed=6):
         prompts = [header + rest for rest in random_prompts(range(10, 70, 2))]
-        pad = torch.tensor([68 - len(rest) for rest in prompts]) + len(header)
-        assert len(alike(pad, 68)) > 2 and sum((s.stop - s.start) for s in alike(pad, 68)) == 30
+        groups = alike([len(prompt) - len(header) for prompt in prompts], 512)
+        assert len(groups) > 1 and [i for s in groups for i in range(s.start, s.stop)] == list(range(30))
         for n in (1, 2):
             with torch.no_grad():
                 logits, cache = prefill(decoder, prompts, n, 4)
-                expected = torch.stack([decoder(torch.tensor([prompt]))[0, -1] for prompt in prompts])
-            torch.testing.assert_close(logits, expected, atol=3e-5, rtol=1e-5)
-            assert cache.seen.tolist() == [len(prompt) for prompt in prompts for _ in range(n)]
+                step = Step(decoder, max(map(len, prompts)) + 1)
+                assert cache.seen.tolist() == [len(prompt) for prompt in prompts for _ in range(n)]
+                stepped = step(torch.full((30 * n,), 7), cache)
+                for prompt, row, then in zip(prompts, logits, stepped.view(30, n, -1)):
+                    expected = decoder(torch.tensor([[*prompt, 7]]))[0]
+                    torch.testing.assert_close(row, expected[-2], atol=3e-5, rtol=1e-5)
+                    torch.testing.assert_close(then, expected[-1].expand(n, -1), atol=3e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("wrong", [[], [1] * 16, [1] * 40])

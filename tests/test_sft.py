@@ -7,12 +7,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from tiny import tiny_model, tiny_tokenizer
+from tiny import llama_weights, tiny_model, tiny_tokenizer
 
 from minisr import sft
 from minisr.records import InputError
 from minisr.sft import collate, encode_examples, schedule, target_loss, train_sft
-from minisr.train import OptimConfig, fit, learning_rate
+from minisr.train import OptimConfig, fit, learning_rate, optimizers, update
 
 EXAMPLES = [{"prompt": "Write a story.", "response": "Once there was a fox. The end."},
             {"prompt": "Plan a day with the king.", "response": "First we call the king. Have fun."},
@@ -132,6 +132,32 @@ def test_training_lowers_the_loss(optimizer, tmp_path):
     assert [s["step"] for s in steps] == list(range(20))
     assert [s["learning_rate"] for s in steps] == [learning_rate(k, 20, config) for k in range(20)]
     assert max(s["loss"] for s in steps[-2:]) < 0.8 * min(s["loss"] for s in steps[:2])
+
+
+def test_muon_takes_q_k_v_and_gate_up_for_matrices_of_their_own():
+    model = tiny_model()
+    masters = dict(model.named_parameters())
+    config = OptimConfig(optimizer="muon", learning_rate=0.01)
+    chosen, rate = optimizers(masters, config, model.config), 0.01
+    apart = llama_weights(model.config, {name: p.detach().clone() for name, p in masters.items()})
+    apart = {name: p.requires_grad_() for name, p in apart.items() if "layers" in name and p.dim() == 2}
+    alone = [torch.optim.Muon([p], lr=rate, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
+             for p in apart.values()]
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(3):
+        for p in masters.values():
+            p.grad = torch.randn(p.shape, generator=generator)
+        for name, grad in llama_weights(model.config, {n: p.grad for n, p in masters.items()}).items():
+            if name in apart:
+                apart[name].grad = grad
+        update(model, masters, chosen, rate)
+        for optimizer in alone:
+            optimizer.step()
+    assert all(p.grad is None for p in masters.values())
+    found = llama_weights(model.config, {name: p.detach() for name, p in masters.items()})
+    assert len(apart) == 14  # seven a block
+    for name, p in apart.items():
+        torch.testing.assert_close(found[name], p.detach(), atol=1e-6, rtol=1e-5)
 
 
 def test_training_is_the_same_for_the_same_key():

@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 
 from minisr.checkpoint import assemble, check_sizes, first_line
-from minisr.interop.names import recognise_chat, weight_names
-from minisr.model import ModelConfig, frequencies
+from minisr.interop.names import recognise_chat, weights_from
+from minisr.model import ModelConfig, frequencies, part_rows
 from minisr.records import InputError, need
 from minisr.tokenizer import SentencePiece, Tokenizer, TokenizerJSON
 
@@ -102,16 +102,14 @@ def _llama3_scaling(config: ModelConfig, tensors: dict, path: Path) -> ModelConf
 
 def read_weights(library, tensors: dict, config: ModelConfig, path: Path) -> dict[str, torch.Tensor]:
     """Our weights, in float32."""
-    weights = {}
-    for name, sources in weight_names(config, WEIGHTS).items():
-        if missing := [source for source in sources if source not in tensors]:
-            raise InputError(f"{path} has no tensor {missing[0]}")
-        parts = [tensors.pop(source) for source in sources]
-        values = [library.quants.dequantize(part.data, part.tensor_type) for part in parts]
-        values = [torch.from_numpy(value.copy()).float() for value in values]
+    def read(tensor):
+        return torch.from_numpy(library.quants.dequantize(tensor.data, tensor.tensor_type).copy()).float()
+
+    weights = weights_from(config, tensors, path, WEIGHTS, read)
+    for name, weight in weights.items():
         if "qkv_proj" in name:
-            values[:2] = [neighbours_to_halves(value, config.head_width) for value in values[:2]]
-        weights[name] = torch.cat(values)
+            q, k, v = weight.split(part_rows(name, config))
+            weights[name] = torch.cat([*(neighbours_to_halves(x, config.head_width) for x in (q, k)), v])
     return weights
 
 

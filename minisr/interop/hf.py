@@ -25,7 +25,7 @@ def load(folder: Path, device: str = "cpu", chat: str = ""):
     tokenizer = load_tokenizer(folder, chat)
     check_sizes(folder, config, tokenizer)
     stored = read_weights(folder)
-    weights = names.weights_from_hf(config, stored, folder)
+    weights = names.weights_from(config, stored, folder)
     odd = sorted(name for name in stored if not name.endswith("rotary_emb.inv_freq")
                  and not (config.tied and name == "lm_head.weight"))
     if odd:

@@ -5,7 +5,7 @@ import re
 import torch
 from torch import Tensor
 
-from minisr.model import ModelConfig
+from minisr.model import ModelConfig, part_rows
 from minisr.records import InputError
 from minisr.tokenizer import chat_template
 
@@ -40,32 +40,26 @@ def weight_names(config: ModelConfig, weights: dict = WEIGHTS) -> dict[str, tupl
             for i in (numbers if "{}" in ours else [0]) if not (config.tied and ours == "head.weight")}
 
 
-def part_rows(config: ModelConfig, ours: str) -> list[int]:
-    """How many rows of one of our weights each of their parts has; [] if it is one of theirs."""
-    q, k = config.heads * config.head_width, config.kv_heads * config.head_width
-    return [q, k, k] if "qkv_proj" in ours else [config.hidden] * 2 if "gate_up_proj" in ours else []
-
-
-def weights_from_hf(config: ModelConfig, stored: dict[str, Tensor], where) -> dict[str, Tensor]:
-    """Our weights, out of `stored`, from which they are taken."""
-    weights = {}
-    for ours, theirs in weight_names(config).items():
-        if missing := [name for name in theirs if name not in stored]:
+def weights_from(config: ModelConfig, stored: dict, where, weights: dict = WEIGHTS, read=lambda part: part):
+    """Our weights, out of `stored`, from which they are taken; read() makes a tensor of a part."""
+    ours = {}
+    for name, theirs in weight_names(config, weights).items():
+        if missing := [part for part in theirs if part not in stored]:
             raise InputError(f"{where}: no weight {missing[0]} in its files; the checkpoint is not complete")
-        parts = [stored.pop(name) for name in theirs]
-        for name, part, rows in zip(theirs, parts, part_rows(config, ours)):
-            if part.shape != (rows, config.width) or not part.is_floating_point():
-                raise InputError(f"{where}: config.json and weights do not agree: {name} is {part.dtype} "
-                                 f"{list(part.shape)}, not {[rows, config.width]} floating-point numbers")
-        weights[ours] = parts[0] if len(parts) == 1 else torch.cat(parts)
-    return weights
+        parts = [read(stored.pop(part)) for part in theirs]
+        for part, tensor, rows in zip(theirs, parts, part_rows(name, config)):
+            if tensor.shape != (rows, config.width) or not tensor.is_floating_point():
+                raise InputError(f"{where}: the model's shape and weights do not agree: {part} is "
+                                 f"{tensor.dtype} {list(tensor.shape)}, not {[rows, config.width]} numbers")
+        ours[name] = parts[0] if len(parts) == 1 else torch.cat(parts)
+    return ours
 
 
 def weights_to_hf(config: ModelConfig, weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """The way back: not a number changes."""
     theirs = {}
     for ours, names in weight_names(config).items():
-        theirs |= dict(zip(names, weights[ours].split(part_rows(config, ours) or len(weights[ours]))))
+        theirs |= dict(zip(names, weights[ours].split(part_rows(ours, config) or len(weights[ours]))))
     return theirs
 
 
