@@ -46,7 +46,8 @@ def load_model(folder: Path, device: str = "cpu") -> tuple[Decoder, Tokenizer]:
         tokenizer = load_tokenizer(folder)
     except (RuntimeError, pickle.UnpicklingError, LookupError, TypeError, ValueError,
             ArithmeticError, EOFError) as error:
-        raise InputError(f"{folder} is no minisr model of this version: {first_line(error)}") from error
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise InputError(f"{folder} is no minisr model of this version, make it again: {reason[:200]}") from error
     check_sizes(folder, model.config, tokenizer)
     return model, tokenizer
 
