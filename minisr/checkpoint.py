@@ -47,7 +47,8 @@ def load_model(folder: Path, device: str = "cpu") -> tuple[Decoder, Tokenizer]:
     except (RuntimeError, pickle.UnpicklingError, LookupError, TypeError, ValueError,
             ArithmeticError, EOFError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise InputError(f"{folder} is no minisr model of this version, make it again: {reason[:200]}") from error
+        raise InputError(f"{folder} is no minisr model of this version, make it anew: {reason[:200]}"
+                         ) from error
     check_sizes(folder, model.config, tokenizer)
     return model, tokenizer
 
