@@ -171,3 +171,18 @@ def test_what_rows_share_is_in_memory_once(random_decoder):
     assert [part.k.shape[1] for part in cache.shared] == [1, 10] and cache.k.shape[1:4:2] == (40, 3)
     cache.keep(torch.arange(0, 8))  # of the first two prompts
     assert [part.k.shape[1] for part in cache.shared] == [1, 2] and cache.k.shape[1] == 8
+
+
+@torch.no_grad()
+def test_several_tokens_at_once_do_not_see_the_padding_of_what_they_share(random_decoder):
+    model, lengths = random_decoder(), [1, 4, 6]
+    text = torch.randint(60, (6, 9), generator=torch.Generator().manual_seed(5))
+    text[1::2, :6] = text[::2, :6]  # two rows a prompt
+    cache = KVCache(model.config, 3, 6, model.embed.weight)
+    cache.set_padding(torch.tensor([6 - length for length in lengths]))
+    model(text[::2, :6], cache)
+    cache.share(2, 3)
+    found = model(text[:, 6:], cache)
+    for row, logits in enumerate(found):
+        alone = text[row:row + 1, 6 - lengths[row // 2]:]
+        torch.testing.assert_close(logits, model(alone)[0, -3:], atol=2e-5, rtol=1e-5)
