@@ -65,8 +65,8 @@ class Product:
         weight = layer.weight.detach()
         self.weight = weight.t()  # (C, N)
         # A CPU's BLAS shares the rows of the first matrix among its threads: of a few rows of x that keeps
-        # one thread waiting. So a large weight comes first, a part a thread: SmolLM2 with two threads takes
-        # a quarter of the time for one row, a third for four, three quarters for 64 (minisr bench).
+        # one thread waiting. So a large weight comes first, a part a thread. With two threads the products
+        # of SmolLM2, timed alone, take a quarter of the time for one row, a third for four, 3/4 for 64.
         parts = torch.get_num_threads()
         if weight.numel() >= LARGE and not weight.is_cuda and len(weight) % parts == 0:
             self.weight = weight.reshape(parts, -1, weight.shape[1])  # (parts, N / parts, C)
