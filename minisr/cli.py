@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 from minisr import __version__
@@ -67,8 +68,14 @@ def experiment(options) -> None:
     """Variants and seeds of one config, and the table with intervals."""
     from minisr.experiment import experiment, markdown
     out = options.out or Path("runs") / options.config.stem
-    print(markdown(experiment(options.config, out, options.jobs)))
+    print(markdown(experiment(options.config, out, options.jobs, options.only)))
     print(f"\nMeans over seeds, ± the 95 % interval. Files: {out}/ (results.json, one folder a run)")
+
+
+def report(options) -> None:
+    """A run or an experiment as one HTML page."""
+    from minisr.page import write_page
+    print(f"{write_page(options.folder, options.out)}: open it in a browser")
 
 
 def evaluate(options) -> None:
@@ -180,6 +187,10 @@ def _run_commands(command) -> None:
     sub.add_argument("--out", type=Path, help="folder of the runs; default runs/NAME_OF_CONFIG")
     sub.add_argument("--jobs", type=int, default=1, choices=range(1, 65), metavar="K",
                      help="runs side by side; default 1")
+    sub.add_argument("--only", nargs="+", metavar="VARIANT", help="these variants, e.g. one row again")
+    sub = command(report, "report", "a run or an experiment as one HTML page with pictures")
+    sub.add_argument("folder", type=Path, help="of a run or an experiment, e.g. runs/tiny; finished or not")
+    sub.add_argument("--out", type=Path, metavar="FILE", help="the page; default FOLDER/report.html")
     sub = command(evaluate, "eval", "evaluate the models that a run has so far, print the table")
     sub.add_argument("run", type=Path, help="folder of a run, e.g. runs/tiny")
     sub.add_argument("--export", type=Path, metavar="FOLDER", help="instead write every model's answers to "
@@ -229,6 +240,15 @@ def _model_commands(command) -> None:
 def _set(sub) -> None:
     sub.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE",
                      help="change one key of the config, e.g. --set judge.by=random (repeatable)")
+
+
+def _write_page(folder: Path) -> None:
+    """The page at the end of a run or an experiment, if what it needs is installed."""
+    from minisr.page import write_page
+    if find_spec("matplotlib"):
+        print(f"Page: {write_page(folder)}")
+    else:
+        print(f'Page: none without the extra "report": pip install "minisr[report]", then minisr report {folder}')
 
 
 def _open_run(options):

@@ -15,6 +15,7 @@ from typing import get_args, get_origin, get_type_hints
 from minisr.dpo import DPOConfig
 from minisr.judge import JudgeConfig
 from minisr.model import ModelConfig
+from minisr.pairs import PairConfig
 from minisr.prompts import PromptConfig
 from minisr.records import InputError, read_text
 from minisr.sampler import SampleConfig
@@ -35,7 +36,8 @@ class SeedConfig:
     source: str = "world"  # "world": the tiny world's people; "english": minisr's own; or a folder
     ift: int = 600  # prompts with one answer (paper: 3,200)
     ranked: int = 500  # prompts with three ranked answers, the source of EFT (paper: 1,630 EFT)
-    eft_by: str = "annotator"  # or "baseline": the SFT baseline writes, agreement decides (paper)
+    eft_by: str = "annotator"  # or "baseline": it writes, agreement decides (paper); "none": no EFT
+    reasons: bool = True  # the annotator's judgements give reasons, not the score alone
     judge_evaluation: int = 250  # held-out prompts with three ranked answers
     evaluation: int = 512  # held-out prompts for answers (paper: 256)
 
@@ -55,6 +57,7 @@ class Config:
     prompts: PromptConfig = field(default_factory=PromptConfig)
     responses: ResponseConfig = field(default_factory=ResponseConfig)
     judge: JudgeConfig = field(default_factory=JudgeConfig)
+    pairs: PairConfig = field(default_factory=PairConfig)
     dpo: DPOConfig = field(default_factory=DPOConfig)
     evaluate: SampleConfig = field(default_factory=SampleConfig)  # of held-out prompts
 
@@ -71,8 +74,9 @@ class PretrainConfig:
     train: OptimConfig = field(default_factory=OptimConfig)
 
 
-CHOICES = {"device": ("auto", "cpu", "cuda"), "eft_by": ("annotator", "baseline"),
-           "optimizer": ("adamw", "muon"), "by": ("self", "M1", "oracle", "random")}
+CHOICES = {"device": ("auto", "cpu", "cuda"), "eft_by": ("annotator", "baseline", "none"),
+           "optimizer": ("adamw", "muon"), "by": ("self", "M1", "oracle", "random"),
+           "rejected_from": ("self", "M1"), "reference": ("previous", "M1"), "written_by": ("self", "people")}
 # Smallest and largest sensible value; every other number must be at least 1.
 LIMITS = {
     "seed": (0, 2**31), "iterations": (0, 100), "temperature": (0, 100), "top_p": (0, 1),
@@ -80,7 +84,7 @@ LIMITS = {
     "weight_decay": (0, 1), "dropout": (0, 0.99), "learning_rate": (0, 10),
     "final_learning_rate": (0, 10), "clip": (0, math.inf), "beta": (0, math.inf),
     "head_width": (0, math.inf), "micro_batch": (0, math.inf), "nll": (0, math.inf),
-    "replay": (0, math.inf), "norm_eps": (0, 1),
+    "replay": (0, math.inf), "norm_eps": (0, 1), "length_control": (0, 1),
 }
 
 

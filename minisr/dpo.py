@@ -21,11 +21,14 @@ SHORT = 128  # tokens of a row, up to which a CPU's attention kernel takes longe
 
 @dataclass(frozen=True)
 class DPOConfig(OptimConfig):
-    """DPO, and two terms the paper does not have (0: off)."""
+    """DPO, and what the paper does not have (0, false: off) or tried and left."""
 
     beta: float = 0.1
     nll: float = 0.0  # weight of the chosen response's loss a token (Iterative RPO, eq. 1)
     replay: float = 0.0  # weight of the loss on replayed EFT examples, one for each pair
+    reference: str = "previous"  # M_t, the step's own start; "M1": the same for every step
+    consistency: bool = False  # labels smoothed by how often single judgements disagree (after CREAM)
+    positives_only: bool = False  # no DPO: M0 fine-tuned on seed data and answers of reward 5 (appendix A.4)
 
 
 def sequence_logprobs(logits: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
@@ -38,14 +41,17 @@ def sequence_logprobs(logits: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
 
 def dpo_loss(policy_chosen_logps: Tensor, policy_rejected_logps: Tensor,
              reference_chosen_logps: Tensor, reference_rejected_logps: Tensor,
-             beta: float) -> tuple[Tensor, Tensor, Tensor]:
+             beta: float, smoothing: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
     """Loss, chosen reward and rejected reward of each pair, all (B,).
 
     -log sigmoid(beta [log pi(y_w)/ref(y_w) - log pi(y_l)/ref(y_l)])  (Rafailov et al., eq. 7);
-    the implicit reward is beta log pi(y)/ref(y)."""
+    the implicit reward is beta log pi(y)/ref(y). smoothing is the chance that a label is wrong."""
     chosen = beta * (policy_chosen_logps - reference_chosen_logps)
     rejected = beta * (policy_rejected_logps - reference_rejected_logps)
-    return -F.logsigmoid(chosen - rejected), chosen.detach(), rejected.detach()
+    losses = -F.logsigmoid(chosen - rejected)
+    if smoothing:
+        losses = (1 - smoothing) * losses - smoothing * F.logsigmoid(rejected - chosen)
+    return losses, chosen.detach(), rejected.detach()
 
 
 def encode_pairs(tokenizer, pairs: list[dict], context: int) -> list[tuple]:
@@ -147,10 +153,11 @@ def train_dpo(model, tokenizer, pairs: list[dict], replay: list[dict], config: D
               title: str, log_file=None, known: dict | None = None):
     """Train M_t in place into M_{t+1} on preference pairs; `replay` are EFT records; returns it.
 
-    `known` are log-probabilities of (prompt, response) under M_t, recorded when it wrote them: what the
-    reference would compute."""
+    `known` are log-probabilities of (prompt, response) under the reference, e.g. recorded when it wrote
+    them; those of others are computed with M_t as it is."""
     encoded = encode_pairs(tokenizer, pairs, model.config.context)
     ref_chosen, ref_rejected = _reference(model, pairs, encoded, known or {}, config)
+    smoothing = 1 - sum(p["agreement"] for p in pairs) / len(pairs) if config.consistency else 0.0
     batches = schedule([sum(map(len, pair)) for pair in encoded], config.batch_size, config.epochs, key)
     replayed = iter(_replay_batches(tokenizer, replay, batches, model, config, key))
     torch.manual_seed(coordinates(key, "dropout"))
@@ -158,7 +165,8 @@ def train_dpo(model, tokenizer, pairs: list[dict], replay: list[dict], config: D
     def loss_parts(batch):
         for part in micro_batches(batch, config):
             chosen, rejected, nll = pair_logps(model, [encoded[i] for i in part])
-            losses, r_w, r_l = dpo_loss(chosen, rejected, ref_chosen[part], ref_rejected[part], config.beta)
+            losses, r_w, r_l = dpo_loss(chosen, rejected, ref_chosen[part], ref_rejected[part], config.beta,
+                                        smoothing)
             figures = {"dpo_loss": losses, "margin": r_w - r_l, "accuracy": (r_w > r_l).float(),
                        "chosen_logp": chosen, "rejected_logp": rejected}
             yield ((losses + config.nll * nll).sum() / len(batch),
@@ -169,6 +177,13 @@ def train_dpo(model, tokenizer, pairs: list[dict], replay: list[dict], config: D
 
     fit(model, batches, loss_parts, config, title, log_file)
     return model
+
+
+def known_logps(model, tokenizer, pairs: list[dict], batch_size: int) -> dict:
+    """{(prompt, response): log p under this model}, of each pair's two responses."""
+    logps = reference_logps(model, encode_pairs(tokenizer, pairs, model.config.context), batch_size)
+    return {(pair["prompt"], pair[side]): logp for side, values in zip(("chosen", "rejected"), logps)
+            for pair, logp in zip(pairs, values.tolist())}
 
 
 def _reference(model, pairs, encoded, known, config) -> Tensor:

@@ -4,6 +4,8 @@ against the true ranking (paper, sections 3.1.2, 3.2 and 3.3). Nothing here reac
 TIE_RULE says how equal scores count; it is printed beside the numbers.
 """
 
+from collections import Counter
+
 import numpy as np
 
 TIE_RULE = ("pairs the annotator scored equally are left out; a pair that the model scores equally, "
@@ -41,6 +43,12 @@ def win_rates(scores: list[float], others: list[float], seed: int = 0) -> dict:
     result = {name: float(hit.mean()) for name, hit in shares.items()}
     result |= {f"{name}_ci95": interval(hit, seed) for name, hit in shares.items()}
     return result
+
+
+def histogram(scores) -> dict[str, int]:
+    """How often each score was given; "unread" for those that could not be read."""
+    counts = Counter("unread" if score is None else f"{score:g}" for score in scores)
+    return dict(sorted(counts.items()))
 
 
 def interval(values, seed: int = 0) -> list[float]:

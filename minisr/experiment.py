@@ -1,15 +1,17 @@
-"""Variants x seeds of one config: the same run under several controls, and a table with intervals.
+"""Variants x seeds of one config: the same run under several controls, and tables with intervals.
 
     base = "../tiny.toml"
     seeds = [0, 1, 2, 3, 4]
     variant_seeds = [0, 1, 2]  # of the variants, if not all; every one is also a seed of the base
     common.threads = 1         # in every run: two runs side by side (--jobs 2) beat two threads in one
-    [variants.random]          # what differs from the base, as in a config
+    [variants.base]            # what differs from the base's file, as in a config
+    iterations = 3
+    [variants.random]
     judge.by = "random"
+    seeds = [0, 1, 2, 3, 4]    # of this variant
 
 Every run is an ordinary run in OUT/VARIANT-SEED and goes on where it stopped. What a variant has in
-common with the base of the same seed (everything up to M1's responses, when only `judge.by` or `dpo`
-differ) is copied, not made again.
+common with the base of the same seed is copied, not made again.
 """
 
 import shutil
@@ -17,34 +19,55 @@ import subprocess
 import sys
 import tomllib
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
-from minisr.config import load_config, to_toml
+from minisr.config import Config, differences, load_config, to_toml
 from minisr.records import InputError, read_json, read_text, write_bytes, write_json
 
 # Half-width of a 95 % interval of a mean in standard errors: Student's t for n - 1 = 1, 2, ... 9.
 STUDENT_T = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)
 
 
-def experiment(path: Path, out: Path, jobs: int) -> dict:
-    """Run all that is missing; write and return {variant: {model: {figure: [value of each seed]}}}."""
+def experiment(path: Path, out: Path, jobs: int, only: list[str] | None = None) -> dict:
+    """Run all that is missing (of the variants in `only`, with the base they copy from), write results.json
+    and return {variant: {model: {figure: [value of each seed]}}}."""
     plan = read_plan(path)
-    variants, seeds = plan["variants"], plan["seeds_of"]
-    for names in (["base"], [name for name in variants if name != "base"]):  # variants copy from base
-        work = [(name, seed) for seed in seeds["base"] for name in names if seed in seeds[name]]
+    variants, seeds = plan["variants"], plan["seeds"]
+    if unknown := sorted(set(only or ()) - set(variants)):
+        raise InputError(f"experiment {path} has no variant {unknown[0]}; it has {', '.join(variants)}")
+    wanted = [name for name in variants if not only or name in only]
+    needed = sorted({seed for name in wanted for seed in seeds[name]})
+    rest = [(name, seed) for name in wanted if name != "base" for seed in seeds[name]]
+    # Variants copy from the base, so it comes first; then one variant after another.
+    for title, work in (("base", [("base", seed) for seed in needed]), ("variants", rest)):
         with ThreadPoolExecutor(jobs) as pool:
             done = pool.map(lambda ns: _run(out, plan, *ns), work)
-            list(tqdm(done, total=len(work), desc=" and ".join(names)))
-    results = {name: collect([out / f"{name}-{seed}" for seed in seeds[name]]) for name in variants}
+            list(tqdm(done, total=len(work), desc=title))
+    return gather(plan, out)
+
+
+def gather(plan: dict, out: Path) -> dict:
+    """results.json from the runs that are finished; a variant counts when all its seeds are."""
+    folders = {name: [out / f"{name}-{seed}" for seed in plan["seeds"][name]] for name in plan["variants"]}
+    results = {name: collect(runs) for name, runs in folders.items()
+               if all(finished(run, plan, name) for run in runs)}
     write_json(out / "results.json", results)
     return results
 
 
+def finished(run: Path, plan: dict, name: str) -> bool:
+    """Whether metrics.json tells of every model of a run."""
+    config = config_of(plan, name)
+    return (run / "metrics.json").exists() and \
+        f"M{config.iterations + 1}" in read_json(run / "metrics.json", "metrics")["models"]
+
+
 def read_plan(path: Path) -> dict:
-    """An experiment file, checked: base config, seeds, and each variant's overrides."""
+    """An experiment file, checked: its base config, each variant's overrides and seeds."""
     try:
         plan = tomllib.loads(read_text(path, "experiment"))
     except tomllib.TOMLDecodeError as error:
@@ -52,22 +75,27 @@ def read_plan(path: Path) -> dict:
     if set(plan) - {"variants", "common", "variant_seeds"} != {"base", "seeds"}:
         raise InputError(f"experiment {path} must have base and seeds, and may have variant_seeds, common "
                          "and [variants.NAME]")
-    fewer = plan.get("variant_seeds", plan["seeds"])
-    lists = isinstance(plan["seeds"], list) and isinstance(fewer, list)
-    if not lists or not fewer or not set(fewer) <= set(plan["seeds"]):
-        raise InputError(f"experiment {path}: seeds is a list like [0, 1, 2], variant_seeds a part of it")
-    sections = [plan.get("variants", {}), plan.get("common", {})]
-    if not isinstance(plan["base"], str) or not all(isinstance(section, dict) for section in sections) \
-            or not all(isinstance(variant, dict) for variant in sections[0].values()):
+    tables, common = plan.get("variants", {}), plan.get("common", {})
+    if not isinstance(plan["base"], str) or not isinstance(tables, dict) or not isinstance(common, dict) \
+            or not all(isinstance(variant, dict) for variant in tables.values()):
         raise InputError(f"experiment {path}: base is a file name, common and each variant a section")
-    plan["base"] = Path(path).parent / plan["base"]
-    tables = {"base": {}, **plan.get("variants", {})}
-    plan["common"] = tuple(overrides(plan.get("common", {})))
-    plan["variants"] = {name: tuple(overrides(table)) for name, table in tables.items()}
-    plan["seeds_of"] = {name: plan["seeds"] if name == "base" else fewer for name in tables}
-    for changes in plan["variants"].values():
-        load_config(plan["base"], overrides=(*plan["common"], *changes))  # told now, not in an hour
+    tables = {"base": {}} | tables
+    fewer = plan.get("variant_seeds", plan["seeds"])
+    seeds = {name: table.pop("seeds", plan["seeds"] if name == "base" else fewer)
+             for name, table in tables.items()}
+    lists = all(isinstance(some, list) and some for some in [plan["seeds"], fewer, *seeds.values()])
+    if not lists or not all(set(some) <= set(plan["seeds"]) for some in [fewer, *seeds.values()]):
+        raise InputError(f"experiment {path}: seeds is a list like [0, 1, 2], variant_seeds and the seeds of "
+                         "a variant are parts of it")
+    plan = {"base": Path(path).parent / plan["base"], "common": tuple(overrides(common)), "seeds": seeds,
+            "variants": {name: tuple(overrides(table)) for name, table in tables.items()}}
+    for name in plan["variants"]:
+        config_of(plan, name)  # what is wrong is told now, not in an hour
     return plan
+
+
+def config_of(plan: dict, name: str, seed: int = 0) -> Config:
+    return load_config(plan["base"], overrides=(f"seed={seed}", *plan["common"], *plan["variants"][name]))
 
 
 def overrides(table: dict, prefix: str = ""):
@@ -76,14 +104,14 @@ def overrides(table: dict, prefix: str = ""):
         if isinstance(value, dict):
             yield from overrides(value, f"{prefix}{name}.")
         else:
-            yield f"{prefix}{name}={value}"
+            yield f"{prefix}{name}={str(value).lower() if isinstance(value, bool) else value}"
 
 
 def _run(out: Path, plan: dict, name: str, seed: int) -> None:
     """One run in a process of its own; its last words are in OUT/NAME-SEED.log."""
     folder, changes = out / f"{name}-{seed}", plan["variants"][name]
     if name != "base" and not folder.exists():
-        share(out / f"base-{seed}", folder, changes)
+        share(out / f"base-{seed}", folder, config_of(plan, name, seed))
     out.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "minisr", "run", str(plan["base"]), "--out", str(folder)]
     for change in (f"seed={seed}", *plan["common"], *changes):
@@ -93,21 +121,40 @@ def _run(out: Path, plan: dict, name: str, seed: int) -> None:
             raise InputError(f"{folder} failed; {folder}.log tells why")
 
 
-def share(base: Path, folder: Path, changes: tuple[str, ...]) -> None:
-    """Copy from the base run what a variant with these changes would make again just so."""
-    if not all(change.startswith(("judge.by=", "dpo.")) for change in changes):
+# What a run makes, in order; and where, if a key of the config is changed, it is no longer the same.
+ORDER = ("eft", "M1", "judge_evaluation", "prompts", "responses", "rewards", "pairs", "M2")
+CHANGES = {"seed_data.eft_by": "eft", "seed_data.reasons": "eft", "judge.template": "eft",
+           "judge.judgements": "judge_evaluation", "prompts": "prompts", "responses": "responses",
+           "judge.by": "rewards", "pairs": "pairs", "dpo": "M2", "iterations": None}
+
+
+def share(base: Path, folder: Path, config: Config) -> None:
+    """Copy from the base run what a run with this config would make again just so."""
+    old = load_config(base / "config.toml")
+    keys = [line.partition(": ")[0] for line in differences(asdict(old), asdict(config))]
+    firsts = [next((CHANGES[name] for name in (key, key.split(".")[0]) if name in CHANGES), "seed")
+              for key in keys]
+    if "seed" in firsts:
         return
+    first = min((ORDER.index(name) for name in firsts if name), default=None)  # None: only more iterations
     beside = folder.with_name(folder.name + ".part")
     shutil.rmtree(beside, ignore_errors=True)
-    for part in ("seed", "M0", "SFT", "M1"):
-        shutil.copytree(base / part, beside / part)
-    if any(change.startswith("judge.by=") for change in changes):
-        for name in ("rewards", "pairs"):
-            for file in (beside / "M1").glob(f"{name}.*"):
-                file.unlink()
-    config = load_config(base / "config.toml", overrides=changes)
+    shutil.copytree(base, beside)
+    (beside / "metrics.json").unlink(missing_ok=True)
+    for name in ORDER[first:] if first is not None else ():
+        for path in _made_by(beside, name):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
     write_bytes(beside / "config.toml", to_toml(config).encode())
     beside.rename(folder)
+
+
+def _made_by(run: Path, name: str) -> list[Path]:
+    """The files and folders that a run has from this part of ORDER."""
+    if name in ("M1", "M2"):
+        return [folder for folder in run.glob("M[1-9]*") if name == "M1" or folder.name != "M1"]
+    if name == "eft":
+        return [run / "seed" / "eft.jsonl"]
+    return [path for folder in ("SFT", "M1") for path in (run / folder).glob(f"{name}.*")]
 
 
 # Heading, figure in metrics.json and factor of each column of the table.
@@ -116,7 +163,8 @@ COLUMNS = (
     ("wins M1 %", "versus_m1.win", 100), ("loses %", "versus_m1.lose", 100),
     ("pairwise %", "judge.pairwise", 100), ("5-best %", "judge.five_best", 100),
     ("exact %", "judge.exact", 100), ("Spearman", "judge.spearman", 1), ("Kendall", "judge.kendall", 1),
-    ("parsed %", "judge.parse_rate", 100), ("chars", "length", 1), ("pairs", "pairs", 1))
+    ("parsed %", "judge.parse_rate", 100), ("chars", "length", 1), ("pairs", "pairs", 1),
+    ("right %", "pairs_right", 100), ("distinct %", "distinct", 100))
 
 
 def collect(folders: list[Path]) -> dict:

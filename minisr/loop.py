@@ -4,6 +4,7 @@
 a run that was stopped goes on at its first unfinished arrow.
 """
 
+from minisr.metrics import model_metrics
 from minisr.records import read_json, write_json
 from minisr.run import Run
 from minisr.stages import Model
@@ -43,6 +44,6 @@ def evaluate(run: Run, models: list[Model]) -> dict:
     """Write and return metrics.json: each model by itself, against the one before, against SFT."""
     answers = {model.name: model.answer(run.evaluation()) for model in models}
     metrics = {"seed": run.config.seed, "models": {
-        model.name: model.metrics(answers, run.judge_evaluation()) for model in models}}
+        model.name: model_metrics(model, answers, run.judge_evaluation()) for model in models}}
     write_json(run.folder / "metrics.json", metrics)
     return metrics

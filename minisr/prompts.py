@@ -31,6 +31,7 @@ class PromptConfig(SampleConfig):
     rouge: float = 0.7  # reject a prompt this similar to one already there
     min_words: int = 3
     max_words: int = 150
+    written_by: str = "self"  # "people": prompts of the tiny world's people instead
     keywords: tuple[str, ...] = ("image", "images", "graph", "graphs", "picture", "pictures",
                                  "file", "files", "draw", "plot", "video", "audio", "music")
 
@@ -52,6 +53,16 @@ def new_prompts(model, tokenizer, seeds: list[str], forbidden: set[str], config:
                 if len(pool.accepted) < config.count:
                     bar.update(pool.offer(first_prompt(tokenizer.decode(drawn.ids)), drawn.finished))
             asked, wave = asked + batch, wave + 1
+    return pool.accepted, pool.counts
+
+
+def prompts_of_people(source, seeds: list[str], forbidden: set[str], config: PromptConfig
+                      ) -> tuple[list[str], Counter]:
+    """The same number of prompts from an endless source, through the same filters."""
+    pool = Pool(seeds, forbidden, config)
+    for _ in range(int(config.count * config.attempts)):
+        if len(pool.accepted) < config.count:
+            pool.offer(next(source), True)
     return pool.accepted, pool.counts
 
 

@@ -31,6 +31,10 @@ class Run:
         self.has_oracle = config.seed_data.source == "world"
         if config.judge.by == "oracle" and not self.has_oracle:
             raise InputError('judge.by = "oracle" needs the tiny world\'s data; nobody else has an oracle')
+        if config.prompts.written_by == "people" and not self.has_oracle:
+            raise InputError('prompts.written_by = "people" needs the tiny world: others have no more')
+        if config.seed_data.eft_by == "none" and config.dpo.replay:
+            raise InputError('seed_data.eft_by = "none" leaves nothing to replay: set dpo.replay to 0')
         own = WORLD_TEMPLATE if self.has_oracle else ENGLISH_TEMPLATE
         self.template = load_template(Path(config.judge.template or own))
 
@@ -82,16 +86,17 @@ class Run:
         return self._seed_file("judge_evaluation")
 
     def eft(self, baseline) -> list[dict]:
-        """EFT records, by the annotator or, written by the SFT baseline, by the paper's rule."""
+        """EFT records, by the annotator or, written by the SFT baseline, by the paper's rule; or none."""
         path = self.folder / "seed" / "eft.jsonl"
         if not path.exists():
             ranked = self._seed_file("ranked")
-            if self.config.seed_data.eft_by == "annotator":
-                records = seed_data.eft_by_annotator(ranked, self.template)
-            else:
+            by, records = self.config.seed_data.eft_by, []
+            if by == "annotator":
+                records = seed_data.eft_by_annotator(ranked, self.template, self.config.seed_data.reasons)
+            elif by == "baseline":
                 records = seed_data.eft_by_baseline(*baseline.load(), ranked, self.template,
                                                     self.config.judge, self.key("EFT"))
-            if not records:
+            if by == "baseline" and not records:
                 raise InputError("the SFT baseline wrote no judgements that rank rightly; "
                                  'give it more ranked prompts, or set eft_by to "annotator"')
             write_jsonl(path, seed_data.thin(records, self.key("thin")))

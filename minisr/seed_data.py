@@ -11,6 +11,7 @@ Either way the commonest score is thinned to the second commonest's number.
 """
 
 from collections import Counter
+from itertools import repeat
 from pathlib import Path
 from random import Random
 
@@ -114,13 +115,14 @@ def _judged(record: dict, path: Path, number: int) -> dict:
     return record
 
 
-def eft_by_annotator(ranked: list[dict], template: str) -> list[dict]:
-    """EFT records from the annotator's scores and reasons."""
-    if any("reasons" not in record for record in ranked):
-        raise InputError('judged responses without reasons: add them, or set seed_data.eft_by to "baseline"')
-    return [eft_record(template, record["prompt"], response, f"{reason}\nScore: {score}")
-            for record in ranked
-            for response, reason, score in zip(record["responses"], record["reasons"], record["scores"])]
+def eft_by_annotator(ranked: list[dict], template: str, reasons: bool = True) -> list[dict]:
+    """EFT records from the annotator's scores, with the reasons or without."""
+    if reasons and any("reasons" not in record for record in ranked):
+        raise InputError('judged responses without reasons: add them, or set seed_data.eft_by to "baseline", '
+                         "or seed_data.reasons to false")
+    return [eft_record(template, record["prompt"], response, f"{reason}\nScore: {score}".lstrip())
+            for record in ranked for response, reason, score in
+            zip(record["responses"], record["reasons"] if reasons else repeat(""), record["scores"])]
 
 
 def eft_by_baseline(model, tokenizer, ranked: list[dict], template: str, config: JudgeConfig,

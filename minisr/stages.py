@@ -18,13 +18,13 @@ import torch
 from minisr import __version__, dpo, pairs, prompts, sft
 from minisr.checkpoint import SEED_MODEL, digest, load_model, model_hash, save_model
 from minisr.config import to_toml
-from minisr.evaluate import answer_metrics, judge_metrics, win_rates
+from minisr.evaluate import histogram
 from minisr.interop.source import source_digest
 from minisr.judge import MAX_SCORE, Judgement, judge, reward
 from minisr.records import InputError, read_json, read_jsonl, write_json, write_jsonl
 from minisr.run import Run
 from minisr.sampler import SampleConfig, sample
-from minisr.world import oracle
+from minisr.world import corpus, oracle
 
 
 def stage(name):
@@ -86,8 +86,12 @@ class Model:
         """{x_i}: never a seed prompt, never one of the held-out prompts."""
         seeds = [record["prompt"] for record in self.run.ift()]
         held_out = {*self.run.evaluation(), *(r["prompt"] for r in self.run.judge_evaluation())}
-        made, counts = prompts.new_prompts(*self.load(), seeds, held_out, self.config.prompts,
-                                           self.key("prompts"))
+        config, key = self.config.prompts, self.key("prompts")
+        if config.written_by == "people":
+            source = (prompt for _, prompt in corpus.requests(Random(key)))
+            made, counts = prompts.prompts_of_people(source, seeds, held_out, config)
+        else:
+            made, counts = prompts.new_prompts(*self.load(), seeds, held_out, config, key)
         return [{"prompt": x} for x in made], counts
 
     @stage("responses")
@@ -98,7 +102,8 @@ class Model:
         records = [{"prompt": record["prompt"], **dict(zip(("responses", "finished", "logps"), zip(*row)))}
                    for record, row in zip(x, made)]
         return records, Counter(finished=sum(sum(r["finished"]) for r in records),
-                                cut=sum(not f for r in records for f in r["finished"]))
+                                cut=sum(not f for r in records for f in r["finished"]),
+                                distinct=sum(len(set(r["responses"])) for r in records))
 
     def _answers(self, asked: list[str], n: int, config: SampleConfig, purpose: str):
         """n (text, finished, log p) for each prompt; the log p is that of the text, None if unknown."""
@@ -125,7 +130,7 @@ class Model:
             records.append({"prompt": xi["prompt"], "rewards": rewards,
                             "scores": [[j.score for j in js] for js in row],
                             "judgements": [[j.text for j in js] for js in row]})
-        return records, _histogram(s for r in records for row in r["scores"] for s in row)
+        return records, histogram(s for r in records for row in r["scores"] for s in row)
 
     def _judgements(self, flat: list[tuple[str, str]]) -> list[list[Judgement]]:
         config = self.config.judge
@@ -142,9 +147,25 @@ class Model:
     @stage("pairs")
     def select_pairs(self, x, y, r):
         """{x_i, y_i^w, y_i^l}"""
-        return pairs.select_pairs([record["prompt"] for record in x],
-                                  [record["responses"] for record in y],
-                                  [record["rewards"] for record in r])
+        config = self.config.pairs
+        anchors = self._anchors(x) if config.rejected_from == "M1" and self.name != "M1" else None
+        records, counts = pairs.select_pairs(
+            [record["prompt"] for record in x], [record["responses"] for record in y],
+            [record["rewards"] for record in r], config.length_control, anchors)
+        scores = {(record["prompt"], text): given for record, judged in zip(y, r)
+                  for text, given in zip(record["responses"], judged["scores"])}
+        for pair in records:
+            pair["agreement"] = pairs.agreement(*(scores.get((pair["prompt"], pair[side]), [])
+                                                  for side in ("chosen", "rejected")))
+        return records, counts
+
+    def _anchors(self, x) -> list[tuple[float | None, str]]:
+        """M1's answer to each prompt, and the reward that this model gives it."""
+        asked = [record["prompt"] for record in x]
+        made = Model(self.run, "M1")._answers(asked, 1, self.config.responses, f"for {self.name}")
+        judged = self._judgements([(prompt, text) for prompt, [(text, *_)] in zip(asked, made)])
+        return [(reward(judgements) if finished else None, text)
+                for [(text, finished, _)], judgements in zip(made, judged)]
 
     def train_sft(self, name: str, examples: list[dict]) -> "Model":
         """A new model `name`, fine-tuned from this one."""
@@ -153,16 +174,36 @@ class Model:
 
     def train_dpo(self, preferences: list[dict]) -> "Model":
         """M_{t+1}. With no pair at all there is nothing to learn: it is M_t again."""
-        name = f"M{int(self.name[1:]) + 1}"
+        name, config = f"M{int(self.name[1:]) + 1}", self.config.dpo
         replay = read_jsonl(self.run.folder / "seed" / "eft.jsonl", "EFT data")
+        if config.positives_only:
+            examples = self.run.ift() + replay + self._positives()
+            return Model(self.run, "M0").train_sft(name, examples)
         if not preferences:
             return self._train(name, "DPO", lambda model, tokenizer, log: write_jsonl(log, []))
-        known = {(y["prompt"], text): logp
-                 for y in read_jsonl(self.folder / "responses.jsonl", "responses")
-                 for text, logp in zip(y["responses"], y["logps"]) if logp is not None}
+        known = self._logps_of_M1(preferences) if config.reference == "M1" else self._own_logps()
         return self._train(name, "DPO", lambda model, tokenizer, log: dpo.train_dpo(
-            model, tokenizer, preferences, replay, self.config.dpo, self.run.key(name, "DPO"), name, log,
-            known))
+            model, tokenizer, preferences, replay, config, self.run.key(name, "DPO"), name, log, known))
+
+    def _own_logps(self) -> dict:
+        """{(prompt, response): log p}, recorded when this model wrote the response."""
+        return {(y["prompt"], text): logp
+                for y in read_jsonl(self.folder / "responses.jsonl", "responses")
+                for text, logp in zip(y["responses"], y["logps"]) if logp is not None}
+
+    def _logps_of_M1(self, preferences: list[dict]) -> dict:
+        """The same of M1, for a reference that stays M1."""
+        config = self.config.dpo
+        return dpo.known_logps(*Model(self.run, "M1").load(), preferences,
+                               config.micro_batch or config.batch_size)
+
+    def _positives(self) -> list[dict]:
+        """IFT records of the responses to which this model gave the full score."""
+        y = read_jsonl(self.folder / "responses.jsonl", "responses")
+        r = read_jsonl(self.folder / "rewards.jsonl", "rewards")
+        kept = {(yi["prompt"], text) for yi, ri in zip(y, r)
+                for text, given in zip(yi["responses"], ri["rewards"]) if given == MAX_SCORE}
+        return [{"prompt": prompt, "response": text} for prompt, text in sorted(kept)]
 
     def _train(self, name: str, by: str, train) -> "Model":
         """Load this model afresh, train it, save it as `name`: this one stays what it is."""
@@ -216,48 +257,4 @@ class Model:
             records.append({**record, "rewards": [reward(j) for j in row],
                             "given": [[j.score for j in js] for js in row],
                             "judgements": [[j.text for j in js] for js in row]})
-        return records, _histogram(s for r in records for row in r["given"] for s in row)
-
-    def metrics(self, answers: dict[str, list[dict]], ranked: list[dict]) -> dict:
-        """This model's entry in metrics.json; `answers` holds every model's up to this one."""
-        own = answers[self.name]
-        result = answer_metrics(own)
-        before = list(answers)[:list(answers).index(self.name)]
-        against = {"previous": before[-1:], "sft": before[:1], "m1": before[1:2]}
-        for label, [other] in ((k, v) for k, v in against.items() if v and self.run.has_oracle):
-            result[f"versus_{label}"] = win_rates(_scores(own), _scores(answers[other]))
-        judged = self.judge_ranked(ranked)
-        scores = [s for r in judged for row in r["given"] for s in row]
-        result["judge"] = {
-            **judge_metrics([r["scores"] for r in judged], [r["rewards"] for r in judged]),
-            "parse_rate": sum(s is not None for s in scores) / len(scores),
-            "histogram": _histogram(scores)}
-        result |= self._making()
-        write_json(self.folder / "evaluation.json", result)
-        self.release()
-        return result
-
-    def _making(self) -> dict:
-        """The pairs that made this model, what became of the other prompts, how the responses were scored,
-        and the seconds its making and evaluation took."""
-        seconds = sum(read_json(self.folder / "timing.json", "timing").get(name, 0.0)
-                      for name in ("training", "answers", "judge_evaluation"))
-        parent = self.run.folder / read_json(self.folder / "meta.json", "model description")["parent"]
-        if not (parent / "pairs.jsonl").exists():  # trained from M0 by SFT
-            return {"pairs": 0, "seconds": seconds}
-        timing = read_json(parent / "timing.json", "timing")
-        seconds += sum(timing.get(name, 0.0) for name in ("prompts", "responses", "rewards", "pairs"))
-        selection = read_json(parent / "pairs.counts.json", "counts")
-        return {"pairs": selection["pairs"], "selection": selection, "seconds": seconds,
-                "prompts": read_json(parent / "prompts.counts.json", "counts"),
-                "scores": read_json(parent / "rewards.counts.json", "counts")}
-
-
-def _scores(answers: list[dict]) -> list[int]:
-    return [sum(record["sampled_points"]) for record in answers]
-
-
-def _histogram(scores) -> dict[str, int]:
-    """How often each score was given; "unread" for those that could not be read."""
-    counts = Counter("unread" if score is None else f"{score:g}" for score in scores)
-    return dict(sorted(counts.items()))
+        return records, histogram(s for r in records for row in r["given"] for s in row)

@@ -53,10 +53,14 @@ def test_a_plan_has_the_base_beside_its_variants_and_maybe_fewer_seeds_for_them(
     read = read_plan(plan('base = "base.toml"\nseeds = [0, 1, 2]\nvariant_seeds = [0, 1]\n'
                           'common.threads = 1\n[variants.random]\njudge.by = "random"\n'))
     assert read["variants"] == {"base": (), "random": ("judge.by=random",)}
-    assert read["seeds_of"] == {"base": [0, 1, 2], "random": [0, 1]}
+    assert read["seeds"] == {"base": [0, 1, 2], "random": [0, 1]}
     assert read["common"] == ("threads=1",)
     every = read_plan(plan('base = "base.toml"\nseeds = [4, 5]\n[variants.a]\nseed = 1\n'))
-    assert every["seeds_of"]["a"] == [4, 5]
+    assert every["seeds"]["a"] == [4, 5]
+    own = read_plan(plan('base = "base.toml"\nseeds = [4, 5]\n[variants.base]\niterations = 3\n'
+                         '[variants.a]\nseeds = [5]\ndpo.positives_only = true\n'))
+    assert own["seeds"] == {"base": [4, 5], "a": [5]}
+    assert own["variants"] == {"base": ("iterations=3",), "a": ("dpo.positives_only=true",)}
 
 
 @pytest.mark.parametrize("text, named", [
@@ -70,6 +74,8 @@ def test_a_plan_has_the_base_beside_its_variants_and_maybe_fewer_seeds_for_them(
     ('base = "base.toml"\nseeds = [0]\ncommon.thread = 1', "unknown key 'thread'"),
     ('base = "base.toml"\nseeds = 3', "seeds"),
     ('base = "base.toml"\nseeds = [0]\nvariant_seeds = [1]\n[variants.a]\nseed = 1', "variant_seeds"),
+    ('base = "base.toml"\nseeds = [0]\n[variants.a]\nseeds = [1]', "seeds of a variant"),
+    ('base = "base.toml"\nseeds = [0]\n[variants.a]\nseeds = 0', "seeds of a variant"),
 ])
 def test_a_wrong_plan_is_told_before_anything_runs(text, named, plan):
     with pytest.raises(InputError) as told:
@@ -80,37 +86,49 @@ def test_a_wrong_plan_is_told_before_anything_runs(text, named, plan):
 @pytest.mark.parametrize("path", sorted(PLANS.glob("*.toml")), ids=lambda path: path.stem)
 def test_the_plans_that_ship_can_be_read(path):
     read = read_plan(path)
-    assert set(read["seeds_of"]) == set(read["variants"]) > {"base"}
-    assert all(set(seeds) <= set(read["seeds"]) for seeds in read["seeds_of"].values())
+    assert set(read["seeds"]) == set(read["variants"]) > {"base"}
+    assert all(set(seeds) <= set(read["seeds"]["base"]) for seeds in read["seeds"].values())
+
+
+MADE = ["seed/ift.jsonl", "M0/meta.json", "SFT/meta.json", "seed/eft.jsonl", "M1/meta.json",
+        "SFT/judge_evaluation.jsonl", "M1/judge_evaluation.jsonl", "M1/prompts.jsonl", "M1/responses.jsonl",
+        "M1/rewards.jsonl", "M1/rewards.counts.json", "M1/pairs.jsonl", "M2/meta.json", "M3/meta.json"]
+
+
+def upto(name):
+    """config.toml and what a run makes before this file."""
+    return {"config.toml", *MADE[:MADE.index(name)]}
 
 
 def base_run(folder, config):
-    for name in ("seed/ift.jsonl", "M0/meta.json", "SFT/meta.json", "M1/meta.json", "M1/prompts.jsonl",
-                 "M1/responses.jsonl", "M1/rewards.jsonl", "M1/rewards.counts.json", "M1/pairs.jsonl",
-                 "M1/pairs.counts.json", "M2/meta.json", "metrics.json"):
+    for name in [*MADE, "metrics.json"]:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(name)
     (folder / "config.toml").write_text(to_toml(load_config(config)))
 
 
-COMMON = {"config.toml", "seed/ift.jsonl", "M0/meta.json", "SFT/meta.json", "M1/meta.json",
-          "M1/prompts.jsonl", "M1/responses.jsonl"}
-JUDGED = {"M1/rewards.jsonl", "M1/rewards.counts.json", "M1/pairs.jsonl", "M1/pairs.counts.json"}
-
-
 @pytest.mark.parametrize("changes, copied", [
-    (("judge.by=random",), COMMON), (("dpo.replay=0.0",), COMMON | JUDGED),
-    (("dpo.replay=0.0", "judge.by=M1"), COMMON), (("sft.epochs=3",), set()),
-    (("dpo.beta=1", "seed=3"), set())])
+    (("judge.by=random",), upto("M1/rewards.jsonl")),
+    (("dpo.replay=0.5",), upto("M2/meta.json")),
+    (("dpo.replay=0.5", "judge.by=M1"), upto("M1/rewards.jsonl")),
+    (("pairs.length_control=0.2",), upto("M1/pairs.jsonl")),
+    (("responses.candidates=8",), upto("M1/responses.jsonl")),
+    (("prompts.written_by=people",), upto("M1/prompts.jsonl")),
+    (("judge.judgements=8",), upto("SFT/judge_evaluation.jsonl")),
+    (("seed_data.reasons=false",), upto("seed/eft.jsonl")),
+    (("judge.template=x.txt", "seed_data.reasons=false"), upto("seed/eft.jsonl")),
+    (("iterations=8",), upto("M3/meta.json") | {"M3/meta.json"}),
+    (("iterations=8", "dpo.beta=0.5"), upto("M2/meta.json")),
+    (("sft.epochs=3",), set()), (("dpo.beta=0.5", "seed=3"), set()), (("judge.top_p=0.5",), set())])
 def test_a_variant_shares_with_the_base_what_it_would_make_again_just_so(changes, copied, plan, tmp_path):
-    base_run(tmp_path / "base-0", plan("").with_name("base.toml"))
-    share(tmp_path / "base-0", tmp_path / "a-0", changes)
+    toml = plan("").with_name("base.toml")
+    base_run(tmp_path / "base-0", toml)
+    share(tmp_path / "base-0", tmp_path / "a-0", load_config(toml, overrides=changes))
     found = {path.relative_to(tmp_path / "a-0").as_posix()
              for path in (tmp_path / "a-0").rglob("*") if path.is_file()}
     assert found == copied
     if copied:  # or the run would refuse to go on here
-        assert load_config(tmp_path / "a-0/config.toml") == load_config(
-            tmp_path / "base-0/config.toml", overrides=changes)
+        assert load_config(tmp_path / "a-0/config.toml") == load_config(toml, overrides=changes)
     assert not list(tmp_path.glob("*.part"))
 
 

@@ -19,7 +19,7 @@ NAMES = {".".join(["minisr", *file.relative_to(FOLDER).with_suffix("").parts]).r
 # Who may import whom: a module only those to its left.
 ORDER = """records cache model tokenizer world world.words world.oracle world.writers world.corpus step
 sampler train sft dpo prompts judge pairs evaluate checkpoint interop interop.names interop.sentencepiece_json
-interop.hf interop.gguf interop.source seed_data config pretrain run stages report show loop experiment
+interop.hf interop.gguf interop.source seed_data config pretrain run stages metrics report show loop experiment
 bench cli __main__""".split()
 
 
@@ -67,13 +67,14 @@ def code_lines(file):
 
 
 def test_the_package_is_short():
-    # Without other people's formats and the benchmark.
-    core = [file for file in FILES if file.parent.name != "interop" and file.name != "bench.py"]
-    assert sum(map(code_lines, core)) <= 2600
-    assert sum(LINES[file] for file in core) <= 3800
-    assert sum(map(code_lines, FILES)) <= 3500
+    # Without other people's formats, the benchmark and the pictures.
+    core = [file for file in FILES if file.parent.name != "interop" and file.name not in
+            ("bench.py", "figures.py", "page.py")]
+    assert sum(map(code_lines, core)) <= 2900
+    assert sum(LINES[file] for file in core) <= 4200
+    assert sum(map(code_lines, FILES)) <= 4100
     path = "loop model cache tokenizer step sampler prompts judge pairs sft dpo evaluate".split()
-    assert sum(LINES[NAMES[f"minisr.{name}"]] for name in path) <= 1650
+    assert sum(LINES[NAMES[f"minisr.{name}"]] for name in path) <= 1700
 
 
 @pytest.mark.parametrize("name", sorted(NAMES.keys() - {"minisr.__main__"}))  # importing it runs it

@@ -201,6 +201,9 @@ def test_pairs_are_the_best_and_the_worst_response_by_mean_score(finished, name)
             expected.append({"prompt": yi["prompt"], "chosen": yi["responses"][w],
                              "rejected": yi["responses"][l],
                              "chosen_reward": means[w], "rejected_reward": means[l]})
+            a, b = (ri["scores"][i] for i in (w, l))
+            marks = [(p > q) - (p < q) for p in a for q in b if None not in (p, q)]
+            expected[-1]["agreement"] = pytest.approx((1 + mean(marks)) / 2)
     assert pairs and pairs == [pair for pair in expected if pair["chosen"] != pair["rejected"]]
 
 
@@ -232,7 +235,7 @@ def test_a_new_prompt_that_is_an_evaluation_prompt_is_thrown_away(copy):
 
 def judged_by(finished, config, folder, who):
     """The finished run with another judge: what is the same up to M1's responses is copied."""
-    share(finished, folder, (f"judge.by={who}",))
+    share(finished, folder, load_config(finished / "config.toml", overrides=(f"judge.by={who}",)))
     assert minisr("run", config, "--out", folder, "--set", f"judge.by={who}")[0] == 0
     return folder
 
