@@ -13,7 +13,16 @@ from pathlib import Path
 import torch
 
 from minisr.model import Decoder, ModelConfig
-from minisr.records import InputError, read_bytes, read_json, read_text, write_bytes, write_json, writing
+from minisr.records import (
+    InputError,
+    file_digest,
+    read_bytes,
+    read_json,
+    read_text,
+    write_bytes,
+    write_json,
+    writing,
+)
 from minisr.tokenizer import SentencePiece, Tokenizer, TokenizerJSON, chat_template
 
 SEED_MODEL = Path(__file__).parent / "world" / "M0"  # pretrained on the tiny world, ships with minisr
@@ -27,7 +36,8 @@ def save_model(folder: Path, model: Decoder, tokenizer: Tokenizer, meta: dict) -
         torch.save({"config": asdict(model.config), "weights": weights}, file)
     for name, content in tokenizer.files.items():
         write_bytes(folder / name, content)
-    write_json(folder / "meta.json", {"hash": file_digest(folder / "model.pt"), **meta})
+    files = {name: digest(content) for name, content in tokenizer.files.items()}
+    write_json(folder / "meta.json", {"hash": file_digest(folder / "model.pt"), "files": files, **meta})
 
 
 def load_model(folder: Path, device: str = "cpu") -> tuple[Decoder, Tokenizer]:
@@ -37,6 +47,10 @@ def load_model(folder: Path, device: str = "cpu") -> tuple[Decoder, Tokenizer]:
     if file_digest(folder / "model.pt") != recorded:
         raise InputError(f"{folder / 'model.pt'} is not the file that meta.json describes (truncated or "
                          "changed); delete the folder to have it made again")
+    for name, expected in read_json(folder / "meta.json", "model description").get("files", {}).items():
+        if file_digest(folder / name) != expected:
+            raise InputError(f"{folder / name} is not the file that meta.json describes (truncated or "
+                             "changed); delete the folder to have it made again")
     try:
         with warnings.catch_warnings(action="ignore"):  # the error says it in one line
             stored = torch.load(folder / "model.pt", weights_only=True, map_location="cpu")
@@ -94,15 +108,6 @@ def model_hash(folder: Path) -> str:
 
 def digest(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
-
-
-def file_digest(path: Path) -> str:
-    """The sha256 of a file of any size."""
-    try:
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}") from error
 
 
 def first_line(error: Exception) -> str:

@@ -1,4 +1,5 @@
-"""The command line: minisr run | pretrain | experiment | eval | show | chat | import | export | bench."""
+"""The command line: minisr run | pretrain | experiment | report | eval | show | chat | import | export
+| bench."""
 
 import argparse
 import sys
@@ -41,14 +42,18 @@ def run(options) -> None:
     """Close the loop: everything from seed data to the table."""
     from minisr.loop import run_loop
     from minisr.report import LEGEND, line, table
+    from minisr.resume import Stop, locked
     from minisr.show import show_answers
     run = _open_run(options)
-    metrics = run_loop(run, after=lambda so_far: print(line(so_far), flush=True))
+    Stop.on_signals()
+    with locked(run.folder):
+        metrics = run_loop(run, after=lambda so_far: print(line(so_far), flush=True))
     print()
     print(table(metrics))
     print(f"\n{LEGEND}\nFiles: {run.folder}/ (metrics.json; M1/prompts.jsonl, responses.jsonl, "
           f"rewards.jsonl, pairs.jsonl)\nSee one prompt's way: minisr show {run.folder}\n"
           f"Ask it: minisr chat {run.folder}/{list(metrics['models'])[-1]}")
+    _write_page(run.folder)
     if not run.has_oracle:
         print(f"\nNobody here can tell which answers are better: read them (more: minisr show {run.folder} "
               f"--answers 9) or ask an outside judge (minisr eval {run.folder} --export FOLDER).\n")
@@ -59,7 +64,9 @@ def pretrain(options) -> None:
     """Make a seed model M0 from the world's text."""
     from minisr.config import PretrainConfig, load_config
     from minisr.pretrain import pretrain
+    from minisr.resume import Stop
     config = load_config(options.config, PretrainConfig, options.set)
+    Stop.on_signals()
     pretrain(config, options.out)
     print(f"M0 is in {options.out}/")
 
@@ -70,6 +77,7 @@ def experiment(options) -> None:
     out = options.out or Path("runs") / options.config.stem
     print(markdown(experiment(options.config, out, options.jobs, options.only)))
     print(f"\nMeans over seeds, ± the 95 % interval. Files: {out}/ (results.json, one folder a run)")
+    _write_page(out)
 
 
 def report(options) -> None:
@@ -83,6 +91,7 @@ def evaluate(options) -> None:
     from minisr.config import load_config
     from minisr.loop import evaluate, finished_models
     from minisr.report import LEGEND, table
+    from minisr.resume import locked
     from minisr.run import Run
     from minisr.seed_data import read_prompts
     if options.prompts and not options.export:
@@ -98,7 +107,8 @@ def evaluate(options) -> None:
         print(f"Answers of {', '.join(model.name for model in models)} to {len(prompts)} prompts are in "
               f"{options.export}/, one file a model, in AlpacaEval's format")
         return
-    print(table(evaluate(run, models)))
+    with locked(run.folder):
+        print(table(evaluate(run, models)))
     print(f"\n{LEGEND}")
 
 
@@ -248,7 +258,7 @@ def _write_page(folder: Path) -> None:
     if find_spec("matplotlib"):
         print(f"Page: {write_page(folder)}")
     else:
-        print(f'Page: none without the extra "report": pip install "minisr[report]", then minisr report {folder}')
+        print(f'No page: pip install "minisr[report]", then minisr report {folder}')
 
 
 def _open_run(options):

@@ -5,14 +5,15 @@ log-probabilities of all pairs are computed before the first update and never ag
 """
 
 from dataclasses import dataclass
+from itertools import zip_longest
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from minisr.cache import scores, softmax
+from minisr.chance import key as coordinates
 from minisr.records import InputError
-from minisr.sampler import key as coordinates
 from minisr.sft import encode_examples, schedule, target_loss_parts, token_logps
 from minisr.train import OptimConfig, fit, micro_batches
 
@@ -150,7 +151,7 @@ def reference_logps(model, pairs: list[tuple], batch_size: int) -> tuple[Tensor,
 
 
 def train_dpo(model, tokenizer, pairs: list[dict], replay: list[dict], config: DPOConfig, key: int,
-              title: str, log_file=None, known: dict | None = None):
+              title: str, log_file=None, known: dict | None = None, made_from=None):
     """Train M_t in place into M_{t+1} on preference pairs; `replay` are EFT records; returns it.
 
     `known` are log-probabilities of (prompt, response) under the reference, e.g. recorded when it wrote
@@ -159,10 +160,11 @@ def train_dpo(model, tokenizer, pairs: list[dict], replay: list[dict], config: D
     ref_chosen, ref_rejected = _reference(model, pairs, encoded, known or {}, config)
     smoothing = 1 - sum(p["agreement"] for p in pairs) / len(pairs) if config.consistency else 0.0
     batches = schedule([sum(map(len, pair)) for pair in encoded], config.batch_size, config.epochs, key)
-    replayed = iter(_replay_batches(tokenizer, replay, batches, model, config, key))
+    batches = list(zip_longest(batches, _replay_batches(tokenizer, replay, batches, model, config, key)))
     torch.manual_seed(coordinates(key, "dropout"))
 
-    def loss_parts(batch):
+    def loss_parts(batches, config):
+        batch, replayed = batches
         for part in micro_batches(batch, config):
             chosen, rejected, nll = pair_logps(model, [encoded[i] for i in part])
             losses, r_w, r_l = dpo_loss(chosen, rejected, ref_chosen[part], ref_rejected[part], config.beta,
@@ -172,10 +174,10 @@ def train_dpo(model, tokenizer, pairs: list[dict], replay: list[dict], config: D
             yield ((losses + config.nll * nll).sum() / len(batch),
                    {name: values.sum().item() / len(batch) for name, values in figures.items()})
         if config.replay:
-            for loss in target_loss_parts(model, next(replayed), config):
+            for loss in target_loss_parts(model, replayed, config):
                 yield config.replay * loss, {}
 
-    fit(model, batches, loss_parts, config, title, log_file)
+    fit(model, batches, loss_parts, config, title, log_file, made_from and (made_from, pairs))
     return model
 
 

@@ -10,11 +10,12 @@ from random import Random
 import torch
 from tqdm import tqdm
 
+from minisr.chance import key
 from minisr.checkpoint import digest, save_model
 from minisr.config import PretrainConfig, to_toml
 from minisr.model import Decoder, init_weights
 from minisr.records import InputError
-from minisr.sampler import key
+from minisr.resume import TrainingState, locked
 from minisr.sft import schedule, target_loss_parts
 from minisr.tokenizer import Tokenizer, train_tokenizer
 from minisr.train import fit
@@ -31,14 +32,16 @@ def pretrain(config: PretrainConfig, folder: Path) -> None:
     batches = schedule([len(ids) for ids, _ in documents], config.train.batch_size,
                        config.train.epochs, key(config.seed, "order"))
 
-    def loss_parts(batch):
-        for loss in target_loss_parts(model, [documents[i] for i in batch], config.train):
+    def loss_parts(batch, part_config):
+        for loss in target_loss_parts(model, [documents[i] for i in batch], part_config):
             yield loss, {}
 
-    fit(model, batches, loss_parts, config.train, "pretrain", folder / "train_log.jsonl")
-    save_model(folder, model, tokenizer, {
-        "made_by": "pretrain", "seed": config.seed, "torch": torch.__version__,
-        "config_hash": digest(to_toml(config).encode())})
+    with locked(folder):
+        fit(model, batches, loss_parts, config.train, "pretrain", folder / "train_log.jsonl", to_toml(config))
+        save_model(folder, model, tokenizer, {
+            "made_by": "pretrain", "seed": config.seed, "torch": torch.__version__,
+            "config_hash": digest(to_toml(config).encode())})
+        TrainingState.remove(folder)
 
 
 def _tokenizer(config: PretrainConfig) -> Tokenizer:

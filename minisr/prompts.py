@@ -12,8 +12,9 @@ from random import Random
 import numpy as np
 from tqdm import tqdm
 
+from minisr.chance import key as coordinates
+from minisr.resume import UNKEPT
 from minisr.sampler import SampleConfig, sample
-from minisr.sampler import key as coordinates
 
 HEADER = "Come up with a series of tasks:"
 
@@ -37,7 +38,7 @@ class PromptConfig(SampleConfig):
 
 
 def new_prompts(model, tokenizer, seeds: list[str], forbidden: set[str], config: PromptConfig,
-                key: int) -> tuple[list[str], Counter]:
+                key: int, journal=UNKEPT) -> tuple[list[str], Counter]:
     """Up to config.count new prompts, none of them a seed or forbidden, and counts by reason."""
     pool = Pool(seeds, forbidden, config)
     asked, limit, wave = 0, int(config.count * config.attempts), 0
@@ -49,7 +50,7 @@ def new_prompts(model, tokenizer, seeds: list[str], forbidden: set[str], config:
             shots = [few_shot(seeds, pool.accepted, config, rng) for _ in range(batch)]
             ids = [[*tokenizer.begin, *tokenizer.encode(text)] for text in shots]
             for (drawn,) in sample(model, ids, 1, config, key=coordinates(key, wave, "draw"),
-                                   stop=stop, title="prompts"):
+                                   stop=stop, title="prompts", journal=journal):
                 if len(pool.accepted) < config.count:
                     bar.update(pool.offer(first_prompt(tokenizer.decode(drawn.ids)), drawn.finished))
             asked, wave = asked + batch, wave + 1

@@ -1,6 +1,7 @@
 """Files on disk: JSONL records and whole files, written atomically, read with clear errors."""
 
 import contextlib
+import hashlib
 import importlib
 import json
 import os
@@ -49,13 +50,20 @@ def writing(path: Path):
 
 
 def write_json(path: Path, value) -> None:
-    write_bytes(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+    write_bytes(path, json_bytes(value))
 
 
 def write_jsonl(path: Path, records) -> None:
     """One record a line."""
-    lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
-    write_bytes(path, "".join(lines).encode())
+    write_bytes(path, jsonl_bytes(records))
+
+
+def jsonl_bytes(records) -> bytes:
+    return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records).encode()
+
+
+def json_bytes(value) -> bytes:
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def read_bytes(path: Path) -> bytes:
@@ -102,3 +110,12 @@ def read_jsonl(path: Path, what: str, texts: tuple[str, ...] = ()) -> list[dict]
                 raise InputError(f"{what} {path}, line {number}, has no text {name!r}")
         records.append(record)
     return records
+
+
+def file_digest(path: Path) -> str:
+    """The sha256 of a file of any size."""
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from error

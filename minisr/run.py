@@ -6,13 +6,14 @@ from pathlib import Path
 
 import torch
 
-from minisr import seed_data
-from minisr.checkpoint import SEED_MODEL
+from minisr import __version__, seed_data
+from minisr.chance import key
+from minisr.checkpoint import SEED_MODEL, digest
 from minisr.config import Config, differences, load_config, to_toml
 from minisr.interop.source import load_source
 from minisr.judge import load_template
-from minisr.records import InputError, read_jsonl, write_bytes, write_jsonl
-from minisr.sampler import key
+from minisr.records import InputError, jsonl_bytes, read_jsonl, write_bytes
+from minisr.resume import check_seal, write_sealed
 
 WORLD_TEMPLATE = Path(__file__).parent / "world" / "judge.txt"
 ENGLISH_TEMPLATE = seed_data.ENGLISH / "judge.txt"
@@ -61,6 +62,12 @@ class Run:
         """(decoder, tokenizer) of M0's source."""
         return load_source(self.config.seed_model or str(SEED_MODEL), self.device, self.config.chat)
 
+    @cached_property
+    def origin(self) -> str:
+        """The hash of the config, whatever the number of iterations, and of the program's version."""
+        config = to_toml(replace(self.config, iterations=0))
+        return digest(f"{config}{self.template}{__version__}{torch.__version__}".encode())
+
     def key(self, *coordinates) -> int:
         """The random numbers of one purpose in this run."""
         return key(self.config.seed, *coordinates)
@@ -71,7 +78,8 @@ class Run:
         if not path.exists():
             made = seed_data.held_out_and_seeds(self.config.seed_data, self.config.seed)
             for other, records in made.items():
-                write_jsonl(self.folder / "seed" / f"{other}.jsonl", records)
+                write_sealed(self.folder / "seed" / f"{other}.jsonl", jsonl_bytes(records))
+        check_seal(path)
         return read_jsonl(path, "seed data", texts)
 
     def ift(self) -> list[dict]:
@@ -99,5 +107,6 @@ class Run:
             if by == "baseline" and not records:
                 raise InputError("the SFT baseline wrote no judgements that rank rightly; "
                                  'give it more ranked prompts, or set eft_by to "annotator"')
-            write_jsonl(path, seed_data.thin(records, self.key("thin")))
+            write_sealed(path, jsonl_bytes(seed_data.thin(records, self.key("thin"))))
+        check_seal(path)
         return read_jsonl(path, "EFT data", ("prompt", "response"))

@@ -10,19 +10,18 @@ Random numbers come from a sample's coordinates (seed, stage, prompt, n, token),
 shared stream, so that batch size, order and resuming do not change what is drawn.
 """
 
-import hashlib
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from minisr.cache import KVCache
+from minisr.chance import first_numbers, row_key, uniform
 from minisr.model import Decoder
 from minisr.records import InputError
+from minisr.resume import UNKEPT, Stop
 from minisr.step import Step
-
-GOLDEN = 0x9E3779B97F4A7C15  # splitmix64's step
 
 
 @dataclass(frozen=True)
@@ -44,19 +43,14 @@ class Sample:
     logp: float = 0.0  # if asked for and finished: log p of ids under the model, whatever the temperature
 
 
-def key(*coordinates) -> int:
-    """A 63-bit number that belongs to these coordinates alone, e.g. key(seed, "responses", t)."""
-    digest = hashlib.blake2b(repr(coordinates).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1
-
-
 @torch.inference_mode()
 def sample(model: Decoder, prompts: list[list[int]], n: int, config: SampleConfig, *,
-           key: int, stop: tuple[int, ...], title: str = "sample",
-           with_logps: bool = False) -> list[list[Sample]]:
+           key: int, stop: tuple[int, ...], title: str = "sample", with_logps: bool = False,
+           journal=UNKEPT) -> list[list[Sample]]:
     """Draw n responses to each prompt (token ids): result[i][j] is sample j of prompt i.
 
     A response ends with the first token that is in stop, and keeps it. with_logps asks for its log p.
+    Finished waves are kept in the journal, and taken from it.
 
     Raises InputError if a prompt leaves no room for a single new token in the model's context."""
     for i, prompt in enumerate(prompts):
@@ -69,9 +63,14 @@ def sample(model: Decoder, prompts: list[list[int]], n: int, config: SampleConfi
     with tqdm(total=len(prompts) * n, desc=title, leave=False) as bar:
         for start in range(0, len(order), per_wave):
             wave = order[start:start + per_wave]
-            drawn = _wave(model, [prompts[i] for i in wave], wave, n, config, key, stop, with_logps)
-            for i, samples in zip(wave, drawn):
-                results[i] = samples
+            drawn = journal.get(key, start)
+            if drawn is None:
+                samples = _wave(model, [prompts[i] for i in wave], wave, n, config, key, stop, with_logps)
+                drawn = [[astuple(s) for s in row] for row in samples]
+                journal.add(drawn, key, start)
+                Stop.check()
+            for i, row in zip(wave, drawn):
+                results[i] = [Sample(*values) for values in row]
             bar.update(len(wave) * n)
     return results
 
@@ -214,37 +213,3 @@ def _outside(probs: Tensor, token: Tensor, top_p: float) -> Tensor:
     """Whether a token (B,) lies outside the nucleus."""
     above = probs > probs.gather(1, token[:, None])
     return (probs * above).sum(-1) >= top_p
-
-
-def first_numbers(keys: Tensor, steps: int) -> Tensor:
-    """The number with which each row (B,) first tries at each step: (steps, B), in one go."""
-    counters = [_signed((64 * t + 1) * GOLDEN) for t in range(steps)]
-    return _mix(keys + torch.tensor(counters, dtype=torch.long, device=keys.device)[:, None])
-
-
-def row_key(key: int, prompt: int, n: int) -> int:
-    """The coordinates of one sample as a 63-bit number."""
-    return (key ^ (prompt * 0x8CB92BA72F3D8DD7 + n * 0xD1B54A32D192ED03)) & (2**63 - 1)
-
-
-def uniform(keys: Tensor, counter: int) -> Tensor:
-    """A number in [0, 1) for each key (int64): the splitmix64 hash of key and counter."""
-    return _mix(keys + _signed((counter + 1) * GOLDEN))
-
-
-def _mix(x: Tensor) -> Tensor:
-    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
-        x = (x ^ _shift_right(x, shift)) * _signed(factor)
-    x = x ^ _shift_right(x, 31)
-    return _shift_right(x, 40).float() / 2**24
-
-
-def _shift_right(x: Tensor, bits: int) -> Tensor:
-    """Logical shift: torch's >> on int64 keeps the sign."""
-    return (x >> bits) & (2 ** (64 - bits) - 1)
-
-
-def _signed(value: int) -> int:
-    """The low 64 bits of an integer as torch's int64."""
-    value &= 2**64 - 1
-    return value - 2**64 if value >= 2**63 else value

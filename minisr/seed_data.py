@@ -15,10 +15,10 @@ from itertools import repeat
 from pathlib import Path
 from random import Random
 
+from minisr.chance import key as coordinates
 from minisr.evaluate import pair_agreement
 from minisr.judge import MAX_SCORE, JudgeConfig, judge, judge_prompt, parse_score
 from minisr.records import InputError, read_json, read_jsonl
-from minisr.sampler import key as coordinates
 from minisr.world import corpus
 
 ENGLISH = Path(__file__).parent / "english"  # instructions in plain English, written for minisr

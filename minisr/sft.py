@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from minisr.chance import key as coordinates
 from minisr.records import InputError
-from minisr.sampler import key as coordinates
 from minisr.train import OptimConfig, fit, micro_batches
 
 LOGITS = 2**24  # numbers held at once, 64 MB in float32
@@ -82,15 +82,15 @@ def target_loss_parts(model, batch: list[tuple], config: OptimConfig):
 
 
 def train_sft(model, tokenizer, examples: list[dict], config: OptimConfig, key: int,
-              title: str, log_file=None):
-    """Fine-tune model in place on {prompt, response} records; returns it."""
+              title: str, log_file=None, made_from=None):
+    """Fine-tune model in place on {prompt, response} records; returns it. made_from as in train.fit."""
     encoded = encode_examples(tokenizer, examples, model.config.context)
     batches = schedule([len(ids) for ids, _ in encoded], config.batch_size, config.epochs, key)
     torch.manual_seed(coordinates(key, "dropout"))
 
-    def loss_parts(batch):
+    def loss_parts(batch, config):
         for loss in target_loss_parts(model, [encoded[i] for i in batch], config):
             yield loss, {}
 
-    fit(model, batches, loss_parts, config, title, log_file)
+    fit(model, batches, loss_parts, config, title, log_file, made_from and (made_from, examples))
     return model

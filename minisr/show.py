@@ -6,11 +6,12 @@ from pathlib import Path
 import torch
 
 from minisr import dpo, judge
+from minisr.chance import key
 from minisr.checkpoint import load_model
 from minisr.interop.source import load_source
 from minisr.records import InputError, read_jsonl
 from minisr.run import ENGLISH_TEMPLATE, WORLD_TEMPLATE
-from minisr.sampler import SampleConfig, key, sample
+from minisr.sampler import SampleConfig, sample
 from minisr.tokenizer import chat_template
 from minisr.world import oracle
 

@@ -16,12 +16,20 @@ from random import Random
 import torch
 
 from minisr import __version__, dpo, pairs, prompts, sft
-from minisr.checkpoint import SEED_MODEL, digest, load_model, model_hash, save_model
-from minisr.config import to_toml
+from minisr.checkpoint import SEED_MODEL, load_model, model_hash, save_model
 from minisr.evaluate import histogram
 from minisr.interop.source import source_digest
 from minisr.judge import MAX_SCORE, Judgement, judge, reward
-from minisr.records import InputError, read_json, read_jsonl, write_json, write_jsonl
+from minisr.records import (
+    InputError,
+    json_bytes,
+    jsonl_bytes,
+    read_json,
+    read_jsonl,
+    write_json,
+    write_jsonl,
+)
+from minisr.resume import UNKEPT, Journal, Stop, TrainingState, check_seal, write_sealed
 from minisr.run import Run
 from minisr.sampler import SampleConfig, sample
 from minisr.world import corpus, oracle
@@ -32,12 +40,17 @@ def stage(name):
     def wrap(make):
         @functools.wraps(make)
         def kept(self, *inputs):
-            path = self.folder / f"{name}.jsonl"
-            if not path.exists():
+            path, told = self.folder / f"{name}.jsonl", self.folder / f"{name}.counts.json"
+            if not (path.exists() and told.exists()):
+                Stop.check()
                 with self.clock(name):
                     records, counts = make(self, *inputs)
-                write_json(self.folder / f"{name}.counts.json", counts)
-                write_jsonl(path, records)  # last: a stage whose records are there is done
+                write_sealed(told, json_bytes(counts))
+                write_sealed(path, jsonl_bytes(records))  # last: a stage whose records are there is done
+            for journal in self.folder.glob(f"{name}*.journal"):
+                journal.unlink()
+            check_seal(told)
+            check_seal(path)
             return read_jsonl(path, name)
         return kept
     return wrap
@@ -69,6 +82,11 @@ class Model:
         """Give the memory back; the files stay."""
         self._loaded = None
 
+    def journal(self, purpose: str, *made_from) -> Journal:
+        """Where a stage keeps what it has sampled so far; `made_from` beside this model and the config."""
+        path = self.folder / f"{purpose}.journal"
+        return Journal(path, model_hash(self.folder), self.run.origin, *made_from)
+
     def key(self, purpose: str) -> int:
         return self.run.key(self.name, purpose)
 
@@ -91,25 +109,27 @@ class Model:
             source = (prompt for _, prompt in corpus.requests(Random(key)))
             made, counts = prompts.prompts_of_people(source, seeds, held_out, config)
         else:
-            made, counts = prompts.new_prompts(*self.load(), seeds, held_out, config, key)
+            made, counts = prompts.new_prompts(*self.load(), seeds, held_out, config, key,
+                                               self.journal("prompts", seeds))
         return [{"prompt": x} for x in made], counts
 
     @stage("responses")
     def respond(self, x):
         """{y_i^1 .. y_i^N}"""
         made = self._answers([record["prompt"] for record in x], self.config.responses.candidates,
-                             self.config.responses, "responses")
+                             self.config.responses, "responses", "responses")
         records = [{"prompt": record["prompt"], **dict(zip(("responses", "finished", "logps"), zip(*row)))}
                    for record, row in zip(x, made)]
         return records, Counter(finished=sum(sum(r["finished"]) for r in records),
                                 cut=sum(not f for r in records for f in r["finished"]),
                                 distinct=sum(len(set(r["responses"])) for r in records))
 
-    def _answers(self, asked: list[str], n: int, config: SampleConfig, purpose: str):
+    def _answers(self, asked: list[str], n: int, config: SampleConfig, purpose: str, journal: str | None):
         """n (text, finished, log p) for each prompt; the log p is that of the text, None if unknown."""
         model, tokenizer = self.load()
         drawn = sample(model, [tokenizer.chat_prompt(p) for p in asked], n, config, with_logps=True,
-                       key=self.key(purpose), stop=tokenizer.stops, title=f"{self.name} {purpose}")
+                       key=self.key(purpose), stop=tokenizer.stops, title=f"{self.name} {purpose}",
+                       journal=self.journal(journal, asked, n, config) if journal else UNKEPT)
         exact = model.embed.weight.dtype == torch.float32  # in bfloat16 training sees other numbers
 
         def told(text, s):  # tokens may spell a text in another way than training will
@@ -121,7 +141,7 @@ class Model:
     def judge(self, x, y):
         """{r_i^1 .. r_i^N}: by this model, or by the control that the config names."""
         flat = [(xi["prompt"], text) for xi, yi in zip(x, y) for text in yi["responses"]]
-        judged = iter(self._judgements(flat))
+        judged = iter(self._judgements(flat, "rewards"))
         records = []
         for xi, yi in zip(x, y):
             row = [next(judged) for _ in yi["responses"]]
@@ -132,7 +152,7 @@ class Model:
                             "judgements": [[j.text for j in js] for js in row]})
         return records, histogram(s for r in records for row in r["scores"] for s in row)
 
-    def _judgements(self, flat: list[tuple[str, str]]) -> list[list[Judgement]]:
+    def _judgements(self, flat: list[tuple[str, str]], journal: str) -> list[list[Judgement]]:
         config = self.config.judge
         if config.by == "oracle":
             return [[Judgement("", oracle.score(x, y))] for x, y in flat]
@@ -142,7 +162,7 @@ class Model:
                      for _ in range(config.judgements)] for _ in flat]
         judging = self if config.by == "self" else Model(self.run, "M1")
         return judge(*judging.load(), self.run.template, [x for x, _ in flat],
-                           [y for _, y in flat], config, self.key("judge"))
+                     [y for _, y in flat], config, self.key("judge"), self.journal(journal, flat))
 
     @stage("pairs")
     def select_pairs(self, x, y, r):
@@ -162,15 +182,19 @@ class Model:
     def _anchors(self, x) -> list[tuple[float | None, str]]:
         """M1's answer to each prompt, and the reward that this model gives it."""
         asked = [record["prompt"] for record in x]
-        made = Model(self.run, "M1")._answers(asked, 1, self.config.responses, f"for {self.name}")
-        judged = self._judgements([(prompt, text) for prompt, [(text, *_)] in zip(asked, made)])
+        M1 = Model(self.run, "M1")
+        made = M1._answers(asked, 1, self.config.responses, f"for {self.name}",
+                                                 f"anchors_{self.name}")
+        judged = self._judgements([(prompt, text) for prompt, [(text, *_)] in zip(asked, made)], "pairs")
+        (M1.folder / f"anchors_{self.name}.journal").unlink(missing_ok=True)
         return [(reward(judgements) if finished else None, text)
                 for [(text, finished, _)], judgements in zip(made, judged)]
 
     def train_sft(self, name: str, examples: list[dict]) -> "Model":
         """A new model `name`, fine-tuned from this one."""
         return self._train(name, "SFT", lambda model, tokenizer, log: sft.train_sft(
-            model, tokenizer, examples, self.config.sft, self.run.key(name, "SFT"), name, log))
+            model, tokenizer, examples, self.config.sft, self.run.key(name, "SFT"), name, log,
+            made_from=(self.run.origin, model_hash(self.folder))))
 
     def train_dpo(self, preferences: list[dict]) -> "Model":
         """M_{t+1}. With no pair at all there is nothing to learn: it is M_t again."""
@@ -183,7 +207,8 @@ class Model:
             return self._train(name, "DPO", lambda model, tokenizer, log: write_jsonl(log, []))
         known = self._logps_of_M1(preferences) if config.reference == "M1" else self._own_logps()
         return self._train(name, "DPO", lambda model, tokenizer, log: dpo.train_dpo(
-            model, tokenizer, preferences, replay, config, self.run.key(name, "DPO"), name, log, known))
+            model, tokenizer, preferences, replay, config, self.run.key(name, "DPO"), name, log, known,
+            made_from=(self.run.origin, model_hash(self.folder))))
 
     def _own_logps(self) -> dict:
         """{(prompt, response): log p}, recorded when this model wrote the response."""
@@ -214,9 +239,10 @@ class Model:
                 train(model, tokenizer, successor.folder / "train_log.jsonl")
                 save_model(successor.folder, model, tokenizer, {
                     "made_by": by, "parent": self.name, "parent_hash": model_hash(self.folder),
-                    "config_hash": digest(to_toml(replace(self.config, iterations=0)).encode()),
+                    "config_hash": self.run.origin,
                     "seed": self.config.seed,
                     "minisr": __version__, "torch": torch.__version__})
+                TrainingState.remove(successor.folder)
         self.release()
         return successor
 
@@ -224,8 +250,9 @@ class Model:
     def answer(self, held_out: list[str]):
         """Held-out prompts answered at the paper's temperature and greedily; in the tiny world with the
         oracle's points."""
-        sampled = self._answers(held_out, 1, self.config.evaluate, "evaluation")
-        greedy = self._answers(held_out, 1, replace(self.config.evaluate, temperature=0.0), "evaluation")
+        sampled = self._answers(held_out, 1, self.config.evaluate, "evaluation", "answers")
+        greedy = self._answers(held_out, 1, replace(self.config.evaluate, temperature=0.0), "evaluation",
+                               "answers_greedy")
         records = []
         for prompt, [(warm, *_)], [(cold, *_)] in zip(held_out, sampled, greedy):
             records.append({"prompt": prompt, "sampled": warm, "greedy": cold})
@@ -239,7 +266,7 @@ class Model:
 
     def export_answers(self, asked: list[str], path: Path) -> None:
         """Answers for an outside judge, in AlpacaEval's format."""
-        answers = self._answers(asked, 1, self.config.evaluate, "export")
+        answers = self._answers(asked, 1, self.config.evaluate, "export", None)
         generator = f"minisr {self.run.folder.name} {self.name}"
         write_json(path, [{"instruction": prompt, "output": text, "generator": generator}
                           for prompt, [(text, *_)] in zip(asked, answers)])
@@ -249,8 +276,9 @@ class Model:
     def judge_ranked(self, ranked: list[dict]):
         """This model's judgements of responses that the annotator ranked."""
         flat = [(r["prompt"], y) for r in ranked for y in r["responses"]]
-        judged = iter(judge(*self.load(), self.run.template, [x for x, _ in flat],
-                                  [y for _, y in flat], self.config.judge, self.key("judge evaluation")))
+        judged = iter(judge(*self.load(), self.run.template, [x for x, _ in flat], [y for _, y in flat],
+                            self.config.judge, self.key("judge evaluation"),
+                            self.journal("judge_evaluation", flat)))
         records = []
         for record in ranked:
             row = [next(judged) for _ in record["responses"]]

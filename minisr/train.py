@@ -2,13 +2,14 @@
 
 import math
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from tqdm import tqdm
 
 from minisr.model import ModelConfig, part_rows
 from minisr.records import InputError, write_jsonl
+from minisr.resume import Stop, TrainingState
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,7 @@ class OptimConfig:
     weight_decay: float = 0.0
     clip: float = 1.0  # largest norm of the gradient
     dropout: float = 0.0
+    save_every: int = 50  # steps after which an unfinished training's state is kept
     optimizer: str = "adamw"  # or "muon": Muon for the matrices, AdamW for the rest
 
 
@@ -91,33 +93,67 @@ def micro_batches(batch: list, config: OptimConfig) -> list[list]:
     return [batch[i:i + size] for i in range(0, len(batch), size)]
 
 
-def fit(model, batches: list, loss_parts, config: OptimConfig, title: str, log_file=None) -> list[dict]:
-    """Train model on batches in the order given; loss_parts(batch) yields (loss, figures), the shares of
-    each micro-batch in the batch's loss and in the figures to log.
+def fit(model, batches: list, loss_parts, config: OptimConfig, title: str, log_file=None,
+        made_from=None) -> list[dict]:
+    """Train model on batches in the order given; loss_parts(batch, config) yields (loss, figures), the
+    shares of each micro-batch in the batch's loss and in the figures to log.
 
-    Returns one record a step, which also goes to log_file. The model is left in eval mode."""
+    Returns one record a step, which also goes to log_file. With made_from, all that decides the outcome
+    beside batches and config, the state is kept beside log_file every save_every steps and when a signal
+    asks to stop, and is where the next call goes on. The model is left in eval mode."""
     model.train()
     model.recompute = config.recompute
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = config.dropout
     masters = master_weights(model)
-    chosen, log = optimizers(masters, config, model.config), []
-    for step, batch in enumerate(tqdm(batches, title, leave=False)):
-        rate, figures = learning_rate(step, len(batches), config), Counter()
-        for loss, share in loss_parts(batch):
-            backward(loss, model, masters)
-            figures.update({"loss": loss.item(), **share})
+    chosen = optimizers(masters, config, model.config)
+    kept = made_from and TrainingState(log_file.parent, made_from, batches, config)
+    log = kept.restore(masters, chosen) if kept else []
+    copy_back(model, masters)
+    bar = tqdm(batches, title, leave=False, initial=len(log))
+    for step in range(len(log), len(batches)):
+        figures, config = gradients(model, masters, loss_parts, batches[step], config)
         norm = torch.nn.utils.clip_grad_norm_(masters.values(), config.clip)
         if not torch.isfinite(norm):
-            raise InputError(f"{title}: loss or gradient is not finite at step {step}; "
-                             "lower learning_rate")
+            raise InputError(f"{title}: loss or gradient is not finite at step {step} of {len(batches)}, "
+                             f"batch {str(batches[step])[:80]}; lower learning_rate")
+        rate = learning_rate(step, len(batches), config)
         update(model, masters, chosen, rate)
         log.append({"step": step, **figures, "grad_norm": norm.item(), "learning_rate": rate})
+        bar.update()
+        if kept and (Stop.asked or len(log) % config.save_every == 0):
+            kept.save(len(log), log, masters, chosen)
+        Stop.check()
     model.eval()
     if log_file:
         write_jsonl(log_file, log)
     return log
+
+
+def gradients(model, masters: dict, loss_parts, batch, config: OptimConfig) -> tuple[Counter, OptimConfig]:
+    """The gradients of a batch in the masters, and the figures to log. Where memory does not suffice the
+    micro-batch is halved, and stays so: the same sum in more parts."""
+    random = torch.get_rng_state()
+    while True:
+        figures = Counter()
+        try:
+            for loss, share in loss_parts(batch, config):
+                backward(loss, model, masters)
+                figures.update({"loss": loss.item(), **share})
+            return figures, config
+        except (MemoryError, RuntimeError) as error:
+            told = str(error).lower()  # a CPU's has no type of its own
+            if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "alloc" not in told:
+                raise
+            size = (config.micro_batch or config.batch_size) // 2
+            if size < 1:
+                raise InputError("not enough memory for one example at a time; set recompute = true or "
+                                 "shorten the context") from error
+        config = replace(config, micro_batch=size)
+        for name, p in model.named_parameters():
+            p.grad = masters[name].grad = None
+        torch.set_rng_state(random)
 
 
 @torch.no_grad()
@@ -127,7 +163,14 @@ def update(model, masters: dict, chosen: list[torch.optim.Optimizer], rate: floa
         for group in optimizer.param_groups:
             group["lr"] = rate
         optimizer.step()
+    for p in masters.values():
+        p.grad = None
+    copy_back(model, masters)
+
+
+@torch.no_grad()
+def copy_back(model, masters: dict) -> None:
+    """The model's weights from the masters, where they are not the same."""
     for name, p in model.named_parameters():
-        masters[name].grad = None
         if p is not masters[name]:
             p.copy_(masters[name])

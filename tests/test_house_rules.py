@@ -17,10 +17,10 @@ NAMES = {".".join(["minisr", *file.relative_to(FOLDER).with_suffix("").parts]).r
          for file in FILES}
 
 # Who may import whom: a module only those to its left.
-ORDER = """records cache model tokenizer world world.words world.oracle world.writers world.corpus step
-sampler train sft dpo prompts judge pairs evaluate checkpoint interop interop.names interop.sentencepiece_json
-interop.hf interop.gguf interop.source seed_data config pretrain run stages metrics report show loop experiment
-bench cli __main__""".split()
+ORDER = """records resume chance cache model tokenizer world world.words world.oracle world.writers
+world.corpus step sampler train sft dpo prompts judge pairs evaluate checkpoint interop interop.names
+interop.sentencepiece_json interop.hf interop.gguf interop.source seed_data config pretrain run stages
+metrics report show experiment figures markup page loop bench cli __main__""".split()
 
 
 def imported(tree):
@@ -69,10 +69,10 @@ def code_lines(file):
 def test_the_package_is_short():
     # Without other people's formats, the benchmark and the pictures.
     core = [file for file in FILES if file.parent.name != "interop" and file.name not in
-            ("bench.py", "figures.py", "page.py")]
-    assert sum(map(code_lines, core)) <= 2900
-    assert sum(LINES[file] for file in core) <= 4200
-    assert sum(map(code_lines, FILES)) <= 4100
+            ("bench.py", "figures.py", "markup.py", "page.py")]
+    assert sum(map(code_lines, core)) <= 3000
+    assert sum(LINES[file] for file in core) <= 4400
+    assert sum(map(code_lines, FILES)) <= 4700
     path = "loop model cache tokenizer step sampler prompts judge pairs sft dpo evaluate".split()
     assert sum(LINES[NAMES[f"minisr.{name}"]] for name in path) <= 1700
 

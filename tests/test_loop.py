@@ -17,7 +17,8 @@ from minisr.config import load_config
 from minisr.experiment import share
 from minisr.judge import judge
 from minisr.prompts import normal
-from minisr.records import read_json, read_jsonl, write_jsonl
+from minisr.records import jsonl_bytes, read_json, read_jsonl
+from minisr.resume import write_sealed
 from minisr.run import Run
 from minisr.stages import Model
 from minisr.world import oracle
@@ -165,7 +166,8 @@ def test_more_iterations_go_on_from_a_finished_run_and_change_nothing_of_it(conf
     assert code == 0 and re.search(r"^M4 ", out, re.MULTILINE)
     assert read_json(copy / "M4/meta.json", "meta")["parent_hash"] == read_json(
         copy / "M3/meta.json", "meta")["hash"]
-    assert {path for path in before if after[path] != before[path]} == {"config.toml", "metrics.json"}
+    assert {path for path in before if after[path] != before[path]} == {
+        "config.toml", "metrics.json", "report.html", "M3/hashes.json"}
 
 
 @pytest.mark.slow
@@ -226,7 +228,7 @@ def test_a_new_prompt_that_is_an_evaluation_prompt_is_thrown_away(copy):
     first, second, *_ = (record["prompt"] for record in jsonl(copy / "M1/prompts.jsonl"))
     for name, extra in (("evaluation", {"prompt": first}), ("judge_evaluation", {"prompt": second})):
         path = copy / f"seed/{name}.jsonl"
-        write_jsonl(path, [*jsonl(path), extra])
+        write_sealed(path, jsonl_bytes([*jsonl(path), extra]))
     (copy / "M1/prompts.jsonl").unlink()
     again = Model(Run(copy, load_config(copy / "config.toml")), "M1").new_prompts()
     assert not {first, second} & {record["prompt"] for record in again}

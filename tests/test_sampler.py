@@ -5,19 +5,9 @@ import numpy as np
 import pytest
 import torch
 
+from minisr.chance import key, row_key, uniform
 from minisr.records import InputError
-from minisr.sampler import (
-    Sample,
-    SampleConfig,
-    alike,
-    common_prefix,
-    draw,
-    key,
-    prefill,
-    row_key,
-    sample,
-    uniform,
-)
+from minisr.sampler import Sample, SampleConfig, alike, common_prefix, draw, prefill, sample
 from minisr.step import Step
 
 LOGITS = [2.0, -1.0, 0.5, 1.7, 0.1, -3.0, 1.0, 0.4]

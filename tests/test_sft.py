@@ -58,7 +58,7 @@ def test_padding_does_not_change_the_loss():
     model, encoded = tiny_model(), encode_examples(tiny_tokenizer(), EXAMPLES, context=96)
     assert len({len(ids) for ids, _ in encoded}) > 1  # or nothing would be padded
 
-    def loss_of(batch):
+    def loss_of(batch, config=None):
         ids, mask = collate(batch, "cpu")
         return target_loss(model, ids, mask).item() / mask[:, 1:].sum().item()
 
@@ -174,7 +174,7 @@ def test_training_is_the_same_for_the_same_key():
 def test_dropout_is_on_while_training_and_off_after():
     model, seen = tiny_model(), []
 
-    def loss_of(batch):
+    def loss_of(batch, config=None):
         seen.extend((m.training, m.p) for m in model.modules() if isinstance(m, torch.nn.Dropout))
         yield model(torch.tensor([[1, 2]])).square().mean(), {}
 
@@ -187,7 +187,7 @@ def test_a_loss_that_is_not_finite_stops_the_training_and_names_the_step(bad):
     model = tiny_model()
     before = []
 
-    def loss_of(factor):
+    def loss_of(factor, config):
         before.append(model.embed.weight.detach().clone())
         yield model(torch.tensor([[1, 2]])).square().mean() * factor, {}
 
@@ -211,7 +211,7 @@ def steps(monkeypatch):
 
 
 def gradient_of(model):
-    return lambda factor: [(factor * model(torch.tensor([[1, 2]])).square().mean(), {})]
+    return lambda factor, config: [(factor * model(torch.tensor([[1, 2]])).square().mean(), {})]
 
 
 def test_a_gradient_above_the_clip_is_scaled_to_it(steps):

@@ -156,8 +156,35 @@ def weights_that_are_something_else(at):
     return stored(at, buffer.getvalue())
 
 
+def unsealed(at):
+    """Without the hashes that minisr keeps: files as of before there were any, or of other make."""
+    (at / "run/seed/hashes.json").unlink(missing_ok=True)
+    meta = json.loads((at / "M0/meta.json").read_text())
+    (at / "M0/meta.json").write_text(json.dumps({**meta, "files": {}}))
+
+
+@case("ift.jsonl", "damaged or edited", "remove it")
+def seed_data_that_was_edited(at):
+    text = (at / "run/seed/ift.jsonl").read_text()
+    (at / "run/seed/ift.jsonl").write_text(text.replace("e", "a", 1))
+    return run(at)
+
+
+@case("tokenizer.model", "not the file that meta.json describes")
+def tokenizer_that_was_exchanged(at):
+    (at / "M0/tokenizer.model").write_bytes(b"none")
+    return chat(at)
+
+
+@case("hashes.json", "not valid JSON")
+def broken_hashes(at):
+    (at / "run/seed/hashes.json").write_text("{")
+    return run(at)
+
+
 @case("tokenizer.model has 310 pieces", "the model 500", "do not belong together")
 def tokenizer_of_another_size(at):
+    unsealed(at)
     other = train_tokenizer(["Once there was a fox. It felt sad. The end."] * 9, 310)
     assert len(other) != len(tiny_tokenizer())
     (at / "M0/tokenizer.model").write_bytes(other.vocabulary.content)
@@ -166,6 +193,7 @@ def tokenizer_of_another_size(at):
 
 @case("M0", "no minisr model")
 def tokenizer_that_is_none(at):
+    unsealed(at)
     (at / "M0/tokenizer.model").write_bytes(b"none")
     return chat(at)
 
@@ -184,6 +212,7 @@ def meta_without_a_hash(at):
 
 @case("ift.jsonl", "line 2", "not valid JSON")
 def broken_line_in_the_seed_data(at):
+    unsealed(at)
     lines = (at / "run/seed/ift.jsonl").read_text().split("\n")
     (at / "run/seed/ift.jsonl").write_text("\n".join([lines[0], lines[1][:-5], *lines[2:]]))
     return run(at)
@@ -191,6 +220,7 @@ def broken_line_in_the_seed_data(at):
 
 @case("ift.jsonl", "line 3", "not a JSON object")
 def line_in_the_seed_data_that_is_no_object(at):
+    unsealed(at)
     lines = (at / "run/seed/ift.jsonl").read_text().split("\n")
     (at / "run/seed/ift.jsonl").write_text("\n".join([*lines[:2], "[1, 2]", *lines[3:]]))
     return run(at)
@@ -198,6 +228,7 @@ def line_in_the_seed_data_that_is_no_object(at):
 
 @case("ift.jsonl", "response")
 def record_in_the_seed_data_without_its_response(at):
+    unsealed(at)
     write_jsonl(at / "run/seed/ift.jsonl", [{"prompt": "News?"}])
     return run(at)
 
