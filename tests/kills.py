@@ -1,0 +1,116 @@
+"""Kill a small run at random instants, go on, and hold its files against those of a run that was left alone.
+
+    python tests/kills.py [--kills 60] [--signal 9] [--seed 0] [--folder FOLDER]
+
+Every attempt begins where the one before was killed, until the run is whole; then the next begins anew. Ends
+with exit code 1 if a file differs, if a process says "Traceback", or if one ends in another way than asked.
+"""
+
+import argparse
+import hashlib
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+CONFIG = """iterations = 1
+device = "cpu"
+threads = 1
+seed_data = {ift = 48, ranked = 32, judge_evaluation = 8, evaluation = 24}
+sft = {batch_size = 8, epochs = 1, save_every = 2}
+prompts = {count = 24, rouge = 1.1, rows = 8}
+responses = {rows = 16, temperature = 1.0}
+judge = {rows = 48, judgements = 2}
+evaluate = {rows = 8}
+dpo = {batch_size = 4, replay = 0.5, save_every = 1, dropout = 0.1}
+"""
+
+
+def main() -> int:
+    options = _options()
+    folder = Path(options.folder or tempfile.mkdtemp())
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.toml").write_text(CONFIG)
+    start = time.perf_counter()
+    whole = finish(start_run(folder, "whole"))
+    seconds = time.perf_counter() - start
+    expected = files(folder / "whole")
+    print(f"left alone: {seconds:.1f} s, exit code {whole[0]}, {len(expected)} files")
+    rng, kills, runs, faults, stages = random.Random(options.seed), 0, 0, [], {}
+    while kills < options.kills:
+        shutil.rmtree(folder / "killed", ignore_errors=True)
+        while True:  # until this run is whole
+            process = start_run(folder, "killed")
+            try:
+                process.wait(rng.uniform(0.02, 0.6) * seconds)
+            except subprocess.TimeoutExpired:
+                where = newest(folder / "killed")
+                stages[where] = stages.get(where, 0) + 1
+                process.send_signal(options.signal)
+                kills += 1
+            code, told = finish(process)
+            asked = 130 if options.signal == signal.SIGTERM else -options.signal
+            if "Traceback" in told or code not in (0, asked):
+                faults.append(f"exit code {code}: {told[-500:]}")
+            if code == 0:
+                break
+        runs += 1
+        faults += [f"run {runs}: {name}" for name in differences(files(folder / "killed"), expected)]
+    print(f"{kills} kills by signal {options.signal} in {runs} runs, newest file at the kill: "
+          + ", ".join(f"{name} {count}" for name, count in sorted(stages.items())))
+    print("\n".join(faults) or "every run ended with the same files, bit for bit")
+    return 1 if faults or whole[0] else 0
+
+
+def _options():
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout)
+    parser.add_argument("--kills", type=int, default=60)
+    parser.add_argument("--signal", type=int, default=9, help="9 (default) or 15")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--folder", help="where the runs lie; default a new temporary folder")
+    return parser.parse_args()
+
+
+def start_run(folder: Path, name: str) -> subprocess.Popen:
+    command = [sys.executable, "-m", "minisr", "run", folder / "config.toml", "--out", folder / name]
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+                            env=os.environ | {"TQDM_DISABLE": "1"})
+
+
+def finish(process: subprocess.Popen) -> tuple[int, str]:
+    """Exit code and what it said on stderr."""
+    told = process.communicate()[1]
+    return process.returncode, told
+
+
+def files(run: Path) -> dict[str, str]:
+    """The hash of every file, without the seconds that some tell."""
+    return {path.relative_to(run).as_posix(): hashlib.sha256(_without_seconds(path)).hexdigest()
+            for path in run.rglob("*") if path.is_file() and path.name not in ("timing.json", "report.html")}
+
+
+def _without_seconds(path: Path) -> bytes:
+    return re.sub(rb'"seconds": [0-9.]+', b"", path.read_bytes())
+
+
+def differences(found: dict, expected: dict) -> list[str]:
+    return [f"{name} differs" if name in found and name in expected else f"{name} is there in one only"
+            for name in sorted(found.keys() | expected.keys()) if found.get(name) != expected.get(name)]
+
+
+def newest(run: Path) -> str:
+    """The file written last, by its kind: where in the run a kill fell."""
+    made = [path for path in run.rglob("*") if path.is_file()] if run.exists() else []
+    last = max(made, key=lambda path: path.stat().st_mtime, default=None)
+    return f"{last.parent.name}/{re.split('[-.]', last.name)[0]}" if last else "nothing"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
