@@ -8,6 +8,7 @@ from pathlib import Path
 
 from minisr import __version__
 from minisr.records import InputError
+from minisr.stop import Stop
 
 SOURCES = "a Hugging Face folder, a .gguf file, or package:NAME for the .gguf in an installed package"
 EPILOG = """\
@@ -40,12 +41,12 @@ def main(arguments: list[str] | None = None) -> int:
 
 def run(options) -> None:
     """Close the loop: everything from seed data to the table."""
+    Stop.on_signals()
     from minisr.loop import run_loop
     from minisr.report import LEGEND, line, table
-    from minisr.resume import Stop, locked
+    from minisr.resume import locked
     from minisr.show import show_answers
     run = _open_run(options)
-    Stop.on_signals()
     with locked(run.folder):
         metrics = run_loop(run, after=lambda so_far: print(line(so_far), flush=True))
     print()
@@ -62,11 +63,10 @@ def run(options) -> None:
 
 def pretrain(options) -> None:
     """Make a seed model M0 from the world's text."""
+    Stop.on_signals()
     from minisr.config import PretrainConfig, load_config
     from minisr.pretrain import pretrain
-    from minisr.resume import Stop
     config = load_config(options.config, PretrainConfig, options.set)
-    Stop.on_signals()
     pretrain(config, options.out)
     print(f"M0 is in {options.out}/")
 

@@ -24,7 +24,8 @@ code,pre{font:13px/1.45 ui-monospace,monospace}pre,.text{white-space:pre-wrap;ma
 table{border-collapse:collapse;font-size:14px;font-variant-numeric:tabular-nums;overflow-wrap:normal}
 th,td{padding:5px 10px;text-align:left;border-bottom:1px solid var(--line)}td{white-space:nowrap}
 th{vertical-align:bottom;min-width:4.2em}tr:last-child td{border-bottom:0}
-.figures{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,340px),1fr));gap:14px}
+.figures{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,340px),1fr));gap:14px;
+align-items:start}
 figure,.prompt{margin:0;padding:10px;border:1px solid var(--line);border-radius:8px;background:var(--card)}
 figure{background:var(--picture);color:#1d1f23}figcaption{color:#4a4f56}
 svg{display:block;width:100%;height:auto;max-width:460px;margin:0 auto}

@@ -18,7 +18,7 @@ from minisr.config import Config, differences, load_config
 from minisr.experiment import mean_and_interval
 from minisr.judge import MAX_SCORE
 from minisr.markup import text
-from minisr.records import InputError, need, read_json, read_jsonl, write_bytes
+from minisr.records import InputError, read_json, read_jsonl, write_bytes
 from minisr.report import LEGEND
 from minisr.world import oracle
 
@@ -27,7 +27,6 @@ HELD_OUT, EXAMPLES = 12, 6  # prompts shown
 
 def write_page(folder: Path, out: Path | None = None) -> Path:
     """Write the page of a run's or an experiment's folder, FOLDER/report.html if not told where."""
-    need("matplotlib", "report")
     folder, out = Path(folder), Path(out or Path(folder) / "report.html")
     if (folder / "results.json").exists():
         page = experiment_page(folder, out)
@@ -162,7 +161,7 @@ def _answers(folder: Path, metrics: dict):
     if metrics:
         sizes = [lengths(_read(folder / name / "answers.jsonl")) for name in names]
         yield (figures.by_model, "Length of the answers", "Look for growth without end: then the judge "
-               "rewards length.", names, {"mean (line: the middle 80 % of the answers)": sizes}, "characters")
+               "rewards length.", names, {"mean (line: the middle 80 %)": sizes}, "characters")
 
 
 def failures(m: dict) -> list[tuple]:

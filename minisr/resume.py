@@ -3,43 +3,18 @@
 - Sampling keeps each finished wave in a journal, training its state every so many steps.
 - A finished file is *sealed*: its hash stands in hashes.json beside it, and is checked before use.
 - A run's folder is locked while a process works in it.
-- Ctrl-C and SIGTERM wait for the end of the wave or step, which is kept.
+- Ctrl-C and SIGTERM wait for the end of the wave or step, which is kept (stop.py).
 """
 
 import contextlib
 import hashlib
 import json
 import os
-import signal
-import sys
 from pathlib import Path
 
 import torch
 
 from minisr.records import InputError, file_digest, read_json, write_bytes, write_json, writing
-
-
-class Stop:
-    """Whether a signal asked to stop. Long loops call check() where everything so far is kept."""
-
-    asked = False
-
-    @classmethod
-    def on_signals(cls) -> None:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, cls._ask)
-
-    @classmethod
-    def _ask(cls, *_) -> None:
-        if cls.asked:
-            raise KeyboardInterrupt
-        cls.asked = True
-        print("\nminisr: stopping after this step (once more: at once)", file=sys.stderr)
-
-    @classmethod
-    def check(cls) -> None:
-        if cls.asked:
-            raise KeyboardInterrupt
 
 
 @contextlib.contextmanager

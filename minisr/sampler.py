@@ -20,8 +20,9 @@ from minisr.cache import KVCache
 from minisr.chance import first_numbers, row_key, uniform
 from minisr.model import Decoder
 from minisr.records import InputError
-from minisr.resume import UNKEPT, Stop
+from minisr.resume import UNKEPT
 from minisr.step import Step
+from minisr.stop import Stop
 
 
 @dataclass(frozen=True)

@@ -29,9 +29,10 @@ from minisr.records import (
     write_json,
     write_jsonl,
 )
-from minisr.resume import UNKEPT, Journal, Stop, TrainingState, check_seal, write_sealed
+from minisr.resume import UNKEPT, Journal, TrainingState, check_seal, write_sealed
 from minisr.run import Run
 from minisr.sampler import SampleConfig, sample
+from minisr.stop import Stop
 from minisr.world import corpus, oracle
 
 

@@ -9,7 +9,8 @@ from tqdm import tqdm
 
 from minisr.model import ModelConfig, part_rows
 from minisr.records import InputError, write_jsonl
-from minisr.resume import Stop, TrainingState
+from minisr.resume import TrainingState
+from minisr.stop import Stop
 
 
 @dataclass(frozen=True)

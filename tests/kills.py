@@ -55,8 +55,10 @@ def main() -> int:
                 process.send_signal(options.signal)
                 kills += 1
             code, told = finish(process)
-            asked = 130 if options.signal == signal.SIGTERM else -options.signal
-            if "Traceback" in told or code not in (0, asked):
+            asked = [0, 130] if options.signal == signal.SIGTERM else [0, -options.signal]
+            if not (folder / "killed").exists():
+                asked += [-options.signal]  # Python was not even up
+            if "Traceback" in told or code not in asked:
                 faults.append(f"exit code {code}: {told[-500:]}")
             if code == 0:
                 break

@@ -18,9 +18,10 @@ from tiny import PAIRS, tiny_model, tiny_tokenizer
 from minisr import train
 from minisr.dpo import DPOConfig, train_dpo
 from minisr.records import InputError, write_json
-from minisr.resume import Journal, Stop, TrainingState, check_seal, locked, write_sealed
+from minisr.resume import Journal, TrainingState, check_seal, locked, write_sealed
 from minisr.sampler import SampleConfig, sample
 from minisr.sft import train_sft
+from minisr.stop import Stop
 from minisr.train import OptimConfig, fit
 
 EXAMPLES = [{"prompt": pair["prompt"], "response": pair["chosen"]} for pair in PAIRS] * 4

@@ -1,0 +1,122 @@
+"""Every file of a finished run, damaged: made again as it was, or refused by name. Never a wrong result."""
+
+import io
+import json
+import shutil
+from contextlib import redirect_stderr, redirect_stdout
+from random import Random
+
+import kills
+import pytest
+
+from minisr.cli import main
+
+
+def truncated(content, rng):
+    return content[:rng.randrange(1, len(content))]
+
+
+def flipped(content, rng):
+    damaged = bytearray(content)
+    damaged[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
+    return bytes(damaged)
+
+
+def empty(content, rng):
+    return b""
+
+
+def zeros(content, rng):
+    start = rng.randrange(len(content))
+    return content[:start] + bytes(min(512, len(content) - start)) + content[start + 512:]
+
+
+def doubled(content, rng):
+    return content + content
+
+
+def without_its_first_line(content, rng):
+    return content.partition(b"\n")[2]
+
+
+def with_a_line_changed(content, rng):
+    return content.replace(b"e", b"o", 1)
+
+
+def of_another_kind(content, rng):
+    return b'{"version": 9, "models": []}\n'
+
+
+def no_utf8(content, rng):
+    return content[:len(content) // 2] + b"\xff\xfe" + content[len(content) // 2:]
+
+
+def removed(content, rng):
+    return None
+
+
+DAMAGES = [truncated, flipped, empty, zeros, doubled, without_its_first_line, with_a_line_changed,
+           of_another_kind, no_utf8, removed]
+# Told to people, read by nothing that decides a result.
+TOLD = ("timing.json", "train_log.jsonl", "report.html", "evaluation.json", "metrics.json", ".lock")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("damage")
+    (folder / "config.toml").write_text(kills.CONFIG)
+    assert go_on(folder)[0] == 0
+    return folder
+
+
+def go_on(folder):
+    told = io.StringIO()
+    with redirect_stdout(io.StringIO()), redirect_stderr(told):
+        code = main(["run", str(folder / "config.toml"), "--out", str(folder / "run")])
+    return code, told.getvalue().split("\n")[-2:][0]
+
+
+def check(damage, name, finished, tmp_path):
+    """Damage one file of a copy, go on, and see that it is repaired or refused by name."""
+    copy = tmp_path / f"{damage.__name__}-{name.replace('/', '-')}"
+    shutil.copytree(finished, copy)
+    path = copy / "run" / name
+    content = path.read_bytes()
+    damaged = damage(content, Random(f"{damage.__name__} {name}")) if content else b"x"
+    if damaged is None:
+        path.unlink()
+    else:
+        path.write_bytes(damaged)
+    code, told = go_on(copy)
+    expected, found = (kills.files(folder / "run") for folder in (finished, copy))
+    shutil.rmtree(copy)
+    if code == 0:
+        wrong = [line for line in kills.differences(found, expected)
+                 if not line.split()[0].endswith((*TOLD, "hashes.json")) and not line.startswith(name)]
+        return wrong and f"{damage.__name__} {name}: {wrong}"
+    parent, _, base = name.rpartition("/")
+    named = base in told or parent and parent in told or base == "config.toml" and "another config" in told
+    return None if code == 2 and named else f"{damage.__name__} {name}: code {code}: {told}"
+
+
+def test_each_file_with_one_damage(finished, tmp_path):
+    names = sorted(kills.files(finished / "run"))
+    faults = [check(DAMAGES[number % len(DAMAGES)], name, finished, tmp_path)
+              for number, name in enumerate(names) if number % 4 == 0]
+    assert list(filter(None, faults)) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_each_file_with_each_damage(damage, finished, tmp_path):
+    names = sorted(kills.files(finished / "run"))
+    assert len(names) > 45
+    assert list(filter(None, (check(damage, name, finished, tmp_path) for name in names))) == []
+
+
+def test_metrics_are_made_again_from_the_files(finished):
+    path = finished / "run/metrics.json"
+    before = json.loads(path.read_text())
+    path.write_text(path.read_text().replace('"flawless": ', '"flawless": 9'))
+    assert go_on(finished)[0] == 0
+    assert json.loads(path.read_text()) == before
