@@ -108,9 +108,10 @@ def test_each_file_with_one_damage(finished, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_each_file_with_each_damage(damage, finished, tmp_path):
-    names = sorted(kills.files(finished / "run"))
-    assert len(names) > 45
+def test_a_third_of_the_files_with_each_damage(damage, finished, tmp_path):
+    # Of the files a third with each damage, others with the next: all ten damages see every kind of file.
+    names = sorted(kills.files(finished / "run"))[DAMAGES.index(damage) % 3::3]
+    assert len(names) > 15
     assert list(filter(None, (check(damage, name, finished, tmp_path) for name in names))) == []
 
 
