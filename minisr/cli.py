@@ -25,6 +25,8 @@ exit codes: 0 done, 2 wrong input (one line on stderr), 130 interrupted (resumab
 def main(arguments: list[str] | None = None) -> int:
     """Parse the arguments, run the command, turn expected failures into one line and a code."""
     options = _parser().parse_args(arguments)
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")  # for a terminal that is not UTF-8
     try:
         options.command(options)
         return 0

@@ -5,6 +5,7 @@ dataclass (SampleConfig, PromptConfig, JudgeConfig, OptimConfig, DPOConfig).
 """
 
 import dataclasses
+import json
 import math
 import tomllib
 import types
@@ -184,6 +185,5 @@ def _toml(value) -> str:
     if isinstance(value, tuple):
         return f"[{', '.join(map(_toml, value))}]"
     if isinstance(value, str):
-        escaped = value.replace("\\", "\\\\").replace('"', '\\"')
-        return f'"{escaped}"'
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")  # a JSON text is one of TOML
     return repr(value)

@@ -5,7 +5,10 @@ import hashlib
 import importlib
 import json
 import os
+import unicodedata
 from pathlib import Path
+
+TURNING = ("LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI")  # bidi controls
 
 
 class InputError(Exception):
@@ -59,7 +62,8 @@ def write_jsonl(path: Path, records) -> None:
 
 
 def jsonl_bytes(records) -> bytes:
-    return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records).encode()
+    text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+    return text.encode(errors="backslashreplace")  # half a character, \\ud800, stays spelled as JSON has it
 
 
 def json_bytes(value) -> bytes:
@@ -88,8 +92,20 @@ def read_json(path: Path, what: str):
     except json.JSONDecodeError as error:
         raise InputError(f"{what} {path} is not valid JSON: line {error.lineno}: {error.msg}; "
                          "remove it to have it made again") from error
-    except RecursionError as error:
-        raise InputError(f"{what} {path} is not valid JSON: nested too deeply") from error
+    except (RecursionError, ValueError) as error:  # a number of thousands of digits
+        raise InputError(f"{what} {path} is no JSON that can be read: {first_words(error)}") from error
+
+
+def first_words(error: Exception) -> str:
+    return " ".join(str(error).split())[:100]
+
+
+def printable(text: str) -> str:
+    """A text of unknown origin for the terminal: what moves the cursor or turns a line around is spelled
+    out, as \\x1b."""
+    def moves(c):
+        return c != "\n" and (unicodedata.category(c) == "Cc" or unicodedata.bidirectional(c) in TURNING)
+    return "".join(repr(c)[1:-1] if moves(c) else c for c in text)
 
 
 def read_jsonl(path: Path, what: str, texts: tuple[str, ...] = ()) -> list[dict]:
@@ -103,6 +119,9 @@ def read_jsonl(path: Path, what: str, texts: tuple[str, ...] = ()) -> list[dict]
             record = json.loads(line)
         except json.JSONDecodeError as error:
             raise InputError(f"{what} {path}, line {number}, is not valid JSON: {error.msg}") from error
+        except (RecursionError, ValueError) as error:
+            raise InputError(f"{what} {path}, line {number}, is no JSON that can be read: "
+                             f"{first_words(error)}") from error
         if not isinstance(record, dict):
             raise InputError(f"{what} {path}, line {number}, is not a JSON object {{...}}")
         for name in texts:

@@ -9,7 +9,7 @@ from minisr import dpo, judge
 from minisr.chance import key
 from minisr.checkpoint import load_model
 from minisr.interop.source import load_source
-from minisr.records import InputError, read_jsonl
+from minisr.records import InputError, printable, read_jsonl
 from minisr.run import ENGLISH_TEMPLATE, WORLD_TEMPLATE
 from minisr.sampler import SampleConfig, sample
 from minisr.tokenizer import chat_template
@@ -29,19 +29,19 @@ def show_way(run: Path, name: str, number: int) -> None:
     if not 0 <= number < len(y):
         raise InputError(f"{folder} has the prompts 0 to {len(y) - 1}; there is no {number}")
     print(f"{name}'s iteration, prompt {number} of {len(y)} (others: --model, --prompt)\n\n"
-          f"x  {y[number]['prompt']}\n")
+          f"x  {printable(y[number]['prompt'])}\n")
     for n, response in enumerate(y[number]["responses"]):
         reward = r[number]["rewards"][n]
-        print(f"y^{n + 1}  {response}")
+        print(f"y^{n + 1}  {printable(response)}")
         none = "none (unread)" if y[number]["finished"][n] else "none (the response was cut off)"
         told = none if reward is None else f"{reward:.2f} = mean of {r[number]['scores'][n]}"
         print(f"     reward {told}{_truth(y[number]['prompt'], response)}; the first judgement:")
-        print("     | " + r[number]["judgements"][n][0].replace("\n", "\n     | ") + "\n")
+        print("     | " + printable(r[number]["judgements"][n][0]).replace("\n", "\n     | ") + "\n")
     pairs = [p for p in read_jsonl(folder / "pairs.jsonl", "pairs") if p["prompt"] == y[number]["prompt"]]
     if not pairs:
         print("no pair: equal rewards, or fewer than two responses that were finished and could be judged")
         return
-    print(f"chosen    y_w  {pairs[0]['chosen']}\nrejected  y_l  {pairs[0]['rejected']}\n")
+    print(printable(f"chosen    y_w  {pairs[0]['chosen']}\nrejected  y_l  {pairs[0]['rejected']}\n"))
     _show_training(run, name, pairs[0])
 
 
@@ -79,10 +79,10 @@ def show_answers(run: Path, count: int) -> None:
         raise InputError(f"{run} has no evaluated model yet")
     columns = [read_jsonl(run / name / "answers.jsonl", "answers", ("prompt", "sampled")) for name in names]
     for rows in list(zip(*columns))[:count]:
-        print(f"x    {rows[0]['prompt']}\n")
+        print(f"x    {printable(rows[0]['prompt'])}\n")
         for name, answer in zip(names, rows):
             points = f"  ({sum(answer['sampled_points'])} points)" if "sampled_points" in answer else ""
-            print(f"{name:4} " + answer["sampled"].replace("\n", "\n     ") + points + "\n")
+            print(f"{name:4} " + printable(answer["sampled"]).replace("\n", "\n     ") + points + "\n")
 
 
 def chat(source: str, question: str | None, n: int, template: Path | None, config: SampleConfig,
@@ -122,9 +122,9 @@ def _answer(model, tokenizer, question, n, template, config, seed) -> None:
     for text, judgements in sorted(zip(texts, judged), key=lambda tj: -(judge.reward(tj[1]) or 0)):
         reward = judge.reward(judgements)
         read = [j for j in judgements if j.score is not None]
-        print(f"{'unread' if reward is None else f'{reward:6.2f}'}  {text}")
+        print(f"{'unread' if reward is None else f'{reward:6.2f}'}  {printable(text)}")
         print(f"        ({len(read)} of {len(judgements)} judgements could be read)\n        | "
-              + (read or judgements)[0].text.replace("\n", "\n        | "))
+              + printable((read or judgements)[0].text).replace("\n", "\n        | "))
     if all(judge.reward(judgements) is None for judgements in judged):
         print("No judgement can be read: only from M1 on is a model trained to judge"
               + (f", and one of the tiny world knows only its requests, e.g. {EXAMPLE}" if in_world(tokenizer)

@@ -49,6 +49,10 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Ids of a plain text: no special token, whatever the text spells."""
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:  # from a file's escaped surrogate
+            raise InputError(f"half a character (a lone surrogate) in the text {text[:60]!r}") from error
         return self.vocabulary.encode(text)
 
     def decode(self, ids: list[int]) -> str:

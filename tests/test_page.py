@@ -71,8 +71,8 @@ def iteration(folder, hostile):
     rewards = [[row[0], row[1], row[2], *[2.0] * (len(text) - 1), None] for row, text in
                zip(([3.0, 1.0, 5.0], [4.0] * 3, [5.0, 4.0, 4.5]), texts)]
     write_jsonl(folder / "rewards.jsonl", [
-        {"prompt": x, "rewards": row, "scores": [[r, None] for r in row],
-         "judgements": [[text[0] if hostile else f"Score: {r}", "unreadable"] for r in row]}
+        {"prompt": x, "rewards": row, "scores": [[None, r] for r in row],
+         "judgements": [["unreadable", text[0] if hostile else f"Score: {r}"] for r in row]}
         for x, row, text in zip(PROMPTS, rewards, texts)])
     write_jsonl(folder / "pairs.jsonl", [
         {"prompt": PROMPTS[0], "chosen": "same", "rejected": "worse", "chosen_reward": 5.0,
@@ -232,7 +232,7 @@ def test_a_long_text_is_cut_and_says_how_much_is_missing(no_drawing, tmp_path):
 def test_the_same_run_gives_the_same_bytes_elsewhere_and_at_another_speed(finished, tmp_path):
     import matplotlib
     make_run(tmp_path / "another name", seconds=77.0)
-    with matplotlib.rc_context({"font.size": 30, "svg.fonttype": "path", "axes.facecolor": "red"}):
+    with matplotlib.rc_context({"font.size": 30, "xtick.direction": "in", "axes.labelsize": 30}):
         again = write_page(tmp_path / "another name").read_bytes()
     assert again == (finished / "report.html").read_bytes()
     assert matplotlib.rcParams["font.size"] != figures.STYLE["font.size"]  # nobody else's pictures change
@@ -252,7 +252,7 @@ def test_an_unfinished_run_shows_what_is_there(models, kept, no_drawing, tmp_pat
         *([*TITLES[:2], *TITLES[2:3] * (models > 1), *TITLES[3:7]] if models else []),
         *TITLES[7:8] * ("rewards" in kept), *TITLES[8:11] * (models > 2), *TITLES[11:12] * ("pairs" in kept)]
     assert ("M1's iteration" in parsed.text) == ("responses" in kept)
-    assert ("reward 5.00, the mean of 5, unread" in parsed.text) == ("rewards" in kept)
+    assert ("reward 5.00, the mean of unread, 5" in parsed.text) == ("rewards" in kept)
     assert ("No pair." in parsed.text) == ("chosen" in parsed.text) == ("pairs" in kept)
     (folder / "metrics.json").unlink()
     assert "flawless" not in read(write_page(folder)).text.lower()
@@ -262,6 +262,7 @@ def test_a_run_without_an_oracle_has_no_points_and_no_wins(no_drawing, tmp_path)
     parsed = read(write_page(make_run(tmp_path / "run", source="english")))
     assert parsed.titles == TITLES[4:]
     assert "points" not in parsed.text and "seed data: english" in parsed.text
+    assert "flawless" not in parsed.text and "pairwise" in parsed.text  # no empty columns
 
 
 def test_responses_carry_their_reward_their_judgement_and_their_side_of_the_pair(finished):
@@ -271,7 +272,8 @@ def test_responses_carry_their_reward_their_judgement_and_their_side_of_the_pair
                             for part in found.split('class="prompt"')[1:])
     assert ["chosen" in told for told in first] == [False, False, True, False]  # judged better than the first
     assert ["rejected" in told for told in first] == [False, True, False, False]
-    assert "reward 5.00, the mean of 5, unread" in first[2] and "Score: 5.0" in first[2]
+    assert "reward 5.00, the mean of unread, 5" in first[2] and "Score: 5.0" in first[2]
+    assert "unreadable" not in first[2] and "unreadable" in first[3]
     assert f"(true score {oracle.score(PROMPTS[0], 'worse')})" in first[1]
     assert "cut off; no reward" in first[3]
     assert "No pair." in second[-1] and "No pair." not in "".join(first + third)
@@ -378,6 +380,8 @@ def test_upright_points_lie_where_their_values_are():
                            "share", True)
     [(_, zero), (_, top)], [(_, one)], [(left, a), (right, b)] = (points(svg, name) for name in MODELS[:3])
     assert (zero - one) / (zero - top) == pytest.approx(0.5, abs=1e-4) and a == b == one and left < right
+    line = re.search(rf'M {left} ([0-9.]+)\s+L {left} ([0-9.]+)\s+" clip-path=[^>]*#0072b2', svg)
+    assert [(zero - float(y)) / (zero - top) for y in line.groups()] == pytest.approx([0.4, 0.6], abs=1e-4)
 
 
 def test_scores_and_training_are_drawn_in_their_models_colours():
