@@ -67,15 +67,14 @@ DECORATION = "*_`\"'“”‘’<[("
 JUDGE_PIECES = ("Score", "score", "SCORE", "\u017fcore", "underscore", ":", "：", " ", "\n", "\t", "*", "_",
                 "“", "(", "-", "–", "+", "=", "×", "to", "OR", "of", "out of", "/", "5", "4", "10", ".", ",",
                 "٤", "４")
-SCORE_LINES = st.tuples(
-    among("Score", "score", "SCORE", "\u017fcore", "scores", "underscore", "_Score", "4score", "éscore"),
-    among("", " ", "**", "\n", "”", "\u00a0*\t", "-"), among(":", "：", "=", "", "::"),
-    among("", " ", "** ", "\n\n", "“<[(", "\x1c", "."),
-    among("0", "1", "5", "4.5", "5.0", "5.01", "6", "10", "+3", "-1", "-0", "3.", ".5", "4,5", "1,000", "007",
-          "4.5.1", "٤", "４", "five", "9" * 400),
-    among("", " ", ".", "**", "/5", " / 5", "/10", "/50", "/5٥", "/5_", " out of 5", " (out of 10)", "of 3",
-          "-5", " - 5", "–\t5", "+1", " = 4", "×2", " to 4", " TO 4", " or 3", "\n- 2", "\n/10", " - x", "e5",
-          "½", ", 4", "..5", "\u00a0/\u00a010", " Score: 2", "٣")).map("".join)
+NAMES = ("Score", "score", "SCORE", "\u017fcore", "scores", "underscore", "_Score", "4score", "éscore")
+COLONS = (":", "：", "=", "", "::", "** : “", "\n:\n\n", "”:[(<", "\u00a0*\t:\x1c", " -:", ": .", ":**")
+NUMBERS = ("0", "1", "5", "4.5", "5.0", "5.01", "6", "10", "+3", "-1", "-0", "3.", ".5", "4,5", "1,000",
+           "007", "4.5.1", "٤", "４", "five", "9" * 400)
+TAILS = ("", " ", ".", "**", "/5", " / 5", "/10", "/50", "/5٥", "/5_", " out of 5", " (out of 10)", "of 3",
+         "-5", " - 5", "–\t5", "+1", " = 4", "×2", " to 4", " TO 4", " or 3", "\n- 2", "\n/10", " - x", "e5",
+         "½", ", 4", "..5", "\u00a0/\u00a010", " Score: 2", "٣")
+SCORE_LINES = among(*map("".join, itertools.product(NAMES, COLONS, NUMBERS, TAILS)))
 JUDGE_TEXTS = st.lists(SCORE_LINES | mixed(*JUDGE_PIECES), max_size=3).map("".join) | st.text()
 
 
@@ -128,11 +127,21 @@ def goes_on(text: str, end: int) -> bool:
     return False
 
 
+def read_score(text: str) -> float | None:
+    """The last number from 0 to 5."""
+    found = [number for i in range(len(text)) if (number := score_at(text, i)) is not None]
+    return next((number for number in reversed(found) if 0 <= number <= 5), None)
+
+
 @holds(text=JUDGE_TEXTS)
 def test_the_score_is_what_a_reader_without_regular_expressions_finds(text):
-    found = [number for i in range(len(text)) if (number := score_at(text, i)) is not None]
-    valid = [number for number in found if 0 <= number <= 5]
-    assert parse_score(text) == (valid[-1] if valid else None)
+    assert parse_score(text) == read_score(text)
+
+
+def test_so_it_is_in_every_spelling_of_a_score_line():
+    lines = [*itertools.product(NAMES, COLONS, ("4",)), *itertools.product(("Score: ",), NUMBERS, TAILS)]
+    for line in map("".join, lines):
+        assert parse_score(line) == read_score(line), line
 
 
 @holds(slow=2_000, before=JUDGE_TEXTS, number=st.integers(-100, 1000),
@@ -271,8 +280,9 @@ def test_half_a_character_is_encoded_or_refused_clearly(kind):
 RECORD_TEXTS = mixed("\u2028", "\u2029", "\x85", "\r", "\n", "\x00", "\x1e", '"', "\\", "\\n", "\ufeff",
                      most=4)
 PLAIN = among(None, True, False, 0, 1, 1.0, -0.0, 2**70, 1e-300) | st.floats(allow_nan=False) | RECORD_TEXTS
-NESTED = PLAIN | st.lists(PLAIN, max_size=2) | st.dictionaries(RECORD_TEXTS, PLAIN, max_size=1)
-RECORDS = st.dictionaries(RECORD_TEXTS, NESTED, max_size=2)
+NAMED = among("a", "prompt", "", "\u2028", "\x85\r\n", '"\\', "\ud7ff\ue000\x00", "漢")
+NESTED = PLAIN | st.lists(PLAIN, max_size=2) | st.dictionaries(NAMED, PLAIN, max_size=1)
+RECORDS = st.dictionaries(NAMED, NESTED, max_size=2)
 FRAGMENTS = among(b'{"a": 1}', b'{"a": "b"}', b"{}", b"{", b"}", b"[", b"]", b'"', b"\n", b"\r\n", b"\r",
                   b"\\ud800", b"\\u00", b"\xef\xbb\xbf", b"\xff", b"\xed\xa0\x80", b"NaN", b"1e999", b"\x00",
                   b"null", b"-", b"\xe2\x80\xa8", b'{"a": "\xe2\x80\xa8"}')
