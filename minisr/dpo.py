@@ -121,7 +121,7 @@ class Packed:
     def _on_grid(self, x: Tensor) -> Tensor:
         """(M, H, D) -> (B, H, T, D), zeros where no token is."""
         B, _, T, _ = self.mask.shape
-        grid = x.new_zeros(B * T, *x.shape[1:]).index_copy(0, self.cells, x)
+        grid = x.new_zeros(B * T, *x.shape[1:]).index_put((self.cells,), x)  # index_copy would keep x
         return grid.unflatten(0, (B, T)).transpose(1, 2)
 
     def end(self, new: int) -> None:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from minisr.cache import KVCache
+from minisr.lean import Norm, SwiGLU
 
 
 @dataclass(frozen=True)
@@ -133,8 +134,7 @@ class RMSNorm(nn.Module):
     def forward(self, x):
         if x.is_cuda:
             return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
-        mean_square = x.float().square().mean(-1, keepdim=True)
-        return (x * torch.rsqrt(mean_square + self.eps)).to(x.dtype) * self.weight
+        return Norm.apply(x, self.weight, self.eps)
 
 
 class Attention(nn.Module):
@@ -170,8 +170,7 @@ class FeedForward(nn.Module):
         self.down_proj = nn.Linear(config.hidden, config.width, bias=False)
 
     def forward(self, x):
-        gate, up = self.gate_up_proj(x).chunk(2, -1)
-        return self.down_proj(F.silu(gate) * up)
+        return SwiGLU.apply(self.gate_up_proj(x), self.down_proj.weight)
 
 
 def rotary(positions: Tensor, config: ModelConfig) -> tuple[Tensor, Tensor]:

@@ -17,10 +17,10 @@ NAMES = {".".join(["minisr", *file.relative_to(FOLDER).with_suffix("").parts]).r
          for file in FILES}
 
 # Who may import whom: a module only those to its left.
-ORDER = """records stop resume chance cache model tokenizer world world.words world.oracle world.writers
-world.corpus step sampler train sft dpo prompts judge pairs evaluate checkpoint interop interop.names
-interop.sentencepiece_json interop.hf interop.gguf interop.source seed_data config pretrain run stages
-metrics report show experiment figures markup page loop bench cli __main__""".split()
+ORDER = """records stop resume chance cache lean model tokenizer world world.words world.oracle
+world.writers world.corpus step sampler train sft dpo prompts judge pairs evaluate checkpoint interop
+interop.names interop.sentencepiece_json interop.hf interop.gguf interop.source seed_data config
+pretrain run stages metrics report show experiment figures markup page loop bench cli __main__""".split()
 
 
 def imported(tree):
