@@ -1,5 +1,6 @@
 import json
 from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 import torch
@@ -73,6 +74,12 @@ def test_weights_in_an_older_format_are_the_same(form, variant, tmp_path):
     form(as_folder(llama, tmp_path))
     assert not list(tmp_path.glob("*.safetensors"))
     assert_same_logits(load_source(str(tmp_path))[0], llama, length=32)
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="tells what is mapped only on Linux")
+def test_a_model_does_not_keep_its_file_in_memory(tmp_path):
+    model, _ = load_source(str(as_folder(random_llama(**VARIANTS["GQA"]), tmp_path)))
+    assert str(tmp_path / "model.safetensors") not in Path("/proc/self/maps").read_text(), model
 
 
 @pytest.mark.parametrize("variant", ["GQA", "tied"])

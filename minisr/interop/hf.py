@@ -25,7 +25,8 @@ def load(folder: Path, device: str = "cpu", chat: str = ""):
     tokenizer = load_tokenizer(folder, chat)
     check_sizes(folder, config, tokenizer)
     stored = read_weights(folder)
-    weights = names.weights_from(config, stored, folder)
+    # Copies, because a tensor read is a view of the file: all of it would stay in memory with one of them.
+    weights = names.weights_from(config, stored, folder, read=torch.clone)
     odd = sorted(name for name in stored if not name.endswith("rotary_emb.inv_freq")
                  and not (config.tied and name == "lm_head.weight"))
     if odd:
