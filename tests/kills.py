@@ -4,6 +4,7 @@
 
 Every attempt begins where the one before was killed, until the run is whole; then the next begins anew. Ends
 with exit code 1 if a file differs, if a process says "Traceback", or if one ends in another way than asked.
+Linux only: whether a process has a handler is read from /proc.
 """
 
 import argparse
@@ -46,25 +47,25 @@ def main() -> int:
     while kills < options.kills:
         shutil.rmtree(folder / "killed", ignore_errors=True)
         while True:  # until this run is whole
-            process = start_run(folder, "killed")
+            process, handled = start_run(folder, "killed"), True
             try:
                 process.wait(rng.uniform(0.02, 0.6) * seconds)
             except subprocess.TimeoutExpired:
-                where = newest(folder / "killed")
-                stages[where] = stages.get(where, 0) + 1
+                handled = handles(process.pid, options.signal)
                 process.send_signal(options.signal)
                 kills += 1
             code, told = finish(process)
-            asked = [0, 130] if options.signal == signal.SIGTERM else [0, -options.signal]
-            if not (folder / "killed").exists():
-                asked += [-options.signal]  # Python was not even up
+            where = newest(folder / "killed")
+            stages[where] = stages.get(where, 0) + 1
+            # Before minisr is up, and while Python shuts down after it, SIGTERM ends a process as it does any.
+            asked = [0, 130 if handled else -options.signal]
             if "Traceback" in told or code not in asked:
                 faults.append(f"exit code {code}: {told[-500:]}")
             if code == 0:
                 break
         runs += 1
         faults += [f"run {runs}: {name}" for name in differences(files(folder / "killed"), expected)]
-    print(f"{kills} kills by signal {options.signal} in {runs} runs, newest file at the kill: "
+    print(f"{kills} kills by signal {options.signal} in {runs} runs, newest file at each end: "
           + ", ".join(f"{name} {count}" for name, count in sorted(stages.items())))
     print("\n".join(faults) or "every run ended with the same files, bit for bit")
     return 1 if faults or whole[0] else 0
@@ -92,6 +93,12 @@ def finish(process: subprocess.Popen) -> tuple[int, str]:
     return process.returncode, told
 
 
+def handles(pid: int, number: int) -> bool:
+    """Whether the process has a handler for this signal now, from its mask of caught signals."""
+    caught = re.search(r"SigCgt:\s*(\w+)", Path(f"/proc/{pid}/status").read_text())
+    return bool(caught and int(caught[1], 16) >> number - 1 & 1)
+
+
 def files(run: Path) -> dict[str, str]:
     """The hash of every file, without the seconds that some tell."""
     return {path.relative_to(run).as_posix(): hashlib.sha256(_without_seconds(path)).hexdigest()
@@ -108,7 +115,7 @@ def differences(found: dict, expected: dict) -> list[str]:
 
 
 def newest(run: Path) -> str:
-    """The file written last, by its kind: where in the run a kill fell."""
+    """The file written last, by its kind: where in the run it ended."""
     made = [path for path in run.rglob("*") if path.is_file()] if run.exists() else []
     last = max(made, key=lambda path: path.stat().st_mtime, default=None)
     return f"{last.parent.name}/{re.split('[-.]', last.name)[0]}" if last else "nothing"
