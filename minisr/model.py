@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from minisr.cache import KVCache
-from minisr.lean import Norm, SwiGLU
+from minisr.lean import Norm, Rotate, SwiGLU
 
 
 @dataclass(frozen=True)
@@ -174,9 +174,10 @@ class FeedForward(nn.Module):
 
 
 def rotary(positions: Tensor, config: ModelConfig) -> tuple[Tensor, Tensor]:
-    """cos and sin (B, 1, T, D/2) of the angle position * frequency."""
+    """cos and sin (B, 1, T, D) of the angle position * frequency; the sines of the first half negated."""
     angle = positions[:, None, :, None].float() * frequencies(config, positions.device)
-    return angle.cos(), angle.sin()
+    cos, sin = angle.cos(), angle.sin()
+    return torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
 
 
 @lru_cache
@@ -200,10 +201,9 @@ def frequencies(config: ModelConfig, device) -> Tensor:
 
 
 def rotate(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
-    """Turn each pair (x_i, x_{i+D/2}) by its angle (RoPE, half-split as in Llama's HF weights)."""
-    cos, sin = rotation
-    a, b = x.float().chunk(2, dim=-1)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
+    """Turn each pair (x_i, x_{i+D/2}) by its angle (RoPE, half-split as in Llama's HF weights): to
+    x_i cos - x_{i+D/2} sin and x_{i+D/2} cos + x_i sin."""
+    return Rotate.apply(x, *rotation)
 
 
 def part_rows(name: str, config: ModelConfig) -> list[int]:

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minisr.cache import KVCache
+from minisr.lean import turn
 from minisr.model import Decoder, rotary
 
 LARGE = 2**18  # numbers in a matrix that is no longer in a core's own cache when its turn comes again
@@ -19,8 +20,8 @@ class Step:
 
     def __init__(self, model: Decoder, longest: int):
         """For rows of up to `longest` tokens."""
-        cos, sin = (x[0, 0] for x in rotary(torch.arange(longest, device=model.device)[None], model.config))
-        self.cos, self.sin = torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)  # (longest, D) each
+        rotation = rotary(torch.arange(longest, device=model.device)[None], model.config)
+        self.cos, self.sin = (x[0, 0] for x in rotation)  # (longest, D) each
         self.config, self.embed = model.config, model.embed.weight.detach()
         self.scale = model.config.width**0.5
         self.eps = torch.tensor(self.scale * model.config.norm_eps**0.5, device=model.device)
@@ -51,11 +52,6 @@ class Step:
         """RMSNorm: sqrt(C) x / sqrt(sum of x^2 + C eps), times its weight; weight holds the sqrt(C)."""
         length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
         return (x / torch.hypot(length, self.eps) * weight).to(x.dtype)
-
-
-def turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """model.rotate in three operations: x (B, heads, D) times cos, plus its halves swapped times sin."""
-    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin).to(x.dtype)
 
 
 class Product:

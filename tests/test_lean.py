@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from minisr.dpo import Packed
-from minisr.lean import Norm, SwiGLU
+from minisr.lean import Norm, Rotate, SwiGLU
 
 
 def norm(x, weight):
@@ -17,10 +17,25 @@ def swiglu(gate_up, down):
     return (gate * gate.sigmoid() * up) @ down.t()
 
 
+ANGLES = torch.arange(12.0, dtype=torch.float64).view(4, 3) / 5  # (T, D/2)
+
+
+def rotated(x):
+    """Pair (x_i, x_{i+D/2}) as a complex number, turned."""
+    turned = torch.complex(*x.chunk(2, -1)) * torch.polar(torch.ones_like(ANGLES), ANGLES)
+    return torch.cat([turned.real, turned.imag], -1)
+
+
+def rotate(x):
+    cos, sin = ANGLES.cos().to(x.dtype), ANGLES.sin().to(x.dtype)
+    return Rotate.apply(x, torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1))
+
+
 CASES = {"norm": (lambda x, weight: Norm.apply(x, weight, 0.3), norm, (2, 3, 8), (8,)),
          "norm of rows": (lambda x, weight: Norm.apply(x, weight, 0.3), norm, (5, 8), (8,)),
          "swiglu": (SwiGLU.apply, swiglu, (2, 3, 12), (4, 6)),
-         "swiglu of rows": (SwiGLU.apply, swiglu, (5, 12), (4, 6))}
+         "swiglu of rows": (SwiGLU.apply, swiglu, (5, 12), (4, 6)),
+         "rotate": (rotate, rotated, (2, 3, 4, 6))}
 
 
 def made(case, dtype=torch.float64):
@@ -42,12 +57,12 @@ def test_values_and_gradients_are_those_of_the_formula(case):
         assert b.abs().max() > 0.1
 
 
-@pytest.mark.parametrize("case", ["norm", "swiglu"])
+@pytest.mark.parametrize("case", ["norm", "swiglu", "rotate"])
 def test_bfloat16_comes_out_as_it_went_in(case):
     ours, formula, inputs = made(case, torch.bfloat16)
     found, expected = ours(*inputs), formula(*(x.float() for x in inputs))
     assert found.dtype == torch.bfloat16
-    torch.testing.assert_close(found.float(), expected, atol=0.05, rtol=0.05)
+    torch.testing.assert_close(found.float(), expected.float(), atol=0.05, rtol=0.05)
     for a, x in zip(torch.autograd.grad(found.sum(), inputs), torch.autograd.grad(expected.sum(), inputs)):
         assert a.dtype == torch.bfloat16
         torch.testing.assert_close(a, x.bfloat16(), atol=0.1, rtol=0.1)
@@ -72,6 +87,8 @@ def test_nothing_is_kept_that_is_cheap_to_compute_again():
     assert kept(lambda: Norm.apply(x, weight, 0.3), x, weight) == 6  # r, one number a row
     gate_up, down = made("swiglu")[2]
     assert kept(lambda: SwiGLU.apply(gate_up, down), gate_up, down) == 0
+    x, = made("rotate")[2]
+    assert kept(lambda: rotate(x)) == 2 * 4 * 6  # cos and sin
     packed = Packed([([1, 2], [3], [4, 5]), ([6], [7, 8], [9])], "cpu")
     heads = torch.randn(len(packed.cells), 2, 4, requires_grad=True)
     assert kept(lambda: packed._on_grid(heads * 1.0), packed.cells) == 0

@@ -5,8 +5,7 @@ import torch
 
 from minisr import step as module
 from minisr.cache import KVCache
-from minisr.model import ModelConfig, rotary, rotate
-from minisr.step import Product, Step, turn
+from minisr.step import Product, Step
 
 
 @pytest.mark.parametrize("rows", [1, 2, 7])
@@ -36,16 +35,6 @@ def test_a_product_is_the_layers_and_adds_to_what_it_is_told(monkeypatch, large,
     product = Product(layer)
     torch.testing.assert_close(product(x), x @ layer.weight.detach().T)
     torch.testing.assert_close(product(x, onto), onto + x @ layer.weight.detach().T)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_turning_is_rotating(dtype):
-    config = ModelConfig(width=32, heads=4)
-    heads = torch.randn(3, 5, 8, generator=torch.Generator().manual_seed(2)).to(dtype)  # (B, heads, D)
-    rotation = rotary(torch.tensor([[3], [0], [40]]), config)  # (B, 1, 1, D/2) each
-    cos, sin = (x[:, 0] for x in rotation)
-    turned = turn(heads, torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1))
-    torch.testing.assert_close(turned, rotate(heads[:, :, None], rotation)[:, :, 0], atol=1e-6, rtol=0)
 
 
 @torch.no_grad()
