@@ -11,10 +11,6 @@ import json
 import statistics
 from math import log2
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import torch
 
 from minisr.bench import MODELS, Trainer, machine, take_turns
@@ -23,6 +19,7 @@ from minisr.dpo import dpo_loss, encode_pairs, pair_logps
 from minisr.interop.source import load_source
 from minisr.judge import judge_prompt, load_template
 from minisr.pairs import select_pairs
+from minisr.records import InputError, need
 from minisr.run import ENGLISH_TEMPLATE, WORLD_TEMPLATE
 from minisr.sampler import SampleConfig, sample
 from minisr.seed_data import held_out_and_seeds
@@ -75,10 +72,14 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2, metavar="K")
     parser.add_argument("--out", default="growth.png", metavar="FILE.png")
     options = parser.parse_args()
+    try:
+        figure = need("matplotlib.figure", "report").Figure((11, 6.5), layout="constrained")
+    except InputError as error:
+        parser.error(str(error))
     torch.set_num_threads(options.threads)
     able, results = machine("cpu", options.threads), []
     curves = works(options.model)
-    figure, axes = plt.subplots(2, 3, figsize=(11, 6.5), layout="constrained")
+    axes = figure.subplots(2, 3)
     print(f"{options.model:32} seconds, median, at each size; how it grows over the last doubling")
     for axis, (title, runs) in zip(axes.flat, curves.items()):
         for run in runs.values():

@@ -32,7 +32,7 @@ from minisr.seed_data import held_out_and_seeds
 
 # Prompts answered N = 4 times; answers judged J = 3 times; batches of distinct prompts; pairs of a DPO step.
 Size = namedtuple("Size", "prompts judged batches pairs")
-SIZES = {"tiny": Size(64, 64, (1, 16, 64), 32), "smollm2": Size(16, 16, (1, 16, 64), 6)}
+SIZES = {"tiny": Size(64, 64, (1, 16, 64), 32), "smollm2": Size(16, 64, (1, 16, 64), 6)}
 QUICK = {"tiny": Size(16, 16, (1, 16), 8), "smollm2": Size(2, 2, (1, 4), 2)}
 WORKS = ("responses", "judging", "batch", "dpo")
 

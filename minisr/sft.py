@@ -11,7 +11,7 @@ from minisr.chance import key as coordinates
 from minisr.records import InputError
 from minisr.train import OptimConfig, fit, micro_batches
 
-LOGITS = 2**24  # numbers held at once, 64 MB in float32
+LOGITS = 2**25  # numbers held at once, 128 MB in float32
 
 
 def encode_examples(tokenizer, examples: list[dict], context: int) -> list[tuple]:

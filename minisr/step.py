@@ -1,4 +1,4 @@
-"""The decoder for one new token a row: the arithmetic of model.py in a third of the operations.
+"""The decoder for one new token a row: the arithmetic of model.py in fewer operations.
 
 Legend as in model.py. A step of a small model, or of few rows, takes as long as it has operations, whatever
 their size; so here are no modules and no axis of time, and every product is written the way that is fast.
