@@ -235,18 +235,11 @@ def take_turns(runs: dict, repeats: int) -> dict[str, list[float]]:
     return taken
 
 
-def _for_a_second(run):
-    """The seconds of one run after the other, until more than one has passed."""
-    start = time.perf_counter()
-    while time.perf_counter() < start + 1:
-        yield seconds(run)
-
-
 def machine(device: str, threads: int) -> dict:
     """What it is and can do: bandwidth of one large read, rate of one large matrix product."""
     dtype, side = (torch.bfloat16, 8192) if device == "cuda" else (torch.float32, 1024)
     x, a = torch.ones(2**26, device=device), torch.ones(side, side, device=device, dtype=dtype)
-    read, product = (min(_for_a_second(run)) for run in (x.sum, lambda: a @ a))
+    read, product = (min(seconds(run) for _ in range(64)) for run in (x.sum, lambda: a @ a))
     cpu, root, commit = platform.processor(), Path(__file__).parents[1], ""
     with suppress(OSError):
         cpu = Path("/proc/cpuinfo").read_text().partition("model name\t: ")[2].split("\n")[0] or cpu

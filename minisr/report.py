@@ -29,7 +29,7 @@ COLUMNS = (
     ("Ken-", "dall", lambda name, m: f"{m['judge']['kendall']:.2f}"),
     ("parse", "rate", lambda name, m: f"{100 * m['judge']['parse_rate']:.1f}"),
     ("length", "chars", lambda name, m: f"{m['length']:.0f}"),
-    ("pairs", "", lambda name, m: str(m["pairs"] or "-")),
+    ("pairs", "", lambda name, m: str(m["pairs"]) if "selection" in m else "-"),
     ("sec-", "onds", lambda name, m: f"{m['seconds']:.0f}"),
 )
 
@@ -70,6 +70,8 @@ def line(metrics: dict) -> str:
         answers = (f" flawless {100 * m['flawless']:.0f} % sampled, {100 * m['flawless_greedy']:.0f} % "
                    "greedy;")
     pairwise = m["judge"]["pairwise"]
+    if "selection" in m and not m["pairs"]:
+        answers += " not a single pair was to learn from, it is the model before again;"
     return (f"{name} done in {m['seconds']:.0f} s:{answers} {100 * m['judge']['parse_rate']:.0f} % of its "
             f"judgements can be read, {'-' if pairwise is None else f'{100 * pairwise:.1f}'} % of pairs are "
             "ordered rightly")

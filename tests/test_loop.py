@@ -18,6 +18,7 @@ from minisr.experiment import share
 from minisr.judge import judge
 from minisr.prompts import normal
 from minisr.records import jsonl_bytes, read_json, read_jsonl
+from minisr.report import line, table
 from minisr.resume import write_sealed
 from minisr.run import Run
 from minisr.stages import Model
@@ -323,6 +324,16 @@ def test_a_run_ends_in_a_table_and_eval_makes_it_again(session_run, copy):
     code, out, _ = minisr("eval", copy)
     assert code == 0 and out.split("\n\n")[0] in session_run[1]
     assert files(copy) == files(session_run[0])
+
+
+def test_a_model_that_no_pair_trained_is_told_to_be_the_one_before(finished):
+    metrics = read_json(finished / "metrics.json", "metrics")
+    name, last = list(metrics["models"].items())[-1]
+    assert "not a single pair" not in line(metrics)
+    last["pairs"] = 0
+    assert "not a single pair was to learn from" in line(metrics)
+    row = next(row for row in table(metrics).splitlines() if row.startswith(name))
+    assert row.split()[-2] == "0"  # pairs, before seconds
 
 
 def test_show_prints_the_way_of_a_prompt_from_responses_to_log_probabilities(finished):
