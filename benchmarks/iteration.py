@@ -44,7 +44,7 @@ class Peers:
     def __init__(self, threads: int, folder: Path):
         self.generator, self.folder = Transformers(threads, folder), folder
 
-    def sample(self, model, asked, n, config, *, key, stop, title="", with_logps=False) -> list[list[Sample]]:
+    def sample(self, model, asked, n, config, *, key, stop, title="", **_) -> list[list[Sample]]:
         """minisr.sampler.sample by transformers.generate, as many rows at once, like lengths together."""
         order, results = sorted(range(len(asked)), key=lambda i: len(asked[i])), [None] * len(asked)
         wave = max(1, config.rows // n)
@@ -59,7 +59,7 @@ class Peers:
                 results[i] = [Sample(ids, ids[-1] in stop) for ids in rows[number * n:(number + 1) * n]]
         return results
 
-    def train(self, model, tokenizer, pairs, replay, config, key, title, log_file=None, *_):
+    def train(self, model, tokenizer, pairs, replay, config, key, title, *_, **__):
         """minisr.dpo.train_dpo by TRL's DPOTrainer."""
         import datasets
         import transformers
