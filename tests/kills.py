@@ -56,7 +56,7 @@ def main() -> int:
             code, told = finish(process)
             where = newest(folder / "killed")
             stages[where] = stages.get(where, 0) + 1
-            # Before minisr is up and while Python shuts down after it, SIGTERM ends it as it does any process.
+            # Before minisr is up, and while Python shuts down after it, it ends as any process does.
             asked = [0, 130 if handled else -options.signal]
             if "Traceback" in told or code not in asked:
                 faults.append(f"exit code {code}: {told[-500:]}")
