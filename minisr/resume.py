@@ -25,8 +25,13 @@ def locked(folder: Path):
     except ImportError:  # Windows: there is no such lock, and so no protection
         yield
         return
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "w") as file:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = open(folder / ".lock", "w")
+    except OSError as error:
+        raise InputError(f"cannot write into {folder}: {error.strerror}; make room for it or choose another "
+                         "folder with --out") from error
+    with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
