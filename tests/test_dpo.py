@@ -10,6 +10,7 @@ from tiny import PAIRS, as_llama, bigram, llama_weights, tiny_model, tiny_tokeni
 
 from minisr import dpo, sft
 from minisr.dpo import dpo_loss, encode_pairs, pair_logps, reference_logps, sequence_logprobs
+from minisr.records import InputError
 from minisr.sft import collate
 
 
@@ -36,6 +37,14 @@ def test_probabilities_of_all_responses_of_one_length_sum_to_1(prompt):
         logps = logprobs(tiny_model(vocab_size=3), every)
     assert logps.exp().sum().item() == pytest.approx(1, abs=1e-5)
     assert logps.exp().max() < 0.9  # or one string alone would do
+
+
+def test_a_pair_longer_than_the_context_is_refused_by_its_number():
+    longest = max(len(prompt) + max(map(len, sides)) for prompt, *sides in encoded())
+    assert len(encode_pairs(tiny_tokenizer(), PAIRS, longest)) == 3
+    long = {**PAIRS[0], "rejected": "\n" * longest}
+    with pytest.raises(InputError, match=rf"pair 3 .*context is {longest}"):
+        encode_pairs(tiny_tokenizer(), [*PAIRS[:2], long], longest)
 
 
 def test_log_probabilities_are_summed_not_averaged():

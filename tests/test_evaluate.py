@@ -140,6 +140,14 @@ def test_the_pairwise_interval_resamples_instructions():
     assert [low, high] == pytest.approx([0.5 - half, 0.5 + half], abs=0.02)
 
 
+def test_the_pairwise_interval_counts_an_instruction_by_its_pairs():
+    # Half the instructions have one pair, wrong; half have six, right: 6 of 7 pairs, not one half.
+    truth, given = [[1, 2], [1, 2, 3, 4]] * 40, [[2, 1], [1, 2, 3, 4]] * 40
+    metrics = judge_metrics(truth, given)
+    low, high = metrics["pairwise_ci95"]
+    assert metrics["pairwise"] == pytest.approx(6 / 7) and low < 6 / 7 < high and high - low < 0.15
+
+
 def test_answer_figures_by_hand():
     flawless, poor = [True] * 5, [True, False, False, True, False]
     metrics = answer_metrics([

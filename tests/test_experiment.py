@@ -3,6 +3,7 @@ import json
 import sys
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -12,13 +13,15 @@ from minisr.experiment import (
     COLUMNS,
     STUDENT_T,
     collect,
+    experiment,
+    gather,
     markdown,
     mean_and_interval,
     overrides,
     read_plan,
     share,
 )
-from minisr.records import InputError, read_json
+from minisr.records import InputError, read_json, write_json
 
 PLANS = Path(__file__).parent.parent / "tiny_configs" / "experiments"
 BASE = """iterations = 1
@@ -100,11 +103,11 @@ def upto(name):
     return {"config.toml", *MADE[:MADE.index(name)]}
 
 
-def base_run(folder, config):
+def base_run(folder, config, changes=()):
     for name in [*MADE, "metrics.json"]:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(name)
-    (folder / "config.toml").write_text(to_toml(load_config(config)))
+    (folder / "config.toml").write_text(to_toml(load_config(config, overrides=tuple(changes))))
 
 
 @pytest.mark.parametrize("changes, copied", [
@@ -130,6 +133,54 @@ def test_a_variant_shares_with_the_base_what_it_would_make_again_just_so(changes
     if copied:  # or the run would refuse to go on here
         assert load_config(tmp_path / "a-0/config.toml") == load_config(toml, overrides=changes)
     assert not list(tmp_path.glob("*.part"))
+
+
+@pytest.fixture
+def started(plan, monkeypatch):
+    """The settings of each process that an experiment would start, by its run's name; "b-1" fails."""
+    commands = {}
+
+    def run(command, **_):
+        base, folder = command[command.index("run") + 1], Path(command[command.index("--out") + 1])
+        commands[folder.name] = command[command.index("--set") + 1::2]
+        if folder.name.startswith("base"):
+            base_run(folder, base, commands[folder.name])
+        figures = {"flawless": int(folder.name[-1]), "judge": {"exact": 0.5}}
+        models = ("SFT", "M1") if folder.name == "b-1" else ("SFT", "M1", "M2")
+        write_json(folder / "metrics.json", {"models": dict.fromkeys(models, figures)})
+        return SimpleNamespace(returncode=int(folder.name == "b-1"))
+    monkeypatch.setattr("minisr.experiment.subprocess", SimpleNamespace(run=run))
+    return commands
+
+
+PLAN = """base = "base.toml"
+seeds = [0, 1]
+common.threads = 1
+[variants]
+a = {judge.by = "random"}
+b = {dpo.beta = 0.5}
+"""
+
+
+def test_an_experiment_runs_the_base_before_its_variants_and_gathers_by_seed(started, plan, tmp_path):
+    results = experiment(plan(PLAN), tmp_path / "out", 1, ["a"])
+    assert list(started) == ["base-0", "base-1", "a-0", "a-1"]
+    assert started["a-1"] == ["seed=1", "threads=1", "judge.by=random"]
+    assert started["base-0"] == ["seed=0", "threads=1"]
+    assert list(results) == ["base", "a"] and list(results["a"]) == ["SFT", "M1", "M2"]
+    figures = results["a"]["M2"]
+    assert (figures["flawless"], figures["judge.exact"]) == ([0, 1], [0.5, 0.5])
+    assert figures["versus_m1.win"] == [None, None]  # it was not measured
+    assert (tmp_path / "out/a-0/M1/responses.jsonl").exists()  # the base's
+    assert read_json(tmp_path / "out/results.json", "results") == results
+
+
+def test_a_run_that_fails_and_a_variant_that_is_not_there_are_named(started, plan, tmp_path):
+    with pytest.raises(InputError, match=r"b-1 failed; .*b-1\.log tells why"):
+        experiment(plan(PLAN), tmp_path / "out", 1)
+    assert list(gather(read_plan(plan(PLAN)), tmp_path / "out")) == ["base", "a"]  # not half of b
+    with pytest.raises(InputError, match="has no variant c; it has base, a, b"):
+        experiment(plan(PLAN), tmp_path / "out", 1, ["a", "c"])
 
 
 @pytest.mark.parametrize("count", range(2, 11))

@@ -6,21 +6,24 @@ import shutil
 import sys
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import replace
+from math import log
 from statistics import mean
 
 import pytest
 import torch
 
+from minisr import stages
 from minisr.checkpoint import SEED_MODEL, load_model
 from minisr.cli import main
 from minisr.config import load_config
 from minisr.experiment import share
 from minisr.judge import judge
 from minisr.prompts import normal
-from minisr.records import jsonl_bytes, read_json, read_jsonl
+from minisr.records import jsonl_bytes, read_json, read_jsonl, write_jsonl
 from minisr.report import line, table
 from minisr.resume import write_sealed
 from minisr.run import Run
+from minisr.sampler import Sample
 from minisr.stages import Model
 from minisr.world import oracle
 from minisr.world.corpus import held_out
@@ -210,6 +213,35 @@ def test_pairs_are_the_best_and_the_worst_response_by_mean_score(finished, name)
     assert pairs and pairs == [pair for pair in expected if pair["chosen"] != pair["rejected"]]
 
 
+@pytest.mark.parametrize("name", ["M2", "M3"])
+def test_a_model_begins_as_its_parent_which_is_its_reference(finished, name):
+    # The parent's log-probabilities were recorded while it sampled: begun from another, no margin would be 0.
+    first = jsonl(finished / name / "train_log.jsonl")[0]
+    assert [first["dpo_loss"], first["margin"]] == pytest.approx([log(2), 0], abs=1e-4)
+
+
+def test_a_log_probability_is_kept_only_of_the_tokens_that_training_will_see(copy, monkeypatch):
+    model = Model(Run(copy, load_config(copy / "config.toml")), "M1")
+    tokenizer, text = model.load()[1], "Once there was a fox."
+    letters = ["▁", *text.replace(" ", "▁")]
+    whole, apart = tokenizer.answer(text), [tokenizer.vocabulary.pieces.piece_to_id(c) for c in letters]
+    assert tokenizer.decode(whole) == tokenizer.decode(apart) == text and apart[0] > 2
+    drawn = [Sample(whole, True, -1.5), Sample([*apart, tokenizer.eos], True, -2.5),
+             Sample(whole[:-1], False)]
+    monkeypatch.setattr(stages, "sample", lambda *_, **__: [drawn])
+    (copy / "M1/responses.jsonl").unlink()
+    [record] = model.respond([{"prompt": "News?"}])
+    assert (record["responses"], record["logps"]) == ([text] * 3, [-1.5, None, None])
+
+
+def test_without_any_pair_the_next_model_is_the_same_again(copy):
+    shutil.rmtree(copy / "M2")
+    Model(Run(copy, load_config(copy / "config.toml")), "M1").train_dpo([])
+    same, other = (load_model(copy / name)[0].state_dict() for name in ("M1", "M2"))
+    assert all(torch.equal(same[name], other[name]) for name in same)
+    assert jsonl(copy / "M2/train_log.jsonl") == []
+
+
 def test_no_training_file_holds_an_evaluation_prompt(finished):
     kept = [normal(record["prompt"]) for name in ("evaluation", "judge_evaluation")
             for record in jsonl(finished / f"seed/{name}.jsonl")]
@@ -349,6 +381,61 @@ def test_show_prints_the_way_of_a_prompt_from_responses_to_log_probabilities(fin
     rows = [[float(v) for v in row] for row in re.findall(r"^M[12] +(\S+) +(\S+) +(\S+)$", out, re.MULTILINE)]
     assert len(rows) == 2 and rows[0] != rows[1]
     assert all(chosen - rejected == pytest.approx(gap, abs=0.02) for chosen, rejected, gap in rows)
+
+
+def test_show_says_why_there_is_no_pair_and_paints_the_loss_in_a_terminal(copy):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    pair = jsonl(copy / "M1/pairs.jsonl")[0]
+    number = [r["prompt"] for r in jsonl(copy / "M1/responses.jsonl")].index(pair["prompt"])
+    with redirect_stdout(Terminal()) as out:
+        assert main(["show", str(copy), "--model", "M1", "--prompt", str(number)]) == 0
+    told, painted = out.getvalue().split("what bears loss (green):")
+    grey, green = (re.findall(rf"\033\[{colour}m(.*?)\033\[0m", painted, re.DOTALL) for colour in (90, 32))
+    assert "\033" not in told and pair["prompt"] in "".join(grey)
+    assert pair["chosen"] in "".join(green) and pair["rejected"] in "".join(green)
+    write_jsonl(copy / "M1/pairs.jsonl", [])
+    out = minisr("show", copy, "--model", "M1", "--prompt", number)[1]
+    assert "no pair: equal rewards" in out and "y_w" not in out
+
+
+def test_show_prints_every_models_answers_with_their_points(finished):
+    code, out, _ = minisr("show", finished, "--answers", "2")
+    assert code == 0 and out.count("x    ") == 2
+    for name in MODELS:
+        for record in jsonl(finished / name / "answers.jsonl")[:2]:
+            said = record["sampled"].replace("\n", "\n     ")
+            assert f"{name:4} {said}  ({sum(record['sampled_points'])} points)\n" in out
+
+
+def test_answers_for_an_outside_judge_are_one_file_a_model_in_alpacaevals_format(copy, tmp_path):
+    before, asked = files(copy), ["News?", "Write a story about a sad pig at the river."]
+    write_jsonl(tmp_path / "asked.jsonl", [{"instruction": prompt} for prompt in asked])
+    code, out, _ = minisr("eval", copy, "--export", tmp_path / "a", "--prompts", tmp_path / "asked.jsonl")
+    assert code == 0 and "SFT, M1, M2, M3 to 2 prompts" in out and files(copy) == before
+    said = {name: read_json(tmp_path / f"a/{name}.json", "answers") for name in MODELS}
+    for name, records in said.items():
+        assert [record["instruction"] for record in records] == asked
+        assert {record["generator"] for record in records} == {f"minisr copy {name}"}
+        assert all(record["output"] for record in records)
+    assert len({str([record["output"] for record in records]) for records in said.values()}) > 1
+
+
+def test_a_reader_that_hangs_up_is_no_error(finished, monkeypatch):
+    def hang_up(*_):
+        raise BrokenPipeError
+    monkeypatch.setattr("minisr.show.show_way", hang_up)
+    with redirect_stderr(io.StringIO()) as err:
+        assert main(["show", str(finished)]) == 0
+    assert err.closed  # or Python would complain when it flushes
+
+
+def test_a_question_too_long_does_not_end_the_chat(finished, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Write a story. " * 200 + "\n\nNews?\n"))
+    code, out, err = minisr("chat", finished / "M1", "-n", "1")
+    assert code == 0 and "context" in err and out.count("judgements could be read") == 1
 
 
 def test_chat_prints_n_answers_the_best_first_each_with_its_judgement(finished, monkeypatch):

@@ -3,16 +3,19 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from minisr import seed_data
 from minisr.config import Config, SeedConfig, load_config
-from minisr.judge import load_template, parse_score
+from minisr.judge import JudgeConfig, Judgement, load_template, parse_score
 from minisr.records import InputError, write_jsonl
 from minisr.run import ENGLISH_TEMPLATE, Run
 from minisr.seed_data import (
     ENGLISH,
     eft_by_annotator,
+    eft_by_baseline,
     held_out_and_seeds,
     read_instructions,
     read_prompts,
@@ -106,6 +109,34 @@ def test_a_judged_example_ends_in_the_score_line_that_the_parser_reads():
     [good, bad] = eft_by_annotator([JUDGED], "{prompt}|{response}")
     assert good == {"prompt": "Name a colour.|Blue.", "response": "Good.\nScore: 5"}
     assert [parse_score(r["response"]) for r in (good, bad)] == [5, 0]
+
+
+def test_the_baselines_judgements_are_kept_where_a_whole_round_ranks_rightly(monkeypatch):
+    # What it says of each response, in three rounds; "Score: 3" of all would be a tie.
+    said = {"a1": (3, 4, 5), "a2": (3, 1, 0),  # the second and the third round rank rightly
+            "b1": (5, 2, None), "b2": (3, 3, 1), "b3": (4, 4, 0),  # in each a pair is in the wrong order
+            "c1": (2, 5, 5), "c2": (0, None, 2), "c3": (0, 2, 2)}  # the scores 5, 1, 1: the last two may tie
+    ranked = [{"prompt": p, "responses": [y for y in said if y[0] == p], "scores": scores}
+              for p, scores in (("a", [5, 0]), ("b", [5, 4, 3]), ("c", [5, 1, 1]))]
+
+    def judge(model, tokenizer, template, prompts, responses, config, key):
+        return [[Judgement(f"Score: {score}", score) for score in said[y]] for y in responses]
+    monkeypatch.setattr(seed_data, "judge", judge)
+    made = eft_by_baseline(None, None, ranked, "{prompt}|{response}", JudgeConfig(), 0)
+    assert [(record["prompt"], parse_score(record["response"])) for record in made] == [
+        ("a|a1", 4), ("a|a2", 1), ("c|c1", 2), ("c|c2", 0), ("c|c3", 0)]
+
+
+def test_a_baseline_that_never_ranks_rightly_is_told_and_nothing_is_written(monkeypatch, tmp_path):
+    data = SeedConfig(ift=2, ranked=2, judge_evaluation=1, evaluation=1, eft_by="baseline")
+    run = Run(tmp_path, Config(threads=1, seed_data=data))
+    baseline, made = SimpleNamespace(load=lambda: (None, None)), []
+    monkeypatch.setattr(seed_data, "eft_by_baseline", lambda *_: made)
+    with pytest.raises(InputError, match="no judgements that rank rightly"):
+        run.eft(baseline)
+    assert not (tmp_path / "seed/eft.jsonl").exists()
+    made.append({"prompt": "Rate it.", "response": "Score: 1"})
+    assert run.eft(baseline) == made
 
 
 ENGLISH_CONFIG = SeedConfig(source="english", ift=96, ranked=16, judge_evaluation=12, evaluation=48)

@@ -17,7 +17,7 @@ from minisr.config import load_config, to_toml
 from minisr.evaluate import answer_metrics, histogram, judge_metrics, win_rates
 from minisr.experiment import COLUMNS, markdown, mean_and_interval
 from minisr.page import write_page
-from minisr.records import InputError, read_json, write_json
+from minisr.records import InputError, read_json, read_jsonl, write_json
 from minisr.world import oracle
 
 pytest.importorskip("matplotlib")
@@ -496,6 +496,16 @@ def test_a_run_and_an_experiment_end_with_their_page(
     monkeypatch.setattr("minisr.experiment.experiment", lambda *_: known)
     assert main(["experiment", "any.toml", "--out", str(experiment)]) == 0
     assert f"Page: {experiment / 'report.html'}\n" in capsys.readouterr().out
+
+
+def test_a_run_without_an_oracle_ends_with_answers_to_read(
+        short_run, copy, no_drawing, monkeypatch, capsys):
+    run = SimpleNamespace(folder=copy, has_oracle=False)
+    monkeypatch.setattr("minisr.cli._open_run", lambda options: run)
+    assert main(short_run) == 0
+    out = capsys.readouterr().out.partition("Nobody here can tell which answers are better")[2]
+    answers = read_jsonl(copy / "M2/answers.jsonl", "answers")
+    assert [record["sampled"] in out for record in answers[:2]] == [True, True] and out.count("x    ") == 2
 
 
 def test_without_matplotlib_the_command_names_the_extra_and_a_run_says_how(

@@ -228,6 +228,42 @@ def test_a_seal_tells_a_file_that_was_changed_and_passes_one_that_never_had_any(
         check_seal(path)
 
 
+def test_a_folder_that_cannot_be_written_is_told(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="cannot write into .*run: .*; make room for it or choose another"):
+        with locked(tmp_path / "file" / "run"):
+            pass
+
+
+def test_where_there_is_no_lock_the_work_is_done_without(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "fcntl", None)  # as on Windows
+    with locked(tmp_path), locked(tmp_path):
+        pass
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture
+def handlers():
+    """As they were before, afterwards."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("first, second", [(signal.SIGINT, signal.SIGINT), (signal.SIGTERM, signal.SIGINT)])
+def test_a_first_signal_waits_for_the_next_check_and_a_second_does_not(first, second, handlers, capsys):
+    Stop.on_signals()
+    assert signal.getsignal(first) == signal.getsignal(second) == Stop._ask
+    Stop.check()
+    signal.raise_signal(first)
+    assert "once more: at once" in capsys.readouterr().err
+    with pytest.raises(KeyboardInterrupt):
+        Stop.check()
+    with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(second)
+
+
 def test_a_second_process_in_a_folder_is_told(tmp_path):
     with locked(tmp_path):
         with pytest.raises(InputError, match="another minisr is at work in"):

@@ -124,6 +124,14 @@ def test_draws_follow_temperature_and_then_top_p(temperature, top_p):
     assert_drawn_from(expected, np.bincount(drawn, minlength=len(LOGITS)))
 
 
+def test_a_nucleus_is_full_when_its_mass_is_exactly_p():
+    probability = torch.tensor(LOGITS).softmax(-1).sort(descending=True)[0]
+    first, two = probability[0], probability[:2].sum()
+    for mass, kept in ((first, 1), (first.nextafter(two), 2)):
+        drawn = draw(torch.tensor([LOGITS]).expand(500, -1), 1.0, mass.item(), torch.arange(500) * 7919, 0)
+        assert len(drawn.unique()) == kept
+
+
 @pytest.mark.parametrize("top_p", [1.0, 0.6])
 def test_a_draw_tells_nothing_about_the_next(top_p):
     # At 0.6 many a first draw is refused: its second may not be the next token's first.

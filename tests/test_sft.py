@@ -12,7 +12,15 @@ from tiny import llama_weights, tiny_model, tiny_tokenizer
 from minisr import sft
 from minisr.records import InputError
 from minisr.sft import collate, encode_examples, schedule, target_loss, train_sft
-from minisr.train import OptimConfig, fit, learning_rate, optimizers, update
+from minisr.train import (
+    OptimConfig,
+    backward,
+    fit,
+    learning_rate,
+    master_weights,
+    optimizers,
+    update,
+)
 
 EXAMPLES = [{"prompt": "Write a story.", "response": "Once there was a fox. The end."},
             {"prompt": "Plan a day with the king.", "response": "First we call the king. Have fun."},
@@ -160,6 +168,32 @@ def test_muon_takes_q_k_v_and_gate_up_for_matrices_of_their_own():
         torch.testing.assert_close(found[name], p.detach(), atol=1e-6, rtol=1e-5)
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_adamws_steps_by_hand(optimizer):
+    # It decays the matrices of blocks alone; beside Muon, which takes those, it decays nothing.
+    model, rate = tiny_model(), 0.01
+    masters = dict(model.named_parameters())
+    chosen = optimizers(masters, OptimConfig(optimizer=optimizer, weight_decay=0.1), model.config)
+    matrices = {name for name, p in masters.items() if name.startswith("blocks") and p.dim() == 2}
+    by_hand = {name: p.detach().double() for name, p in masters.items()
+               if optimizer == "adamw" or name not in matrices}
+    mean, square = (dict.fromkeys(by_hand, 0.0) for _ in range(2))
+    generator = torch.Generator().manual_seed(0)
+    for t in range(1, 5):
+        for p in masters.values():
+            p.grad = torch.randn(p.shape, generator=generator)
+        for name, p in by_hand.items():
+            grad = masters[name].grad.double()
+            mean[name] = 0.9 * mean[name] + 0.1 * grad
+            square[name] = 0.95 * square[name] + 0.05 * grad**2
+            by_hand[name] = p * (1 - rate * 0.1 * (name in matrices)) - rate * (
+                mean[name] / (1 - 0.9**t)) / ((square[name] / (1 - 0.95**t)).sqrt() + 1e-8)
+        update(model, masters, chosen, rate)
+    assert len(by_hand) == {"adamw": 14, "muon": 6}[optimizer]
+    for name, p in by_hand.items():
+        torch.testing.assert_close(masters[name].detach().double(), p, atol=1e-6, rtol=1e-5)
+
+
 def test_training_is_the_same_for_the_same_key():
     def trained(key, others_drew):
         model = tiny_model()
@@ -261,6 +295,23 @@ def test_bfloat16_weights_gather_steps_too_small_for_them():
     norms = start == 1  # 1 + 1e-5 is 1 in bfloat16
     assert rounded[norms].abs().max() > 1e-3
     assert torch.corrcoef(torch.stack([exact, rounded]))[0, 1] > 0.6
+
+
+def test_gradients_of_micro_batches_add_up_beside_bfloat16_weights():
+    model = tiny_model().bfloat16()
+    masters = master_weights(model)
+
+    def gradient(*tokens):
+        for token in tokens:
+            backward(model(torch.tensor([[token, 2]])).float().square().mean(), model, masters)
+        found = {name: p.grad for name, p in masters.items()}
+        for p in masters.values():
+            p.grad = None
+        return found
+    first, second, both = gradient(5), gradient(6), gradient(5, 6)
+    assert all(p.grad is None for p in model.parameters())
+    for name in masters:
+        assert torch.equal(both[name], first[name] + second[name]) and second[name].any(), name
 
 
 @pytest.mark.parametrize("logits", [1, 7 * 500, 2**24])  # one token at a time, seven, all together

@@ -101,6 +101,15 @@ def test_replay_adds_the_loss_of_the_replayed_examples(train):
         assert [r["loss"] for r in records] == pytest.approx([log(2) + weight * loss] * 3, abs=1e-4)
 
 
+@pytest.mark.parametrize("micro_batch", [1, 2])
+def test_micro_batches_change_no_figure_and_no_gradient(micro_batch, train):
+    settings = {"batch_size": 3, "nll": 0.5, "replay": 0.5, **FROZEN}
+    _, _, [whole] = train(examples=REPLAY, **settings)
+    _, calls, [parts] = train(examples=REPLAY, micro_batch=micro_batch, **settings)
+    assert len(calls) == -(-3 // micro_batch)
+    assert parts == {name: pytest.approx(value, rel=1e-4, abs=1e-5) for name, value in whole.items()}
+
+
 def test_replay_lasts_as_long_as_the_pairs(train):
     _, _, records = train(examples=REPLAY * 2, pairs=PAIRS[:1], replay=1.0, batch_size=8, epochs=3)
     assert len(records) == 3

@@ -85,6 +85,11 @@ COMMANDS = {  # what is given wrongly: the command, and what the one line must s
     "file as folder": (lambda at: run(at, out="run.toml"), "cannot write", "choose another folder"),
     "folder in a file": (lambda at: run(at, out="run.toml/new"), "cannot write", "run.toml/new"),
     "long question": (lambda at: chat(at, "Write a story. " * 40), "tokens", "context is 96"),
+    "question of spaces": (lambda at: chat(at, "  "), "a question that is not empty"),
+    "chat with a run": (lambda at: ["chat", at / "run", "--ask", "News?"], "is a run", "one of its models"),
+    "no answers to show": (lambda at: ["show", at / "run", "--answers", "2"], "no evaluated model yet"),
+    "prompts for nobody": (lambda at: ["eval", at / "run", "--prompts", at / "p"], "say where with --export"),
+    "import over a model": (lambda at: ["import", at / "M0", "--out", at / "M0"], "holds a model already"),
     "nothing to show": (lambda at: ["show", at / "run"], "no judged iteration", "models that do: none"),
     "eval of no run": (lambda at: ["eval", at / "M0"], "cannot read config", "config.toml"),
     "eval of no model": (lambda at: ["eval", at / "run"], "no trained model yet", "minisr run"),
@@ -237,6 +242,12 @@ def record_in_the_seed_data_without_its_response(at):
 def judge_prompt_without_its_field(at):
     (at / "judge.txt").write_text("Is this an answer to {prompt}?")
     return run(at, f"judge.template={at}/judge.txt", out="new")
+
+
+@case("holds a model already", "--out")
+def export_over_a_model(at):
+    (at / "M0/config.json").write_text("{}")
+    return ["export", at / "M0", "--out", at / "M0"]
 
 
 @case("prompts 0 to 1", "no 2")
