@@ -39,6 +39,10 @@ def main(arguments: list[str] | None = None) -> int:
     except BrokenPipeError:  # `minisr show ... | head`
         sys.stderr.close()
         return 0
+    except OSError as error:  # a disk that is full or read-only, where no one looked
+        print(f"minisr: {' '.join(str(error).split())[:300]}; mend it, and the same command goes on",
+              file=sys.stderr)
+        return 2
 
 
 def run(options) -> None:

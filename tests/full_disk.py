@@ -31,9 +31,9 @@ PLENTY = "size=256m,nr_inodes=10000"
 # Bytes of room: none, a few pages for records, more for half a model or half a training state; None: any, but
 # not for another file.
 ROOMS = (0, 4096, None, 12288, 2_000_000, 0, 4096, 65536, 5_000_000, None, 8192, 0)
-FULL = re.compile(r"minisr: cannot write (?:into )?(\S+): (No space left on device|the disk may be full); make room for "
-                  r"it[^\n]+\n")
-READ_ONLY = re.compile(r"minisr: cannot write (?:into )?(\S+): (Read-only file system); [^\n]+\n")
+SAID = r"minisr: cannot write (?:into )?(\S+): "
+FULL = re.compile(SAID + r"(?:No space left on device|the disk may be full); make room for it[^\n]+\n")
+READ_ONLY = re.compile(SAID + r"Read-only file system; [^\n]+\n")
 # With a state every other step in SFT, too, one fills the disk before its model can.
 CONFIG = kills.CONFIG.replace("save_every = 2", "save_every = 50")
 

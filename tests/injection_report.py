@@ -112,8 +112,9 @@ def report(folder: Path, requests: int, most: int) -> None:
     for family in dict.fromkeys(family_of(c.name) for c in cases):
         for way in WAYS:
             print(row(family, way, [c for c in cases if c.way == way and family_of(c.name) == family]))
+    hostile = [c for c in cases if family_of(c.name) != "(harmless)"]
     for way in WAYS:
-        print(row("all", way, [c for c in cases if c.way == way]))
+        print(row("all hostile", way, [c for c in hostile if c.way == way]))
     print(f"\n{LEGEND}\n\nRaised most often:\n" + "\n".join(strongest(cases)))
 
 

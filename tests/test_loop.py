@@ -432,6 +432,14 @@ def test_a_reader_that_hangs_up_is_no_error(finished, monkeypatch):
     assert err.closed  # or Python would complain when it flushes
 
 
+def test_a_disk_that_fails_where_no_one_looked_is_one_line(finished, monkeypatch):
+    def fail(*_):
+        raise OSError(28, "No space left on device", "some/file")
+    monkeypatch.setattr("minisr.show.show_way", fail)
+    code, _, err = minisr("show", finished)
+    assert code == 2 and re.fullmatch(r"minisr: .*No space left on device: 'some/file'; mend it.*\n", err)
+
+
 def test_a_question_too_long_does_not_end_the_chat(finished, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.StringIO("Write a story. " * 200 + "\n\nNews?\n"))
     code, out, err = minisr("chat", finished / "M1", "-n", "1")
