@@ -10,8 +10,10 @@ import argparse
 import json
 import statistics
 from math import log2
+from pathlib import Path
 
 import torch
+from sides import in_one_line
 
 from minisr.bench import MODELS, Trainer, machine, take_turns
 from minisr.config import SeedConfig
@@ -19,7 +21,7 @@ from minisr.dpo import dpo_loss, encode_pairs, pair_logps
 from minisr.interop.source import load_source
 from minisr.judge import judge_prompt, load_template
 from minisr.pairs import select_pairs
-from minisr.records import InputError, need
+from minisr.records import need
 from minisr.run import ENGLISH_TEMPLATE, WORLD_TEMPLATE
 from minisr.sampler import SampleConfig, sample
 from minisr.seed_data import held_out_and_seeds
@@ -72,10 +74,11 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2, metavar="K")
     parser.add_argument("--out", default="growth.png", metavar="FILE.png")
     options = parser.parse_args()
-    try:
-        figure = need("matplotlib.figure", "report").Figure((11, 6.5), layout="constrained")
-    except InputError as error:
-        parser.error(str(error))
+    if options.repeats < 1 or options.threads < 1:
+        parser.error("--repeats and --threads are at least 1")
+    if not options.out.endswith(".png") or not Path(options.out).absolute().parent.is_dir():
+        parser.error(f"--out {options.out}: a .png in a folder that is there")
+    figure = need("matplotlib.figure", "report").Figure((11, 6.5), layout="constrained")
     torch.set_num_threads(options.threads)
     able, results = machine("cpu", options.threads), []
     curves = works(options.model)
@@ -104,4 +107,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    in_one_line(main)

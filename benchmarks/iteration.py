@@ -22,7 +22,7 @@ from pathlib import Path
 from unittest.mock import patch
 
 import torch
-from sides import Transformers
+from sides import Transformers, in_one_line
 from tqdm import tqdm
 
 from minisr import dpo, judge, prompts, stages
@@ -31,7 +31,7 @@ from minisr.config import load_config
 from minisr.evaluate import answer_metrics
 from minisr.interop import hf
 from minisr.interop.names import weights_from
-from minisr.records import read_json
+from minisr.records import need, read_json
 from minisr.run import Run
 from minisr.sampler import Sample
 
@@ -116,6 +116,8 @@ def main() -> None:
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE",
                         help="change one key of the config, e.g. --set prompts.count=100")
     options = parser.parse_args()
+    for package in ("transformers", "trl"):
+        need(package, "test")
     warnings.simplefilter("ignore", FutureWarning)
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     plain = ["dpo.replay=0.0", "dpo.nll=0.0", "device=cpu", *options.set]
@@ -151,4 +153,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    in_one_line(main)

@@ -17,7 +17,7 @@ from dataclasses import replace
 from math import ceil, log
 from pathlib import Path
 
-from sides import TRL, Minisr, MinisrDPO, Process, Transformers
+from sides import TRL, Minisr, MinisrDPO, Process, Transformers, in_one_line
 from tqdm import tqdm
 
 from minisr.bench import MODELS, machine, summary
@@ -26,6 +26,7 @@ from minisr.interop import hf
 from minisr.interop.source import load_source
 from minisr.judge import judge_prompt, load_template
 from minisr.pairs import select_pairs
+from minisr.records import need
 from minisr.run import ENGLISH_TEMPLATE, WORLD_TEMPLATE
 from minisr.sampler import common_prefix
 from minisr.seed_data import held_out_and_seeds
@@ -49,6 +50,10 @@ def main() -> None:
         parser.error("--repeats and --threads are at least 1")
     # Of the sides' processes: all compare on the CPU, in float32, and draw no bars.
     os.environ |= {"CUDA_VISIBLE_DEVICES": "", "TQDM_DISABLE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    for package in ("transformers", "trl"):
+        need(package, "test")
+    for model in options.model:
+        load_source(MODELS[model])  # what is not there is told now, not in an hour
     able, results = machine("cpu", options.threads), []
     for model in options.model:
         size = (QUICK if options.quick else SIZES)[model]
@@ -191,4 +196,4 @@ def table(results: list[dict]) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    in_one_line(main)

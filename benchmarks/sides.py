@@ -5,18 +5,29 @@ timed, and its peak memory is nobody else's.
 """
 
 import multiprocessing
+import sys
 import traceback
 import warnings
+from pathlib import Path
 
 import torch
 
 from minisr.bench import Trainer, peak_mb, reset_peak, seconds
 from minisr.dpo import dpo_loss, encode_pairs, pair_logps, reference_logps
 from minisr.interop import hf
+from minisr.records import InputError
 from minisr.sampler import SampleConfig, common_prefix, sample
 from minisr.train import OptimConfig
 
 BETA = 0.1
+
+
+def in_one_line(main) -> None:
+    """Run a benchmark; what is wrong with its input, or is not installed, ends it in one line."""
+    try:
+        main()
+    except (InputError, OSError) as error:
+        sys.exit(f"{Path(sys.argv[0]).name}: {error}")
 
 
 class Process:
