@@ -75,9 +75,6 @@ class Journal:
             raise InputError(f"cannot write {self.path}: {error.strerror}; make room for it, then the "
                              "same command goes on here") from error
 
-    def remove(self) -> None:
-        self.path.unlink(missing_ok=True)
-
 
 class NoJournal:
     """For work that is not kept."""

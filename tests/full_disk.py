@@ -153,7 +153,8 @@ def started(disk: Path, awaited: list[Path], room: int | None) -> tuple[int, str
 def read_only(disk: Path) -> list[str]:
     """What is wrong with what the commands say of a whole run that nobody may change."""
     def minisr(*arguments):
-        return subprocess.run([sys.executable, "-m", "minisr", *arguments], text=True, capture_output=True)
+        return subprocess.run([sys.executable, "-m", "minisr", *arguments], text=True, capture_output=True,
+                              env=os.environ | {"TQDM_DISABLE": "1"})
     faults, run = [], disk / "run"
     resize(disk, "ro")
     for arguments in (["run", disk / "config.toml", "--out", run], ["eval", run], ["report", run],
