@@ -79,9 +79,11 @@ def pretrain(options) -> None:
 
 def experiment(options) -> None:
     """Variants and seeds of one config, and the table with intervals."""
-    from minisr.experiment import experiment, markdown
+    from minisr.experiment import compared_markdown, experiment, markdown
     out = options.out or Path("runs") / options.config.stem
-    print(markdown(experiment(options.config, out, options.jobs, options.only)))
+    results = experiment(options.config, out, options.jobs, options.only)
+    print(markdown(results))
+    print(f"\nDifferences on the same seed:\n\n{compared_markdown(results)}")
     print(f"\nMeans over seeds, ± the 95 % interval. Files: {out}/ (results.json, one folder a run)")
     _write_page(out)
 

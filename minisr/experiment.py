@@ -168,10 +168,12 @@ COLUMNS = (
 
 
 def collect(folders: list[Path]) -> dict:
-    """{model: {figure: [value of each seed]}} from the runs' metrics.json; None where there is none."""
-    runs = [read_json(folder / "metrics.json", "metrics")["models"] for folder in folders]
-    return {model: {figure: [_figure(run[model], figure) for run in runs] for _, figure, _ in COLUMNS}
-            for model in runs[0]}
+    """{model: {figure: [value of each seed]}} from the runs' metrics.json; None where there is none. The
+    figure "seed" tells which seeds they are."""
+    runs = [read_json(folder / "metrics.json", "metrics") for folder in folders]
+    return {model: {"seed": [run["seed"] for run in runs]}
+            | {figure: [_figure(run["models"][model], figure) for run in runs] for _, figure, _ in COLUMNS}
+            for model in runs[0]["models"]}
 
 
 def _figure(metrics: dict, path: str):
@@ -179,6 +181,30 @@ def _figure(metrics: dict, path: str):
     for name in path.split("."):
         metrics = (metrics or {}).get(name)
     return metrics
+
+
+def compared(results: dict) -> dict:
+    """{comparison: {figure: [difference on each seed]}}: the base's later models less its M1, each model of a
+    variant less the base's. Left out: what a variant has from the base, where nothing differs.
+
+    Runs of one seed share their data, M0 and often M1, so their difference spreads less than either."""
+    base = results.get("base", {})
+    found = {f"base {model} - M1": paired(base[model], base["M1"])
+             for model in base if model not in ("SFT", "M1")}
+    found |= {f"{variant} {model} - base {model}": paired(models[model], base[model])
+              for variant, models in results.items() if variant != "base"
+              for model in models if model in base}
+    return {name: figures for name, figures in found.items() if any(map(any, figures.values()))}
+
+
+def paired(one: dict, other: dict) -> dict:
+    """{figure: [one less other on each seed that both have]} of two models' values over seeds."""
+    places = [(one["seed"].index(seed), other["seed"].index(seed)) for seed in one["seed"]
+              if seed in other["seed"]]
+    values = {figure: [(one[figure][i], other[figure][j]) for i, j in places] for _, figure, _ in COLUMNS
+              if figure in one and figure in other}
+    return {figure: [None if None in pair else pair[0] - pair[1] for pair in pairs]
+            for figure, pairs in values.items()}
 
 
 def mean_and_interval(values: list[float]) -> tuple[float, float]:
@@ -191,18 +217,27 @@ def mean_and_interval(values: list[float]) -> tuple[float, float]:
 
 def markdown(results: dict) -> str:
     """The results as a Markdown table: mean over seeds, plus or minus the 95 % interval."""
-    lines = ["| variant | model | " + " | ".join(head for head, _, _ in COLUMNS) + " |",
-             "|---|---|" + "---|" * len(COLUMNS)]
-    for variant, models in results.items():
-        for model, metrics in models.items():
-            cells = [_cell(metrics[figure], factor) for _, figure, factor in COLUMNS]
-            lines.append(f"| {variant} | {model} | {' | '.join(cells)} |")
+    return _table("variant | model", {f"{variant} | {model}": metrics for variant, models in results.items()
+                                      for model, metrics in models.items()}, "")
+
+
+def compared_markdown(results: dict) -> str:
+    """The paired differences as a Markdown table: mean over seeds, plus or minus the 95 % interval."""
+    return _table("difference", compared(results), "+")
+
+
+def _table(head: str, rows: dict, sign: str) -> str:
+    heads = [head, *(name for name, _, _ in COLUMNS)]
+    lines = [f"| {' | '.join(heads)} |", "|" + "---|" * (" | ".join(heads).count(" | ") + 1)]
+    for name, metrics in rows.items():
+        cells = [_cell(metrics.get(figure), factor, sign) for _, figure, factor in COLUMNS]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def _cell(values: list, factor: float) -> str:
-    if None in values:
+def _cell(values: list | None, factor: float, sign: str) -> str:
+    if not values or None in values:
         return "-"
     mean, half = mean_and_interval([factor * value for value in values])
     digits = 2 if factor == 1 and abs(mean) < 10 else 0 if abs(mean) >= 100 or factor == 1 else 1
-    return f"{mean:.{digits}f} ± {half:.{digits}f}"
+    return f"{mean:{sign}.{digits}f} ± {half:.{digits}f}"

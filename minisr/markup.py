@@ -3,7 +3,7 @@
 import re
 from html import escape
 
-from minisr.experiment import COLUMNS, markdown
+from minisr.experiment import COLUMNS, compared_markdown, markdown
 from minisr.report import COLUMNS as RUN_COLUMNS
 from minisr.world import oracle
 
@@ -79,10 +79,17 @@ def run_table(metrics: dict) -> str:
 
 def experiment_table(results: dict) -> str:
     """The table that ends an experiment."""
-    whole = {variant: {model: {figure: values.get(figure) or [None] for _, figure, _ in COLUMNS}
-                       for model, values in models.items()} for variant, models in results.items()}
-    head, _, *rows = [line.strip("| ").rsplit(" | ", len(COLUMNS) + 1)  # a variant's name may hold a bar
-                      for line in markdown(whole).split("\n")]
+    return _from_markdown(markdown(results))
+
+
+def compared_table(results: dict) -> str:
+    """The table of paired differences."""
+    return _from_markdown(compared_markdown(results))
+
+
+def _from_markdown(lines: str) -> str:
+    head, _, *rows = [line.strip("| ").rsplit(" | ", len(COLUMNS) + (" | model | " in lines))
+                      for line in lines.split("\n")]  # a variant's name may hold a bar
     return _table(head, rows)
 
 

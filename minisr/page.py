@@ -62,7 +62,7 @@ def experiment_page(folder: Path, out: Path) -> str:
     results, cards = read_json(folder / "results.json", "results"), []
     parts = [*_variants(folder, out, results), "<h2>Results</h2>", markup.experiment_table(results),
              '<p class="soft">Means over seeds ± the 95 % interval (Student\'s t); "-": not on every seed a '
-             "number.</p>"]
+             "number.</p>", "<h2>Differences on the same seed</h2>", markup.compared_table(results)]
     for figure, title, caption in (
             ("flawless", "Flawless, sampled", "Look for variants whose last model leaves M1 behind."),
             ("flawless_greedy", "Flawless, greedy", "Look for the same at temperature 0."),

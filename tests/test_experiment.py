@@ -13,6 +13,8 @@ from minisr.experiment import (
     COLUMNS,
     STUDENT_T,
     collect,
+    compared,
+    compared_markdown,
     experiment,
     gather,
     markdown,
@@ -145,9 +147,10 @@ def started(plan, monkeypatch):
         commands[folder.name] = command[command.index("--set") + 1::2]
         if folder.name.startswith("base"):
             base_run(folder, base, commands[folder.name])
-        figures = {"flawless": int(folder.name[-1]), "judge": {"exact": 0.5}}
+        seed = int(folder.name[-1])
+        figures = {"flawless": seed, "judge": {"exact": 0.5}}
         models = ("SFT", "M1") if folder.name == "b-1" else ("SFT", "M1", "M2")
-        write_json(folder / "metrics.json", {"models": dict.fromkeys(models, figures)})
+        write_json(folder / "metrics.json", {"seed": seed, "models": dict.fromkeys(models, figures)})
         return SimpleNamespace(returncode=int(folder.name == "b-1"))
     monkeypatch.setattr("minisr.experiment.subprocess", SimpleNamespace(run=run))
     return commands
@@ -169,7 +172,7 @@ def test_an_experiment_runs_the_base_before_its_variants_and_gathers_by_seed(sta
     assert started["base-0"] == ["seed=0", "threads=1"]
     assert list(results) == ["base", "a"] and list(results["a"]) == ["SFT", "M1", "M2"]
     figures = results["a"]["M2"]
-    assert (figures["flawless"], figures["judge.exact"]) == ([0, 1], [0.5, 0.5])
+    assert (figures["seed"], figures["flawless"], figures["judge.exact"]) == ([0, 1], [0, 1], [0.5, 0.5])
     assert figures["versus_m1.win"] == [None, None]  # it was not measured
     assert (tmp_path / "out/a-0/M1/responses.jsonl").exists()  # the base's
     assert read_json(tmp_path / "out/results.json", "results") == results
@@ -208,6 +211,33 @@ def test_the_table_has_a_row_for_each_variant_and_model():
     assert cells["flawless %"] == "30.0 ± 63.5"  # 12.71 standard errors of 5
     assert (cells["wins M1 %"], cells["chars"], cells["score"]) == ("-", "120 ± 0", "0.50 ± 0.00")
     assert rule.count("---|") == len(names)
+
+
+def figures_of(seeds, flawless, wins=None):
+    return {"seed": seeds, "flawless": flawless, "versus_m1.win": wins or [None] * len(seeds)}
+
+
+COMPARED = {"base": {"SFT": figures_of([0, 1, 2], [0.1] * 3), "M1": figures_of([0, 1, 2], [0.3, 0.2, 0.4]),
+                     "M2": figures_of([0, 1, 2], [0.5, 0.7, 0.9], [0.25, 0.5, 0.75])},
+            "few": {"M1": figures_of([2, 0], [0.4, 0.3]),  # the base's own
+                    "M2": figures_of([2, 0], [0.8, 0.2], [0.5, 0.5]), "M3": figures_of([2, 0], [1, 1])}}
+
+
+def test_models_are_compared_on_the_seeds_that_both_have():
+    found = compared(COMPARED)
+    assert list(found) == ["base M2 - M1", "few M2 - base M2"]  # M1 is the same, the base has no M3
+    assert found["base M2 - M1"]["flawless"] == pytest.approx([0.2, 0.5, 0.5])
+    assert found["base M2 - M1"]["versus_m1.win"] == [None] * 3  # M1 has none against itself
+    assert found["few M2 - base M2"]["flawless"] == pytest.approx([-0.1, -0.3])  # seeds 2 and 0
+    assert found["few M2 - base M2"]["versus_m1.win"] == pytest.approx([-0.25, 0.25])
+    assert compared({}) == {}
+
+
+def test_the_table_of_differences_has_signs_and_the_interval_of_paired_values():
+    head, rule, first, last = compared_markdown(COMPARED).split("\n")
+    assert head.startswith("| difference | flawless % |") and head.count("|") == rule.count("|")
+    assert first.startswith("| base M2 - M1 | +40.0 ± 43.0 | - |")  # 4.30 x 17.32 / sqrt 3
+    assert last.startswith("| few M2 - base M2 | -20.0 ± 127.1 | ") and "| +0.0 ± 317.8 |" in last
 
 
 @pytest.mark.slow

@@ -15,7 +15,7 @@ from minisr import figures, markup, page
 from minisr.cli import main
 from minisr.config import load_config, to_toml
 from minisr.evaluate import answer_metrics, histogram, judge_metrics, win_rates
-from minisr.experiment import COLUMNS, markdown, mean_and_interval
+from minisr.experiment import COLUMNS, compared_markdown, markdown, mean_and_interval
 from minisr.page import write_page
 from minisr.records import InputError, read_json, read_jsonl, write_json
 from minisr.world import oracle
@@ -405,9 +405,9 @@ def test_a_picture_takes_any_name_and_every_number_of_models():
 # An experiment's page, and the command line.
 
 RESULTS = {variant: {model: {figure: [0.1 + 0.01 * k * len(variant), 0.2] for _, figure, _ in COLUMNS}
-                     for k, model in enumerate(MODELS)} for variant in ("base", "random")}
+                     | {"seed": [0, 2]} for k, model in enumerate(MODELS)} for variant in ("base", "random")}
 RESULTS["random"]["M3"]["flawless"] = [0.1, None]
-RESULTS["<b>|odd & 'name'"] = {"SFT": {"flawless": [0.5, 0.7]}}
+RESULTS["<b>|odd & 'name'"] = {"SFT": {"seed": [0, 2], "flawless": [0.5, 0.7]}}
 
 
 @pytest.fixture
@@ -431,10 +431,13 @@ def test_an_experiments_page_has_the_table_the_pictures_and_links_to_its_runs(ex
     assert parsed.links == [f"base-{seed}/report.html" for seed in (0, 2, 10)]
     assert "random judge.by: 'self' -> 'random'" in parsed.text and "<b>|odd & 'name'" in parsed.text
     cells = [[Page(cell).text for cell in re.findall("<td>(.*?)</td>", row)]
-             for row in content.split("<tr>")[2:]]
+             for table in content.split("<table>")[1:] for row in table.split("<tr>")[2:]]
     known = {name: RESULTS[name] for name in ("base", "random")}
     assert cells[:8] == [line.strip("| ").split(" | ") for line in markdown(known).split("\n")[2:]]
     assert cells[8][:4] == ["<b>|odd & 'name'", "SFT", "60.0 ± 127.1", "-"]
+    assert cells[9:] == [line.strip("| ").rsplit(" | ", len(COLUMNS))
+                         for line in compared_markdown(RESULTS).split("\n")[2:]]
+    assert len(cells) == 9 + 2 + 3 + 1 and cells[-1][0] == "<b>|odd & 'name' SFT - base SFT"
     assert write_page(experiment).read_text(encoding="utf-8") == content
 
 
