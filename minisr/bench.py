@@ -292,7 +292,7 @@ def bench(name: str | None, only: list[str], tricks: list[str], repeats: int, th
     with ExitStack() as stack:
         for trick in tricks:
             stack.enter_context(patch.object(*PLAIN[trick]))
-        results = [r for model in (there if name is None else [name]) for r in _measure(model, only, repeats, able)]
+        results = [r for m in (there if name is None else [name]) for r in _measure(m, only, repeats, able)]
     print(f"{'work':11}{'model':9}  tokens/s  seconds, median [min, max]  share of limit  peak MB")
     for r in results:
         print("{work:11}{model:9}{ours:10,.0f}{seconds_median:9.3f} [{seconds_min:.3f}, {seconds_max:.3f}]"
