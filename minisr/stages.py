@@ -128,15 +128,18 @@ class Model:
     def _answers(self, asked: list[str], n: int, config: SampleConfig, purpose: str, journal: str | None):
         """n (text, finished, log p) for each prompt; the log p is that of the text, None if unknown."""
         model, tokenizer = self.load()
-        drawn = sample(model, [tokenizer.chat_prompt(p) for p in asked], n, config, with_logps=True,
-                       key=self.key(purpose), stop=tokenizer.stops, title=f"{self.name} {purpose}",
+        ids = [tokenizer.chat_prompt(p) for p in asked]
+        drawn = sample(model, ids, n, config, with_logps=True, key=self.key(purpose), stop=tokenizer.stops,
+                       title=f"{self.name} {purpose}",
                        journal=self.journal(journal, asked, n, config) if journal else UNKEPT)
         exact = model.embed.weight.dtype == torch.float32  # in bfloat16 training sees other numbers
 
-        def told(text, s):  # tokens may spell a text in another way than training will
-            return exact and tokenizer.answer(text) == s.ids
-        return [[(text, s.finished, s.logp if told(text, s) else None)
-                 for text, s in ((tokenizer.decode(s.ids), s) for s in row)] for row in drawn]
+        def told(x, s):
+            text = tokenizer.decode(s.ids)
+            again = tokenizer.answer(text)  # in training, a text may be spelled in other tokens
+            fits = len(x) + len(again) <= model.config.context
+            return text, s.finished and fits, s.logp if exact and again == s.ids else None
+        return [[told(x, s) for s in row] for x, row in zip(ids, drawn)]
 
     @stage("rewards")
     def judge(self, x, y):

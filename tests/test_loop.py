@@ -234,6 +234,21 @@ def test_a_log_probability_is_kept_only_of_the_tokens_that_training_will_see(cop
     assert (record["responses"], record["logps"]) == ([text] * 3, [-1.5, None, None])
 
 
+def test_a_response_that_training_could_not_hold_counts_as_cut_off(copy, monkeypatch):
+    # It ended in time, but the same text in training's tokens is longer than what is left of the context.
+    model = Model(Run(copy, load_config(copy / "config.toml")), "M1")
+    decoder, tokenizer = model.load()
+    room = decoder.config.context - len(tokenizer.chat_prompt("News?"))
+    answers = {text: [5] * length for text, length in (("fits", room), ("one more", room + 1))}
+    drawn = [Sample([text], True, -1.5) for text in answers]
+    monkeypatch.setattr(stages, "sample", lambda *_, **__: [drawn])
+    monkeypatch.setattr(tokenizer, "decode", lambda ids: ids[0])
+    monkeypatch.setattr(tokenizer, "answer", answers.get)
+    (copy / "M1/responses.jsonl").unlink()
+    [record] = model.respond([{"prompt": "News?"}])
+    assert (record["responses"], record["finished"]) == (["fits", "one more"], [True, False])
+
+
 def test_without_any_pair_the_next_model_is_the_same_again(copy):
     shutil.rmtree(copy / "M2")
     Model(Run(copy, load_config(copy / "config.toml")), "M1").train_dpo([])
