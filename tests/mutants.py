@@ -170,7 +170,8 @@ FAULTS = {
         ("M2 draws M1's random numbers",
          "return self.run.key(self.name, purpose)", "return self.run.key(purpose)"),
         ("log p of other tokens than DPO will train",
-         "return exact and tokenizer.answer(text) == s.ids", "return exact")],
+         "s.logp if exact and again == s.ids else None", "s.logp if exact else None"),
+        ("a response that DPO cannot hold is chosen", "s.finished and fits,", "s.finished,")],
     ("evaluate", "evaluate"): [
         ("a tie is won", "difference == sign for", "difference >= sign for"),
         ("the interval holds 90 %",
