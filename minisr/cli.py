@@ -82,9 +82,8 @@ def experiment(options) -> None:
     from minisr.experiment import compared_markdown, experiment, markdown
     out = options.out or Path("runs") / options.config.stem
     results = experiment(options.config, out, options.jobs, options.only)
-    print(markdown(results))
-    print(f"\nDifferences on the same seed:\n\n{compared_markdown(results)}")
-    print(f"\nMeans over seeds, ± the 95 % interval. Files: {out}/ (results.json, one folder a run)")
+    print(f"{markdown(results)}\n\nDifferences on the same seed:\n\n{compared_markdown(results)}")
+    print(f"\nMeans over seeds, ± the 95 % interval; what comes from the base is left out. Files: {out}/")
     _write_page(out)
 
 

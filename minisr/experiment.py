@@ -45,8 +45,7 @@ def experiment(path: Path, out: Path, jobs: int, only: list[str] | None = None) 
     # Variants copy from the base, so it comes first; then one variant after another.
     for title, work in (("base", [("base", seed) for seed in needed]), ("variants", rest)):
         with ThreadPoolExecutor(jobs) as pool:
-            done = pool.map(lambda ns: _run(out, plan, *ns), work)
-            list(tqdm(done, total=len(work), desc=title))
+            list(tqdm(pool.map(lambda ns: _run(out, plan, *ns), work), title, len(work)))
     return gather(plan, out)
 
 
@@ -183,24 +182,28 @@ def _figure(metrics: dict, path: str):
     return metrics
 
 
+def repeated(results: dict, variant: str, model: str) -> bool:
+    """Whether a variant has this model from the base: nothing differs on any seed."""
+    base = results.get("base", {})
+    return variant != "base" and model in base and \
+        not any(map(any, paired(results[variant][model], base[model]).values()))
+
+
 def compared(results: dict) -> dict:
-    """{comparison: {figure: [difference on each seed]}}: the base's later models less its M1, each model of a
-    variant less the base's. Left out: what a variant has from the base, where nothing differs.
+    """{comparison: {figure: [difference on each seed]}}: the base's later models less its M1, each model that
+    a variant made itself less the base's.
 
     Runs of one seed share their data, M0 and often M1, so their difference spreads less than either."""
     base = results.get("base", {})
-    found = {f"base {model} - M1": paired(base[model], base["M1"])
-             for model in base if model not in ("SFT", "M1")}
-    found |= {f"{variant} {model} - base {model}": paired(models[model], base[model])
-              for variant, models in results.items() if variant != "base"
-              for model in models if model in base}
-    return {name: figures for name, figures in found.items() if any(map(any, figures.values()))}
+    return {f"base {model} - M1": paired(base[model], base["M1"]) for model in list(base)[2:]} | {
+        f"{variant} {model} - base {model}": paired(models[model], base[model])
+        for variant, models in results.items() if variant != "base"
+        for model in models if model in base and not repeated(results, variant, model)}
 
 
 def paired(one: dict, other: dict) -> dict:
     """{figure: [one less other on each seed that both have]} of two models' values over seeds."""
-    places = [(one["seed"].index(seed), other["seed"].index(seed)) for seed in one["seed"]
-              if seed in other["seed"]]
+    places = [(i, other["seed"].index(seed)) for i, seed in enumerate(one["seed"]) if seed in other["seed"]]
     values = {figure: [(one[figure][i], other[figure][j]) for i, j in places] for _, figure, _ in COLUMNS
               if figure in one and figure in other}
     return {figure: [None if None in pair else pair[0] - pair[1] for pair in pairs]
@@ -216,9 +219,11 @@ def mean_and_interval(values: list[float]) -> tuple[float, float]:
 
 
 def markdown(results: dict) -> str:
-    """The results as a Markdown table: mean over seeds, plus or minus the 95 % interval."""
+    """The results as a Markdown table: mean over seeds, plus or minus the 95 % interval. Left out is what a
+    variant has from the base."""
     return _table("variant | model", {f"{variant} | {model}": metrics for variant, models in results.items()
-                                      for model, metrics in models.items()}, "")
+                                      for model, metrics in models.items()
+                                      if not repeated(results, variant, model)}, "")
 
 
 def compared_markdown(results: dict) -> str:

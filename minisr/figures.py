@@ -16,8 +16,9 @@ from minisr.records import need
 INCHES = 4.6  # 331 pixels at an SVG's 72 to the inch
 GREY = "#5F6368"
 # SFT, then M1, M2, ... in turn: after Okabe and Ito, whom the colour-blind can tell apart, for light grey.
-COLOURS = (GREY, "#D55E00", "#0072B2", "#009E73", "#AA3377", "#A6761D", "#56B4E9", "#332288")
-MARKERS = "soD^vPX*"
+COLOURS = (GREY, "#D55E00", "#0072B2", "#009E73", "#AA3377", "#A6761D", "#56B4E9", "#332288", "#E0A100",
+           "#882255")
+MARKERS = "soD^vPX*<>"
 PARTS = ("#3B4A5E", "#C3C8CF", "#C98B1B", "#8A93A0")  # of a bar: none of them a model's colour
 STYLE = {
     "svg.fonttype": "none", "font.sans-serif": ["DejaVu Sans"], "font.size": 11,

@@ -60,9 +60,6 @@ def run_page(folder: Path) -> str:
 def experiment_page(folder: Path, out: Path) -> str:
     """An experiment's means over seeds, with intervals, and the way to its runs."""
     results, cards = read_json(folder / "results.json", "results"), []
-    parts = [*_variants(folder, out, results), "<h2>Results</h2>", markup.experiment_table(results),
-             '<p class="soft">Means over seeds ± the 95 % interval (Student\'s t); "-": not on every seed a '
-             "number.</p>", "<h2>Differences on the same seed</h2>", markup.compared_table(results)]
     for figure, title, caption in (
             ("flawless", "Flawless, sampled", "Look for variants whose last model leaves M1 behind."),
             ("flawless_greedy", "Flawless, greedy", "Look for the same at temperature 0."),
@@ -74,8 +71,12 @@ def experiment_page(folder: Path, out: Path) -> str:
         if points:
             cards.append((figures.rows, title, caption, list(results), points,
                           "mean and 95 % interval; ticks: seeds", figure != "mean_score", seeds))
-    return markup.document(f"minisr experiment {folder.resolve().name}",
-                           parts + markup.section("Side by side", cards))
+    parts = [*_variants(folder, out, results), *markup.section("Side by side", cards),
+             "<h2>Results</h2>", markup.experiment_table(results),
+             '<p class="soft">Means over seeds ± the 95 % interval (Student\'s t); "-": not on every seed a '
+             "number. Left out is what a variant has from the base.</p>",
+             "<h2>Differences on the same seed</h2>", markup.compared_table(results)]
+    return markup.document(f"minisr experiment {folder.resolve().name}", parts)
 
 
 # What the pictures show: plain numbers from the run's files.

@@ -204,13 +204,19 @@ def test_one_seed_has_no_interval():
 def test_the_table_has_a_row_for_each_variant_and_model():
     values = {"flawless %": [0.25, 0.35], "wins M1 %": [None, None], "chars": [120.0, 120.0]}
     metrics = {metric: values.get(name, [0.5, 0.5]) for name, metric, _ in COLUMNS}
-    head, rule, row, last = markdown({"base": {"M1": metrics}, "random": {"M1": metrics}}).split("\n")
+    metrics["seed"] = [0, 1]
+    head, rule, row, last = markdown({"base": {"M1": metrics}, "random": {"M2": metrics}}).split("\n")
     names = [cell.strip() for cell in head.strip("|").split("|")]
     cells = dict(zip(names, (cell.strip() for cell in row.strip("|").split("|")), strict=True))
-    assert (cells["variant"], cells["model"]) == ("base", "M1") and last.startswith("| random | M1 |")
+    assert (cells["variant"], cells["model"]) == ("base", "M1") and last.startswith("| random | M2 |")
     assert cells["flawless %"] == "30.0 ± 63.5"  # 12.71 standard errors of 5
     assert (cells["wins M1 %"], cells["chars"], cells["score"]) == ("-", "120 ± 0", "0.50 ± 0.00")
     assert rule.count("---|") == len(names)
+
+
+def test_the_table_leaves_out_what_a_variant_has_from_the_base():
+    rows = [line.split(" | ")[:2] for line in markdown(COMPARED).split("\n")[2:]]
+    assert rows == [["| base", "SFT"], ["| base", "M1"], ["| base", "M2"], ["| few", "M2"], ["| few", "M3"]]
 
 
 def figures_of(seeds, flawless, wins=None):
@@ -248,8 +254,9 @@ def test_an_experiment_runs_its_variants_shares_and_ends_in_a_table(plan, tmp_pa
     out = io.StringIO()
     with redirect_stdout(out), redirect_stderr(io.StringIO()):
         assert main(["experiment", str(path), "--out", str(tmp_path / "out")]) == 0
-    assert [line.split("|")[1:3] for line in out.getvalue().split("\n")[2:8]] == [
-        [f" {variant} ", f" {model} "] for variant in ("base", "random") for model in ("SFT", "M1", "M2")]
+    rows = [line.split("|")[1:3] for line in out.getvalue().split("\n")[2:6]]
+    assert rows == [[" base ", f" {model} "] for model in ("SFT", "M1", "M2")] + [[" random ", " M2 "]]
+    assert "| random M2 - base M2 |" in out.getvalue()
     base, random = (tmp_path / "out" / f"{name}-0" for name in ("base", "random"))
     assert (base / "M1/responses.jsonl").read_bytes() == (random / "M1/responses.jsonl").read_bytes()
     assert (base / "M1/rewards.jsonl").read_bytes() != (random / "M1/rewards.jsonl").read_bytes()
