@@ -83,7 +83,7 @@ def experiment(options) -> None:
     out = options.out or Path("runs") / options.config.stem
     results = experiment(options.config, out, options.jobs, options.only)
     print(f"{markdown(results)}\n\nDifferences on the same seed:\n\n{compared_markdown(results)}")
-    print(f"\nMeans over seeds, ± the 95 % interval; what comes from the base is left out. Files: {out}/")
+    print(f"\nMeans over seeds, ± the 95 % interval (bold: without 0). Files: {out}/")
     _write_page(out)
 
 

@@ -60,9 +60,8 @@ def gather(plan: dict, out: Path) -> dict:
 
 def finished(run: Path, plan: dict, name: str) -> bool:
     """Whether metrics.json tells of every model of a run."""
-    config = config_of(plan, name)
-    return (run / "metrics.json").exists() and \
-        f"M{config.iterations + 1}" in read_json(run / "metrics.json", "metrics")["models"]
+    last = f"M{config_of(plan, name).iterations + 1}"
+    return (run / "metrics.json").exists() and last in read_json(run / "metrics.json", "metrics")["models"]
 
 
 def read_plan(path: Path) -> dict:
@@ -221,21 +220,23 @@ def mean_and_interval(values: list[float]) -> tuple[float, float]:
 def markdown(results: dict) -> str:
     """The results as a Markdown table: mean over seeds, plus or minus the 95 % interval. Left out is what a
     variant has from the base."""
-    return _table("variant | model", {f"{variant} | {model}": metrics for variant, models in results.items()
-                                      for model, metrics in models.items()
-                                      if not repeated(results, variant, model)}, "")
+    return table("variant | model", {f"{variant} | {model}": metrics for variant, models in results.items()
+                                     for model, metrics in models.items()
+                                     if not repeated(results, variant, model)})
 
 
 def compared_markdown(results: dict) -> str:
     """The paired differences as a Markdown table: mean over seeds, plus or minus the 95 % interval."""
-    return _table("difference", compared(results), "+")
+    return table("difference", compared(results), "+")
 
 
-def _table(head: str, rows: dict, sign: str) -> str:
-    heads = [head, *(name for name, _, _ in COLUMNS)]
+def table(head: str, rows: dict, sign: str = "", columns: tuple = COLUMNS) -> str:
+    """rows, {name: {figure: [value of each seed]}}, in Markdown. With a sign they are differences: in bold
+    where the 95 % interval does not reach 0."""
+    heads = [head, *(name for name, _, _ in columns)]
     lines = [f"| {' | '.join(heads)} |", "|" + "---|" * (" | ".join(heads).count(" | ") + 1)]
     for name, metrics in rows.items():
-        cells = [_cell(metrics.get(figure), factor, sign) for _, figure, factor in COLUMNS]
+        cells = [_cell(metrics.get(figure), factor, sign) for _, figure, factor in columns]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -245,4 +246,5 @@ def _cell(values: list | None, factor: float, sign: str) -> str:
         return "-"
     mean, half = mean_and_interval([factor * value for value in values])
     digits = 2 if factor == 1 and abs(mean) < 10 else 0 if abs(mean) >= 100 or factor == 1 else 1
-    return f"{mean:{sign}.{digits}f} ± {half:.{digits}f}"
+    told = f"{mean:{sign}.{digits}f} ± {half:.{digits}f}"
+    return f"**{told}**" if sign and len(values) > 1 and abs(mean) > half else told

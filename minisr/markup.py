@@ -95,8 +95,13 @@ def _from_markdown(lines: str) -> str:
 
 def _table(head: list, rows) -> str:
     lines = ["".join(f"<th>{text(cell)}</th>" for cell in head),
-             *("".join(f"<td>{text(cell)}</td>" for cell in row) for row in rows)]
+             *("".join(f"<td>{_bold(text(cell))}</td>" for cell in row) for row in rows)]
     return '<div class="scroll"><table>' + "".join(f"<tr>{line}</tr>" for line in lines) + "</table></div>"
+
+
+def _bold(cell: str) -> str:
+    """Markdown's bold as HTML's."""
+    return f"<b>{cell[2:-2]}</b>" if re.fullmatch(r"\*\*.+\*\*", cell) else cell
 
 
 def prompt(asked: str, answers) -> str:

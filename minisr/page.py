@@ -75,7 +75,9 @@ def experiment_page(folder: Path, out: Path) -> str:
              "<h2>Results</h2>", markup.experiment_table(results),
              '<p class="soft">Means over seeds ± the 95 % interval (Student\'s t); "-": not on every seed a '
              "number. Left out is what a variant has from the base.</p>",
-             "<h2>Differences on the same seed</h2>", markup.compared_table(results)]
+             "<h2>Differences on the same seed</h2>", markup.compared_table(results),
+             '<p class="soft">Bold: the interval does not reach 0. There are many: of twenty true zeros one '
+             "is bold by chance.</p>"]
     return markup.document(f"minisr experiment {folder.resolve().name}", parts)
 
 

@@ -22,6 +22,7 @@ from minisr.experiment import (
     overrides,
     read_plan,
     share,
+    table,
 )
 from minisr.records import InputError, read_json, write_json
 
@@ -244,6 +245,15 @@ def test_the_table_of_differences_has_signs_and_the_interval_of_paired_values():
     assert head.startswith("| difference | flawless % |") and head.count("|") == rule.count("|")
     assert first.startswith("| base M2 - M1 | +40.0 ± 43.0 | - |")  # 4.30 x 17.32 / sqrt 3
     assert last.startswith("| few M2 - base M2 | -20.0 ± 127.1 | ") and "| +0.0 ± 317.8 |" in last
+
+
+def test_a_difference_is_bold_where_its_interval_does_not_reach_0():
+    rows = {"a": {"x": [0.1, 0.2, 0.3]}, "b": {"x": [-0.2, -0.3, -0.25]}, "c": {"x": [0.3]}}
+    columns = (("x %", "x", 100),)
+    assert table("difference", rows, "+", columns).split("\n") == [
+        "| difference | x % |", "|---|---|", "| a | +20.0 ± 24.8 |", "| b | **-25.0 ± 12.4** |",
+        "| c | +30.0 ± 0.0 |"]
+    assert "**" not in table("model", rows, columns=columns)
 
 
 @pytest.mark.slow
