@@ -46,17 +46,19 @@ def load_model(folder: Path, device: str = "cpu") -> tuple[Decoder, Tokenizer]:
     recorded = model_hash(folder)
     if file_digest(folder / "model.pt") != recorded:
         raise InputError(f"{folder / 'model.pt'} is not the file that meta.json describes (truncated or "
-                         "changed); delete the folder to have it made again")
+                         "changed); remove meta.json to have the model made again")
     for name, expected in read_json(folder / "meta.json", "model description").get("files", {}).items():
         if file_digest(folder / name) != expected:
             raise InputError(f"{folder / name} is not the file that meta.json describes (truncated or "
-                             "changed); delete the folder to have it made again")
+                             "changed); remove meta.json to have the model made again")
     try:
         with warnings.catch_warnings(action="ignore"):  # the error says it in one line
             stored = torch.load(folder / "model.pt", weights_only=True, map_location="cpu")
         if not isinstance(stored, dict):
             raise TypeError("model.pt holds something else")
-        model = assemble(ModelConfig(**stored["config"]), stored["weights"], device)
+        config = dict(stored["config"])
+        config.pop("dropout", None)  # of the first versions; it belongs to a training
+        model = assemble(ModelConfig(**config), stored["weights"], device)
         tokenizer = load_tokenizer(folder)
     except (RuntimeError, pickle.UnpicklingError, LookupError, TypeError, ValueError,
             ArithmeticError, EOFError) as error:
@@ -94,16 +96,16 @@ def check_sizes(source: Path, config: ModelConfig, tokenizer: Tokenizer) -> None
                          f"{config.vocab_size}; they do not belong together")
 
 
-def model_hash(folder: Path) -> str:
-    """The hash that meta.json records for a model folder."""
+def model_hash(folder: Path, which: str = "hash") -> str:
+    """The hash that meta.json records for a model folder, or with "parent_hash" that of its parent."""
     if (Path(folder) / "config.toml").exists():
         raise InputError(f"{folder} is a run; choose one of its models, e.g. {folder}/M1")
     if not Path(folder).is_dir():
         raise InputError(f"no model folder {folder}; a run keeps them as M0, SFT, M1, M2, ...")
     meta = read_json(Path(folder) / "meta.json", "model description")
-    if not isinstance(meta, dict) or "hash" not in meta:
-        raise InputError(f"{folder}/meta.json does not tell the model's hash")
-    return meta["hash"]
+    if not isinstance(meta, dict) or which not in meta:
+        raise InputError(f"{folder}/meta.json does not tell the model's {which}")
+    return meta[which]
 
 
 def digest(content: bytes) -> str:

@@ -79,6 +79,7 @@ def pretrain(options) -> None:
 
 def experiment(options) -> None:
     """Variants and seeds of one config, and the table with intervals."""
+    Stop.on_signals()
     from minisr.experiment import compared_markdown, experiment, markdown
     out = options.out or Path("runs") / options.config.stem
     results = experiment(options.config, out, options.jobs, options.only)

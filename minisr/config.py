@@ -137,6 +137,8 @@ def _value(kind, value, name: str, where: str):
         return build(kind, value, f"{where} [{name}]")
     if get_origin(kind) is tuple:
         one = get_args(kind)[0]
+        value = [float(v) if one is float and type(v) is int else v for v in value] \
+            if isinstance(value, list) else value
         if not isinstance(value, list) or not all(isinstance(v, one) for v in value):
             raise InputError(f"{where}: {name} must be a list, each {_name(one)}")
         return tuple(value)

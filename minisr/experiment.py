@@ -17,6 +17,7 @@ common with the base of the same seed is copied, not made again.
 import shutil
 import subprocess
 import sys
+import time
 import tomllib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
@@ -26,10 +27,13 @@ import numpy as np
 from tqdm import tqdm
 
 from minisr.config import Config, differences, load_config, to_toml
+from minisr.judge import load_template
 from minisr.records import InputError, read_json, read_text, write_bytes, write_json
+from minisr.stop import Stop
 
-# Half-width of a 95 % interval of a mean in standard errors: Student's t for n - 1 = 1, 2, ... 9.
-STUDENT_T = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)
+# Half-width of a 95 % interval of a mean in standard errors: Student's t for n - 1 = 1, 2, ... 19.
+STUDENT_T = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23, 2.20, 2.18, 2.16, 2.145, 2.13, 2.12,
+             2.11, 2.10, 2.09)
 
 
 def experiment(path: Path, out: Path, jobs: int, only: list[str] | None = None) -> dict:
@@ -45,8 +49,12 @@ def experiment(path: Path, out: Path, jobs: int, only: list[str] | None = None) 
     # Variants copy from the base, so it comes first; then one variant after another.
     for title, work in (("base", [("base", seed) for seed in needed]), ("variants", rest)):
         with ThreadPoolExecutor(jobs) as pool:
-            list(tqdm(pool.map(lambda ns: _run(out, plan, *ns), work), title, len(work)))
-    return gather(plan, out)
+            logs = list(tqdm(pool.map(lambda ns: _run(out, plan, *ns), work), title, len(work)))
+        results = gather(plan, out)
+        if failed := [str(log) for log in logs if log]:
+            raise InputError(f"{len(failed)} of {len(work)} runs failed, the others are finished; why: see "
+                             + ", ".join(failed))
+    return results
 
 
 def gather(plan: dict, out: Path) -> dict:
@@ -88,7 +96,9 @@ def read_plan(path: Path) -> dict:
     plan = {"base": Path(path).parent / plan["base"], "common": tuple(overrides(common)), "seeds": seeds,
             "variants": {name: tuple(overrides(table)) for name, table in tables.items()}}
     for name in plan["variants"]:
-        config_of(plan, name)  # what is wrong is told now, not in an hour
+        config = config_of(plan, name)  # what is wrong is told now, not in an hour
+        if config.judge.template:
+            load_template(Path(config.judge.template))
     return plan
 
 
@@ -105,8 +115,9 @@ def overrides(table: dict, prefix: str = ""):
             yield f"{prefix}{name}={str(value).lower() if isinstance(value, bool) else value}"
 
 
-def _run(out: Path, plan: dict, name: str, seed: int) -> None:
-    """One run in a process of its own; its last words are in OUT/NAME-SEED.log."""
+def _run(out: Path, plan: dict, name: str, seed: int) -> Path | None:
+    """One run in a process of its own; its last words are in OUT/NAME-SEED.log, returned if it failed."""
+    Stop.check()
     folder, changes = out / f"{name}-{seed}", plan["variants"][name]
     if name != "base" and not folder.exists():
         share(out / f"base-{seed}", folder, config_of(plan, name, seed))
@@ -114,9 +125,17 @@ def _run(out: Path, plan: dict, name: str, seed: int) -> None:
     command = [sys.executable, "-m", "minisr", "run", str(plan["base"]), "--out", str(folder)]
     for change in (f"seed={seed}", *plan["common"], *changes):
         command += ["--set", change]
-    with open(f"{folder}.log", "w", encoding="utf-8") as log:
-        if subprocess.run(command, stdout=log, stderr=log).returncode:
-            raise InputError(f"{folder} failed; {folder}.log tells why")
+    path = folder.with_name(f"{folder.name}.log")
+    with open(path, "w", encoding="utf-8") as log:
+        # In a session of its own Ctrl-C does not reach it: it is asked once, by us, as by SIGTERM.
+        process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+        while process.poll() is None and not Stop.asked:
+            time.sleep(0.1)
+        if Stop.asked:
+            process.terminate()
+            process.wait()
+            Stop.check()
+    return path if process.returncode else None
 
 
 # What a run makes, in order; and where, if a key of the config is changed, it is no longer the same.
@@ -134,11 +153,14 @@ def share(base: Path, folder: Path, config: Config) -> None:
               for key in keys]
     if "seed" in firsts:
         return
+    if old.seed_data.eft_by == "baseline" and "judge.judgements" in keys:
+        firsts.append("eft")
     first = min((ORDER.index(name) for name in firsts if name), default=None)  # None: only more iterations
     beside = folder.with_name(folder.name + ".part")
     shutil.rmtree(beside, ignore_errors=True)
     shutil.copytree(base, beside)
-    (beside / "metrics.json").unlink(missing_ok=True)
+    for name in ("metrics.json", "judge.txt"):
+        (beside / name).unlink(missing_ok=True)
     for name in ORDER[first:] if first is not None else ():
         for path in _made_by(beside, name):
             shutil.rmtree(path) if path.is_dir() else path.unlink()

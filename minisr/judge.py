@@ -18,9 +18,10 @@ FIELDS = ("{prompt}", "{response}")
 
 # "Score: 4", "**Score:** 4/5", “score:4.5” are read; 4-5, 4 to 5, 4/10, 3+1 and 4,5 are no one number.
 _DECORATION = r"[\s*_`\"'“”‘’<\[(]*"
+_CLOSES, _OPENS = r"(?:[^\S\n]|[*_`\"'“”‘’>\])])*", r"(?:[^\S\n]|[*_`\"'“”‘’<\[(])*"
 _SCORE = re.compile(
     rf"(?<![a-z0-9])score{_DECORATION}[:：]{_DECORATION}([+-]?[0-9]+(?:\.[0-9]+)?)(?![0-9.,]*[0-9])"
-    r"(?![^\S\n]*(?:[-–—−+=×]|to|or)[^\S\n]*[0-9])(?![^\S\n]*(?:/|of|\(?out of)[^\S\n]*(?!5\b)[0-9])",
+    rf"(?!{_CLOSES}(?:[-–—−+=×]|to|or){_OPENS}[0-9])(?!{_CLOSES}(?:/|of|\(?out of){_OPENS}(?!5\b)[0-9])",
     re.IGNORECASE)
 
 
@@ -31,7 +32,7 @@ class JudgeConfig(SampleConfig):
     max_new_tokens: int = 96  # must hold the justification and the score line
     judgements: int = 3  # J, averaged
     by: str = "self"  # M_t; "M1": frozen; "oracle", "random": controls
-    template: str = ""  # a text file with {prompt} and {response}; "" is the world's own
+    template: str = ""  # a text file with {prompt} and {response}; "": the world's, or the one in English
 
 
 @dataclass

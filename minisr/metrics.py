@@ -34,17 +34,15 @@ def model_metrics(model: Model, answers: dict[str, list[dict]], ranked: list[dic
 def making(model: Model) -> dict:
     """The pairs that made a model, what became of the other prompts, how the responses were scored, and the
     seconds its making and evaluation took."""
-    seconds = sum(read_json(model.folder / "timing.json", "timing").get(name, 0.0)
-                  for name in ("training", "answers", "judge_evaluation"))
+    seconds = _seconds(model.folder, "training", "answers", "judge_evaluation")
     if model.name in ("SFT", "M1"):
         return {"pairs": 0, "seconds": seconds}
     parent = model.folder.with_name(f"M{int(model.name[1:]) - 1}")
-    timing = read_json(parent / "timing.json", "timing")
-    seconds += sum(timing.get(name, 0.0) for name in ("prompts", "responses", "rewards", "pairs"))
+    seconds += _seconds(parent, "prompts", "responses", "rewards", "pairs")
     selection, responses, *counts = (read_json(parent / f"{name}.counts.json", "counts")
                                      for name in ("pairs", "responses", "prompts", "rewards"))
     return {"pairs": selection["pairs"], "selection": selection, "seconds": seconds,
-            "distinct": responses["distinct"] / (responses["finished"] + responses["cut"]),
+            "distinct": responses["distinct"] / max(responses["finished"] + responses["cut"], 1),
             **(truth_of_pairs(parent) if model.run.has_oracle else {}),
             **dict(zip(("prompts", "scores"), counts))}
 
@@ -58,6 +56,13 @@ def truth_of_pairs(folder: Path) -> dict:
         return {}
     return {"pairs_right": sum(chosen > rejected for chosen, rejected in known) / len(known),
             "pairs_wrong": sum(chosen < rejected for chosen, rejected in known) / len(known)}
+
+
+def _seconds(folder: Path, *names: str) -> float:
+    """What timing.json tells of them; a clock that is lost is no reason to stop."""
+    path = folder / "timing.json"
+    timing = read_json(path, "timing") if path.exists() else {}
+    return sum(timing.get(name, 0.0) for name in names)
 
 
 def _scores(answers: list[dict]) -> list[int]:

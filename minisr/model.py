@@ -38,7 +38,6 @@ class ModelConfig:
     rope_scaling: tuple[float, ...] = ()  # (factor,), or Llama 3's (factor, low, high, original context)
     norm_eps: float = 1e-5
     tied: bool = True  # one matrix for the embedding and the head
-    dropout: float = 0.0
 
     def __post_init__(self):
         for field in fields(self):
@@ -68,7 +67,7 @@ class Decoder(nn.Module):
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.norm = RMSNorm(config)
         self.head = nn.Linear(config.width, config.vocab_size, bias=False)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = nn.Dropout(0.0)  # a training sets it
         self.recompute = False  # activations in the backward pass: a third slower, far less memory
         self.tie()
 
@@ -115,7 +114,7 @@ class Block(nn.Module):
         self.attention = Attention(config)
         self.feed_forward_norm = RMSNorm(config)
         self.feed_forward = FeedForward(config)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = nn.Dropout(0.0)
 
     def forward(self, x, rotation, attend, wanted=None):
         x = x + self.dropout(self.attention(self.attention_norm(x), rotation, attend))
@@ -220,3 +219,8 @@ def init_weights(model: Decoder, generator: torch.Generator) -> None:
         writes = name.endswith(("out_proj.weight", "down_proj.weight"))
         std = 0.02 / math.sqrt(2 * model.config.layers) if writes else 0.02
         nn.init.normal_(weight, std=std, generator=generator)
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Whether this is what PyTorch raises then; a CPU's has no type of its own."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "alloc" in str(error).lower()

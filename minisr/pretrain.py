@@ -37,6 +37,8 @@ def pretrain(config: PretrainConfig, folder: Path) -> None:
             yield loss, {}
 
     with locked(folder):
+        if (folder / "meta.json").exists():
+            raise InputError(f"{folder} holds a model already; choose another folder with --out")
         fit(model, batches, loss_parts, config.train, "pretrain", folder / "train_log.jsonl", to_toml(config))
         save_model(folder, model, tokenizer, {
             "made_by": "pretrain", "seed": config.seed, "torch": torch.__version__,

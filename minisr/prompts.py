@@ -42,12 +42,16 @@ def new_prompts(model, tokenizer, seeds: list[str], forbidden: set[str], config:
     """Up to config.count new prompts, none of them a seed or forbidden, and counts by reason."""
     pool = Pool(seeds, forbidden, config)
     asked, limit, wave = 0, int(config.count * config.attempts), 0
+    room = model.config.context - config.max_new_tokens - len(tokenizer.begin)
+
+    def fits(text):
+        return len(tokenizer.encode(text)) <= room
     stop = (*tokenizer.line_ends, *tokenizer.stops)  # a line of the list, one prompt
     with tqdm(total=config.count, desc="prompts", leave=False) as bar:
         while len(pool.accepted) < config.count and asked < limit:
             batch = min(config.rows, limit - asked)
             rng = Random(coordinates(key, wave))
-            shots = [few_shot(seeds, pool.accepted, config, rng) for _ in range(batch)]
+            shots = [few_shot(seeds, pool.accepted, config, rng, fits) for _ in range(batch)]
             ids = [[*tokenizer.begin, *tokenizer.encode(text)] for text in shots]
             for (drawn,) in sample(model, ids, 1, config, key=coordinates(key, wave, "draw"),
                                    stop=stop, title="prompts", journal=journal):
@@ -67,14 +71,20 @@ def prompts_of_people(source, seeds: list[str], forbidden: set[str], config: Pro
     return pool.accepted, pool.counts
 
 
-def few_shot(seeds: list[str], own: list[str], config: PromptConfig, rng: Random) -> str:
-    """A numbered list of example prompts that breaks off where the next one should come."""
+def few_shot(seeds: list[str], own: list[str], config: PromptConfig, rng: Random, fits=lambda text: True
+             ) -> str:
+    """A numbered list of example prompts that breaks off where the next one should come; fewer of them
+    where not all fit."""
     own_shots = min(config.own_shots, len(own))  # the first wave has only seeds to show
     wanted = config.seed_shots + config.own_shots - own_shots
     shots = rng.sample(own, own_shots) + rng.sample(seeds, min(wanted, len(seeds)))
     rng.shuffle(shots)
-    lines = [f"{i}. {' '.join(shot.split())}" for i, shot in enumerate(shots, 1)]
-    return "\n".join([HEADER, *lines, f"{len(shots) + 1}."])
+    while True:
+        lines = [f"{i}. {' '.join(shot.split())}" for i, shot in enumerate(shots, 1)]
+        text = "\n".join([HEADER, *lines, f"{len(shots) + 1}."])
+        if len(shots) < 2 or fits(text):
+            return text
+        shots.pop()
 
 
 def first_prompt(text: str) -> str:

@@ -97,6 +97,7 @@ def write_sealed(path: Path, content: bytes) -> None:
     """Write a file after its hash: what is there and does not match is damaged."""
     seals = path.parent / "hashes.json"
     known = read_json(seals, "hashes") if seals.exists() else {}
+    known = known if isinstance(known, dict) else {}  # damaged: check_seal has told, this file is made again
     write_json(seals, {**known, path.name: hashlib.sha256(content).hexdigest()})
     write_bytes(path, content)
 
@@ -159,5 +160,6 @@ class TrainingState:
 
     @staticmethod
     def remove(folder: Path) -> None:
-        for path in Path(folder).glob("training*"):
-            path.unlink()
+        for pattern in ("training-*.pt*", "training.json*"):  # and what a kill left half-written
+            for path in Path(folder).glob(pattern):
+                path.unlink()

@@ -13,7 +13,7 @@ from minisr.config import Config, differences, load_config, to_toml
 from minisr.interop.source import load_source
 from minisr.judge import load_template
 from minisr.records import InputError, jsonl_bytes, read_jsonl, write_bytes
-from minisr.resume import check_seal, write_sealed
+from minisr.resume import check_seal, locked, write_sealed
 
 WORLD_TEMPLATE = Path(__file__).parent / "world" / "judge.txt"
 ENGLISH_TEMPLATE = seed_data.ENGLISH / "judge.txt"
@@ -37,7 +37,10 @@ class Run:
         if config.seed_data.eft_by == "none" and config.dpo.replay:
             raise InputError('seed_data.eft_by = "none" leaves nothing to replay: set dpo.replay to 0')
         own = WORLD_TEMPLATE if self.has_oracle else ENGLISH_TEMPLATE
-        self.template = load_template(Path(config.judge.template or own))
+        kept = self.folder / "judge.txt"  # what the run began with, whatever becomes of that file
+        if kept.exists():
+            check_seal(kept)
+        self.template = load_template(kept if kept.exists() else Path(config.judge.template or own))
 
     @classmethod
     def open(cls, folder: Path, config: Config) -> "Run":
@@ -54,7 +57,9 @@ class Run:
         if not (run.folder / "M0").exists():
             run.seed_model  # noqa: B018  what is wrong with these is told before anything is written
             seed_data.held_out_and_seeds(config.seed_data, config.seed)
-        write_bytes(stored, to_toml(config).encode())
+        with locked(run.folder):
+            write_bytes(stored, to_toml(config).encode())
+            write_sealed(run.folder / "judge.txt", f"{run.template}\n".encode())
         return run
 
     @cached_property
@@ -103,10 +108,12 @@ class Run:
                 records = seed_data.eft_by_annotator(ranked, self.template, self.config.seed_data.reasons)
             elif by == "baseline":
                 records = seed_data.eft_by_baseline(*baseline.load(), ranked, self.template,
-                                                    self.config.judge, self.key("EFT"))
+                                                    self.config.judge, self.key("EFT"),
+                                                    baseline.journal("eft", ranked))
             if by == "baseline" and not records:
                 raise InputError("the SFT baseline wrote no judgements that rank rightly; "
                                  'give it more ranked prompts, or set eft_by to "annotator"')
             write_sealed(path, jsonl_bytes(seed_data.thin(records, self.key("thin"))))
+        (baseline.folder / "eft.journal").unlink(missing_ok=True)
         check_seal(path)
         return read_jsonl(path, "EFT data", ("prompt", "response"))

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from minisr.cache import KVCache
 from minisr.chance import first_numbers, row_key, uniform
-from minisr.model import Decoder
+from minisr.model import Decoder, out_of_memory
 from minisr.records import InputError
 from minisr.resume import UNKEPT
 from minisr.step import Step
@@ -66,14 +66,29 @@ def sample(model: Decoder, prompts: list[list[int]], n: int, config: SampleConfi
             wave = order[start:start + per_wave]
             drawn = journal.get(key, start)
             if drawn is None:
-                samples = _wave(model, [prompts[i] for i in wave], wave, n, config, key, stop, with_logps)
-                drawn = [[astuple(s) for s in row] for row in samples]
+                drawn = [[astuple(s) for s in row] for row in _wave_or_halves(
+                    model, [prompts[i] for i in wave], wave, n, config, key, stop, with_logps)]
                 journal.add(drawn, key, start)
                 Stop.check()
             for i, row in zip(wave, drawn):
                 results[i] = [Sample(*values) for values in row]
             bar.update(len(wave) * n)
     return results
+
+
+def _wave_or_halves(model, prompts, numbers, *how) -> list[list[Sample]]:
+    """A wave; where memory does not suffice, the one half of its prompts and then the other."""
+    try:
+        return _wave(model, prompts, numbers, *how)
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
+        if len(prompts) == 1:
+            raise InputError("not enough memory for the responses to one prompt; a new run with fewer of "
+                             "them, or with fewer new tokens, may do") from error
+    half = len(prompts) // 2  # outside of `except`, which would hold on to the failed wave
+    return [samples for part in (slice(half), slice(half, None))
+            for samples in _wave_or_halves(model, prompts[part], numbers[part], *how)]
 
 
 def _wave(model, prompts, numbers, n, config, key, stop, with_logps) -> list[list[Sample]]:

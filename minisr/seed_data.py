@@ -19,10 +19,10 @@ from minisr.chance import key as coordinates
 from minisr.evaluate import pair_agreement
 from minisr.judge import MAX_SCORE, JudgeConfig, judge, judge_prompt, parse_score
 from minisr.records import InputError, read_json, read_jsonl
+from minisr.resume import UNKEPT
 from minisr.world import corpus
 
 ENGLISH = Path(__file__).parent / "english"  # instructions in plain English, written for minisr
-SOURCES = ("world", "english")
 
 
 def held_out_and_seeds(config, seed: int) -> dict[str, list[dict]]:
@@ -126,18 +126,19 @@ def eft_by_annotator(ranked: list[dict], template: str, reasons: bool = True) ->
 
 
 def eft_by_baseline(model, tokenizer, ranked: list[dict], template: str, config: JudgeConfig,
-                    key: int) -> list[dict]:
+                    key: int, journal=UNKEPT) -> list[dict]:
     """EFT records written by the SFT baseline, kept where it ranks a prompt's responses rightly.
 
     It judges J times; of each prompt the first round of judgements that agrees is kept."""
     prompts = [r["prompt"] for r in ranked for _ in r["responses"]]
     responses = [y for r in ranked for y in r["responses"]]
-    judged = iter(judge(model, tokenizer, template, prompts, responses, config, key))
+    judged = iter(judge(model, tokenizer, template, prompts, responses, config, key, journal))
     records = []
     for record in ranked:
         rounds = list(zip(*(next(judged) for _ in record["responses"])))
         right = [judgements for judgements in rounds
-                 if all(pair_agreement(record["scores"], [j.score for j in judgements]))]
+                 if (agree := pair_agreement(record["scores"], [j.score for j in judgements]))
+                 and all(agree)]  # without any pair the annotator ranked nothing
         if right:
             records += [eft_record(template, record["prompt"], response, judgement.text)
                         for response, judgement in zip(record["responses"], right[0])]

@@ -172,27 +172,29 @@ class Model:
     def select_pairs(self, x, y, r):
         """{x_i, y_i^w, y_i^l}"""
         config = self.config.pairs
-        anchors = self._anchors(x) if config.rejected_from == "M1" and self.name != "M1" else None
+        anchors, scores = self._anchors(x) if config.rejected_from == "M1" != self.name else (None, {})
         records, counts = pairs.select_pairs(
             [record["prompt"] for record in x], [record["responses"] for record in y],
             [record["rewards"] for record in r], config.length_control, anchors)
-        scores = {(record["prompt"], text): given for record, judged in zip(y, r)
-                  for text, given in zip(record["responses"], judged["scores"])}
+        scores |= {(record["prompt"], text): given for record, judged in zip(y, r)
+                   for text, given in zip(record["responses"], judged["scores"])}
         for pair in records:
             pair["agreement"] = pairs.agreement(*(scores.get((pair["prompt"], pair[side]), [])
                                                   for side in ("chosen", "rejected")))
         return records, counts
 
-    def _anchors(self, x) -> list[tuple[float | None, str]]:
-        """M1's answer to each prompt, and the reward that this model gives it."""
+    def _anchors(self, x) -> tuple[list[tuple[float | None, str]], dict]:
+        """M1's answer to each prompt with the reward that this model gives it, and the scores behind that."""
         asked = [record["prompt"] for record in x]
         M1 = Model(self.run, "M1")
         made = M1._answers(asked, 1, self.config.responses, f"for {self.name}",
                                                  f"anchors_{self.name}")
         judged = self._judgements([(prompt, text) for prompt, [(text, *_)] in zip(asked, made)], "pairs")
         (M1.folder / f"anchors_{self.name}.journal").unlink(missing_ok=True)
-        return [(reward(judgements) if finished else None, text)
-                for [(text, finished, _)], judgements in zip(made, judged)]
+        return ([(reward(judgements) if finished else None, text)
+                 for [(text, finished, _)], judgements in zip(made, judged)],
+                {(prompt, text): [j.score for j in judgements]
+                 for prompt, [(text, *_)], judgements in zip(asked, made, judged)})
 
     def train_sft(self, name: str, examples: list[dict]) -> "Model":
         """A new model `name`, fine-tuned from this one."""
@@ -237,6 +239,7 @@ class Model:
     def _train(self, name: str, by: str, train) -> "Model":
         """Load this model afresh, train it, save it as `name`: this one stays what it is."""
         successor = Model(self.run, name)
+        self.release()  # a large model is not kept beside the one in training
         if not (successor.folder / "meta.json").exists():
             with successor.clock("training"):
                 model, tokenizer = load_model(self.folder, self.run.device)
@@ -246,8 +249,10 @@ class Model:
                     "config_hash": self.run.origin,
                     "seed": self.config.seed,
                     "minisr": __version__, "torch": torch.__version__})
-                TrainingState.remove(successor.folder)
-        self.release()
+        if model_hash(successor.folder, "parent_hash") != model_hash(self.folder):
+            raise InputError(f"{successor.folder} was trained from another {self.name} than the one that is "
+                             "there; remove its meta.json to have it trained again")
+        TrainingState.remove(successor.folder)
         return successor
 
     @stage("answers")

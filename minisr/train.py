@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from tqdm import tqdm
 
-from minisr.model import ModelConfig, part_rows
+from minisr.model import ModelConfig, out_of_memory, part_rows
 from minisr.records import InputError, write_jsonl
 from minisr.resume import TrainingState
 from minisr.stop import Stop
@@ -25,7 +25,7 @@ class OptimConfig:
     recompute: bool = False  # activations in the backward pass: less memory, a third slower
     epochs: int = 1
     weight_decay: float = 0.0
-    clip: float = 1.0  # largest norm of the gradient
+    clip: float = 1.0  # largest norm of the gradient; 0: any
     dropout: float = 0.0
     save_every: int = 50  # steps after which an unfinished training's state is kept
     optimizer: str = "adamw"  # or "muon": Muon for the matrices, AdamW for the rest
@@ -115,10 +115,10 @@ def fit(model, batches: list, loss_parts, config: OptimConfig, title: str, log_f
     bar = tqdm(batches, title, leave=False, initial=len(log))
     for step in range(len(log), len(batches)):
         figures, config = gradients(model, masters, loss_parts, batches[step], config)
-        norm = torch.nn.utils.clip_grad_norm_(masters.values(), config.clip)
+        norm = torch.nn.utils.clip_grad_norm_(masters.values(), config.clip or math.inf)
         if not torch.isfinite(norm):
             raise InputError(f"{title}: loss or gradient is not finite at step {step} of {len(batches)}, "
-                             f"batch {str(batches[step])[:80]}; lower learning_rate")
+                             f"batch {str(batches[step])[:80]}; a new run with a lower learning_rate may do")
         rate = learning_rate(step, len(batches), config)
         update(model, masters, chosen, rate)
         log.append({"step": step, **figures, "grad_norm": norm.item(), "learning_rate": rate})
@@ -144,13 +144,12 @@ def gradients(model, masters: dict, loss_parts, batch, config: OptimConfig) -> t
                 figures.update({"loss": loss.item(), **share})
             return figures, config
         except (MemoryError, RuntimeError) as error:
-            told = str(error).lower()  # a CPU's has no type of its own
-            if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "alloc" not in told:
+            if not out_of_memory(error):
                 raise
             size = (config.micro_batch or config.batch_size) // 2
             if size < 1:
-                raise InputError("not enough memory for one example at a time; set recompute = true or "
-                                 "shorten the context") from error
+                raise InputError("not enough memory for one example at a time; a new run with recompute = "
+                                 "true or a shorter context may do") from error
         config = replace(config, micro_batch=size)
         for name, p in model.named_parameters():
             p.grad = masters[name].grad = None

@@ -183,7 +183,7 @@ FAULTS = {
         ("a judge's tie is right", " and model[i] != model[j]\n", "\n"),
         ("five-best: best is a 5", "[h == max(human) for", "[h == 5 for")],
     ("seed_data", "own_data"): [
-        ("one pair in order is enough for EFT", "if all(pair_agreement(", "if any(pair_agreement("),
+        ("one pair in order is enough for EFT", "and all(agree)]", "and any(agree)]"),
         ("EFT keeps the last round in order", "right[0])]", "right[-1])]")],
     ("metrics", "loop"): [
         ("win rates are the other model's", "win_rates(_scores(own), _scores(answers[other]))",

@@ -16,7 +16,6 @@ from minisr.experiment import (
     compared,
     compared_markdown,
     experiment,
-    gather,
     markdown,
     mean_and_interval,
     overrides,
@@ -25,6 +24,7 @@ from minisr.experiment import (
     table,
 )
 from minisr.records import InputError, read_json, write_json
+from minisr.stop import Stop
 
 PLANS = Path(__file__).parent.parent / "tiny_configs" / "experiments"
 BASE = """iterations = 1
@@ -138,22 +138,34 @@ def test_a_variant_shares_with_the_base_what_it_would_make_again_just_so(changes
     assert not list(tmp_path.glob("*.part"))
 
 
+def test_with_the_papers_eft_more_judgements_make_other_eft(plan, tmp_path):
+    toml, by = plan("").with_name("base.toml"), "seed_data.eft_by=baseline"
+    base_run(tmp_path / "base-0", toml, [by])
+    share(tmp_path / "base-0", tmp_path / "a-0", load_config(toml, overrides=(by, "judge.judgements=8")))
+    assert not (tmp_path / "a-0/seed/eft.jsonl").exists() and not (tmp_path / "a-0/M1").exists()
+
+
+class Commands(dict):
+    fails = "b-1"
+
+
 @pytest.fixture
 def started(plan, monkeypatch):
-    """The settings of each process that an experiment would start, by its run's name; "b-1" fails."""
-    commands = {}
+    """The settings of each process that an experiment would start, by its run's name; one fails."""
+    commands = Commands()
 
-    def run(command, **_):
+    def popen(command, **_):
         base, folder = command[command.index("run") + 1], Path(command[command.index("--out") + 1])
         commands[folder.name] = command[command.index("--set") + 1::2]
         if folder.name.startswith("base"):
             base_run(folder, base, commands[folder.name])
         seed = int(folder.name[-1])
         figures = {"flawless": seed, "judge": {"exact": 0.5}}
-        models = ("SFT", "M1") if folder.name == "b-1" else ("SFT", "M1", "M2")
+        code = int(folder.name == commands.fails)
+        models = ("SFT", "M1") if code else ("SFT", "M1", "M2")
         write_json(folder / "metrics.json", {"seed": seed, "models": dict.fromkeys(models, figures)})
-        return SimpleNamespace(returncode=int(folder.name == "b-1"))
-    monkeypatch.setattr("minisr.experiment.subprocess", SimpleNamespace(run=run))
+        return SimpleNamespace(returncode=code, poll=lambda: code)
+    monkeypatch.setattr("minisr.experiment.subprocess", SimpleNamespace(Popen=popen))
     return commands
 
 
@@ -180,14 +192,42 @@ def test_an_experiment_runs_the_base_before_its_variants_and_gathers_by_seed(sta
 
 
 def test_a_run_that_fails_and_a_variant_that_is_not_there_are_named(started, plan, tmp_path):
-    with pytest.raises(InputError, match=r"b-1 failed; .*b-1\.log tells why"):
+    with pytest.raises(InputError, match=r"1 of 4 runs failed, the others are finished; why: see .*b-1\.log"):
         experiment(plan(PLAN), tmp_path / "out", 1)
-    assert list(gather(read_plan(plan(PLAN)), tmp_path / "out")) == ["base", "a"]  # not half of b
+    assert list(started)[-2:] == ["b-0", "b-1"] and list(started)[:2] == ["base-0", "base-1"]
+    assert list(read_json(tmp_path / "out/results.json", "results")) == ["base", "a"]  # not half of b
     with pytest.raises(InputError, match="has no variant c; it has base, a, b"):
         experiment(plan(PLAN), tmp_path / "out", 1, ["a", "c"])
 
 
-@pytest.mark.parametrize("count", range(2, 11))
+def test_variants_wait_for_a_base_that_failed(started, plan, tmp_path):
+    text = PLAN.replace("seeds = [0, 1]", "seeds = [0, 1]\nvariant_seeds = [0]")
+    (tmp_path / "out").mkdir()
+    started.fails = "base-1"
+    with pytest.raises(InputError, match=r"1 of 2 runs failed.*base-1\.log"):
+        experiment(plan(text), tmp_path / "out", 2)
+    assert sorted(started) == ["base-0", "base-1"]
+
+
+def test_a_judge_prompt_that_is_not_there_is_told_before_anything_runs(plan):
+    with pytest.raises(InputError, match="nowhere.txt"):
+        read_plan(plan('base = "base.toml"\nseeds = [0]\n[variants.a]\njudge.template = "nowhere.txt"'))
+
+
+def test_a_signal_is_handed_on_to_the_runs_once_and_no_other_begins(plan, tmp_path, monkeypatch):
+    asked, begun = [], []
+
+    def popen(command, **_):
+        begun.append(command)
+        monkeypatch.setattr(Stop, "asked", True)  # while it runs
+        return SimpleNamespace(poll=lambda: None, terminate=lambda: asked.append(1), wait=lambda: None)
+    monkeypatch.setattr("minisr.experiment.subprocess", SimpleNamespace(Popen=popen))
+    with pytest.raises(KeyboardInterrupt):
+        experiment(plan(PLAN), tmp_path / "out", 1)
+    assert len(begun) == len(asked) == 1
+
+
+@pytest.mark.parametrize("count", range(2, 21))
 def test_the_interval_is_students(count):
     stats = pytest.importorskip("scipy.stats")
     values = [0.1 * i * i - i for i in range(count)]
@@ -199,7 +239,7 @@ def test_the_interval_is_students(count):
 
 def test_one_seed_has_no_interval():
     assert mean_and_interval([3.0]) == (3.0, 0.0)
-    assert len(STUDENT_T) == 9
+    assert len(STUDENT_T) == 19
 
 
 def test_the_table_has_a_row_for_each_variant_and_model():

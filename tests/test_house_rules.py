@@ -70,8 +70,8 @@ def test_the_package_is_short():
     # Without other people's formats, the benchmark and the pictures.
     core = [file for file in FILES if file.parent.name != "interop" and file.name not in
             ("bench.py", "figures.py", "markup.py", "page.py")]
-    assert sum(map(code_lines, core)) <= 3000
-    assert sum(LINES[file] for file in core) <= 4400
+    assert sum(map(code_lines, core)) <= 3070
+    assert sum(LINES[file] for file in core) <= 4500
     assert sum(map(code_lines, FILES)) <= 4700
     path = "loop model cache tokenizer step sampler prompts judge pairs sft dpo evaluate".split()
     assert sum(LINES[NAMES[f"minisr.{name}"]] for name in path) <= 1700

@@ -18,13 +18,15 @@ READ = {
     "Score: 3.": 3, "Score: 3 out of 5": 3, "“Score: 3”": 3, "Score: “3”": 3, "“Score”: 3": 3,
     "\"Score\": '3'": 3, "Score：3": 3, "Score:\n4": 4, "Score: <4>": 4, "Score: [4]": 4, "`Score: 1`": 1,
     "Score_: 1": 1, "Good.\nScore: 2\n": 2, "Score: 3 - well done": 3, "Score: 4 (of 3 things, all)": 4,
+    "Score: **4**/5": 4, "Score: [4]/[5]": 4, "Score: **3** - well done": 3, "Score: “4” out of “5”": 4,
 }
 UNREAD = (
     "", "\n", "   ", "A fine answer.", "4", "4/5", "Score", "Score: ", "Score 4", "Score = 4", "Scores: 4",
     "underscore: 4", "Score: five", "Score: <total>", "Score: 10", "Score: 6", "Score: 5.01", "Score: -1",
     "Score: −1", "Score: 4-5", "Score: 4 - 5", "Score: 4–5", "Score: 4/10", "Score: 4 / 10", "Score: 4/50",
     "Score: 4 out of 10", "Score: 3+1", "Score: 3 + 1 = 4", "Score: 2×2", "Score: 4,5", "Score: 4.5.1",
-    "Score: 1,000", "Score: .5",
+    "Score: 1,000", "Score: .5", "Score: **4**/10", "Score: `3` out of 10", "Score: **2** or 3",
+    "Score: **2** or **3**", "Score: [4] - [5]", "Score: “4” of “10”", "Score: (4)/(10)",
 )
 LAST_VALID = {
     "Score: 2\nScore: 4": 4, "Score: 4 ... no, Score: 2": 2, "Score: 4\nScore: 9": 4,

@@ -1,5 +1,6 @@
 import hashlib
 import io
+import json
 import os
 import re
 import shutil
@@ -18,11 +19,12 @@ from minisr.cli import main
 from minisr.config import load_config
 from minisr.experiment import share
 from minisr.judge import judge
+from minisr.metrics import making
 from minisr.prompts import normal
-from minisr.records import jsonl_bytes, read_json, read_jsonl, write_jsonl
+from minisr.records import InputError, jsonl_bytes, read_json, read_jsonl, write_jsonl
 from minisr.report import line, table
-from minisr.resume import write_sealed
-from minisr.run import Run
+from minisr.resume import locked, write_sealed
+from minisr.run import WORLD_TEMPLATE, Run
 from minisr.sampler import Sample
 from minisr.stages import Model
 from minisr.world import oracle
@@ -255,6 +257,44 @@ def test_without_any_pair_the_next_model_is_the_same_again(copy):
     same, other = (load_model(copy / name)[0].state_dict() for name in ("M1", "M2"))
     assert all(torch.equal(same[name], other[name]) for name in same)
     assert jsonl(copy / "M2/train_log.jsonl") == []
+
+
+def test_a_model_trained_from_another_parent_is_refused_by_name(copy):
+    meta = copy / "M2/meta.json"
+    meta.write_text(meta.read_text().replace(read_json(copy / "M1/meta.json", "meta")["hash"], "0" * 64))
+    code, _, err = minisr("run", copy / "config.toml", "--out", copy)
+    assert code == 2 and "M2 was trained from another M1" in err and err.count("\n") == 1
+
+
+def test_with_no_prompt_at_all_and_lost_clocks_the_models_can_be_evaluated(copy):
+    model = Model(Run(copy, load_config(copy / "config.toml")), "M2")
+    for path in copy.glob("*/timing.json"):
+        path.unlink()
+    assert making(model)["seconds"] == 0 and making(model)["distinct"] > 0
+    (copy / "M1/responses.counts.json").write_text(json.dumps({"finished": 0, "cut": 0, "distinct": 0}))
+    assert making(model)["distinct"] == 0
+
+
+def test_a_run_keeps_the_judge_prompt_it_began_with(config, copy, tmp_path):
+    kept = copy / "judge.txt"
+    assert kept.read_text() == WORLD_TEMPLATE.read_text()
+    before = Run(copy, load_config(copy / "config.toml"))
+    kept.write_text("{prompt} {response}")  # by hand
+    with pytest.raises(InputError, match=r"judge\.txt is not the file that minisr wrote there"):
+        Run(copy, load_config(copy / "config.toml"))
+    own = tmp_path / "own.txt"
+    own.write_text("Rate {response} to {prompt}\n")
+    changed = load_config(copy / "config.toml", overrides=(f"judge.template={own}",))
+    Run.open(tmp_path / "new", changed)
+    own.write_text("Another {prompt} {response}")
+    assert Run(tmp_path / "new", changed).template == "Rate {response} to {prompt}" != before.template
+
+
+def test_a_second_process_changes_no_config(config, copy):
+    stored = (copy / "config.toml").read_bytes()
+    with locked(copy), pytest.raises(InputError, match="another minisr is at work"):
+        Run.open(copy, load_config(config, overrides=("iterations=7",)))
+    assert (copy / "config.toml").read_bytes() == stored
 
 
 def test_no_training_file_holds_an_evaluation_prompt(finished):

@@ -11,6 +11,7 @@ from minisr import seed_data
 from minisr.config import Config, SeedConfig, load_config
 from minisr.judge import JudgeConfig, Judgement, load_template, parse_score
 from minisr.records import InputError, write_jsonl
+from minisr.resume import UNKEPT
 from minisr.run import ENGLISH_TEMPLATE, Run
 from minisr.seed_data import (
     ENGLISH,
@@ -117,9 +118,10 @@ def test_the_baselines_judgements_are_kept_where_a_whole_round_ranks_rightly(mon
             "b1": (5, 2, None), "b2": (3, 3, 1), "b3": (4, 4, 0),  # in each a pair is in the wrong order
             "c1": (2, 5, 5), "c2": (0, None, 2), "c3": (0, 2, 2)}  # the scores 5, 1, 1: the last two may tie
     ranked = [{"prompt": p, "responses": [y for y in said if y[0] == p], "scores": scores}
-              for p, scores in (("a", [5, 0]), ("b", [5, 4, 3]), ("c", [5, 1, 1]))]
+              for p, scores in (("a", [5, 0]), ("b", [5, 4, 3]), ("c", [5, 1, 1]), ("d", [3, 3]))]
+    said |= {"d1": (None, 3, 1), "d2": (None, 3, 4)}  # the annotator ranks nothing: no round ranks rightly
 
-    def judge(model, tokenizer, template, prompts, responses, config, key):
+    def judge(model, tokenizer, template, prompts, responses, config, key, journal):
         return [[Judgement(f"Score: {score}", score) for score in said[y]] for y in responses]
     monkeypatch.setattr(seed_data, "judge", judge)
     made = eft_by_baseline(None, None, ranked, "{prompt}|{response}", JudgeConfig(), 0)
@@ -130,7 +132,8 @@ def test_the_baselines_judgements_are_kept_where_a_whole_round_ranks_rightly(mon
 def test_a_baseline_that_never_ranks_rightly_is_told_and_nothing_is_written(monkeypatch, tmp_path):
     data = SeedConfig(ift=2, ranked=2, judge_evaluation=1, evaluation=1, eft_by="baseline")
     run = Run(tmp_path, Config(threads=1, seed_data=data))
-    baseline, made = SimpleNamespace(load=lambda: (None, None)), []
+    made = []
+    baseline = SimpleNamespace(load=lambda: (None, None), journal=lambda *_: UNKEPT, folder=tmp_path)
     monkeypatch.setattr(seed_data, "eft_by_baseline", lambda *_: made)
     with pytest.raises(InputError, match="no judgements that rank rightly"):
         run.eft(baseline)

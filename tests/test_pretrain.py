@@ -42,7 +42,7 @@ def test_the_text_is_whole_documents_with_an_end_as_many_as_asked_for(tokenizer,
 
 
 def test_pretraining_stopped_and_gone_on_with_gives_the_same_model_which_has_learned(
-        config, tmp_path, monkeypatch):
+        config, tmp_path, monkeypatch, capsys):
     assert pretrain(config, tmp_path / "whole") == 0
     model, tokenizer = load_model(tmp_path / "whole")
     assert model.config.width == 16 and len(tokenizer) == 420
@@ -62,6 +62,10 @@ def test_pretraining_stopped_and_gone_on_with_gives_the_same_model_which_has_lea
     for name in ("model.pt", "tokenizer.model", "train_log.jsonl"):
         assert (tmp_path / "stopped" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
     assert not list((tmp_path / "stopped").glob("training*"))
+    capsys.readouterr()
+    assert pretrain(config, tmp_path / "stopped", "seed=1") == 2  # a model is not written over
+    assert "holds a model already" in capsys.readouterr().err
+    assert (tmp_path / "stopped/model.pt").read_bytes() == (tmp_path / "whole/model.pt").read_bytes()
 
 
 def test_a_shape_that_does_not_go_together_ends_in_one_line(config, tmp_path, capsys):

@@ -4,6 +4,7 @@ import re
 from collections import Counter
 from itertools import combinations
 from random import Random
+from types import SimpleNamespace
 
 import pytest
 from tiny import bigram, tiny_model, tiny_tokenizer
@@ -33,8 +34,11 @@ def model_says(monkeypatch):
     return install
 
 
+ROOMY = SimpleNamespace(config=SimpleNamespace(context=10_000))
+
+
 def make(**config) -> tuple[list[str], Counter]:
-    return new_prompts(None, tiny_tokenizer(), SEEDS, {HELD_OUT}, PromptConfig(**config), key=0)
+    return new_prompts(ROOMY, tiny_tokenizer(), SEEDS, {HELD_OUT}, PromptConfig(**config), key=0)
 
 
 VARIANTS = [lambda x: x, str.upper, lambda x: x.replace(".", "!").replace(",", ""), lambda x: f"  \"{x}\""]
@@ -119,6 +123,25 @@ def test_it_gives_up_with_a_random_model_too():
     config = PromptConfig(count=4, rows=5, attempts=2, max_new_tokens=6)
     made, counts = new_prompts(tiny_model(context=512), tiny_tokenizer(), SEEDS, set(), config, key=0)
     assert counts.total() == 8 and counts["accepted"] == len(made)
+
+
+@pytest.mark.parametrize("room, shown", [(10_000, 8), (100, 4), (5, 1)])
+def test_fewer_examples_are_shown_where_not_all_fit(room, shown):
+    rng, own = Random(0), ["o" * 10] * 3
+    text = few_shot(["s" * 10] * 9, own, PromptConfig(), rng, lambda text: len(text) <= room)
+    lines = text.split("\n")
+    assert len(lines) == shown + 2 and lines[-1] == f"{shown + 1}." and (len(text) <= room or shown == 1)
+    assert [line.split(". ")[0] for line in lines[1:-1]] == [str(i + 1) for i in range(shown)]
+
+
+def test_long_examples_leave_room_for_the_prompt_that_is_to_come(model_says):
+    shown = model_says(["Tell us about the long winter."])
+    tokenizer, long = tiny_tokenizer(), [f"{number} " + "news of the river " * 10 for number in range(9)]
+    context = 2 * len(tokenizer.encode(long[0])) + 60
+    model = SimpleNamespace(config=SimpleNamespace(context=context))
+    made, _ = new_prompts(model, tokenizer, long, set(), PromptConfig(count=1, rows=1), key=0)
+    assert made == ["Tell us about the long winter."] and shown[0].count("river") in (10, 20)
+    assert len(tokenizer.encode(shown[0])) + PromptConfig().max_new_tokens < context
 
 
 def test_the_model_is_shown_seeds_first_and_its_own_prompts_once_there_are_some(model_says):

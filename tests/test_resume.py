@@ -126,8 +126,10 @@ def test_a_training_stopped_anywhere_goes_on_to_the_same_bits(how, kind, optimiz
         for (name, a), b in zip(model.named_parameters(), whole.parameters()):
             assert torch.equal(a, b), name
         assert (folder / "log.jsonl").read_bytes() == (tmp_path / "whole/log.jsonl").read_bytes()
+        (folder / "training-9.pt.part").write_text("a kill left it")
+        (folder / "training notes.txt").write_text("somebody's own")
         TrainingState.remove(folder)
-        assert [path.name for path in folder.iterdir()] == ["log.jsonl"]
+        assert sorted(path.name for path in folder.iterdir()) == ["log.jsonl", "training notes.txt"]
 
 
 def truncate(path):
@@ -192,6 +194,18 @@ def test_without_memory_the_micro_batch_is_halved_and_the_result_is_the_same():
         run(0)
 
 
+def test_a_clip_of_0_leaves_the_gradient_as_it_is():
+    def trained_with(clip):
+        model = tiny_model()
+
+        def loss_parts(batch, config):
+            yield 100 * model(torch.tensor([[1, 2]])).square().mean(), {}
+        log = fit(model, [[0]] * 2, loss_parts, OptimConfig(clip=clip), "t")
+        return torch.cat([p.detach().flatten() for p in model.parameters()]), log[0]["grad_norm"]
+    (free, norm), (loose, _), (tight, _) = map(trained_with, (0.0, 1e9, 1e-9))
+    assert norm > 1 and torch.equal(free, loose) and not torch.equal(free, tight)
+
+
 def test_another_runtime_error_is_no_want_of_memory():
     def loss_parts(batch, config):
         raise RuntimeError("shapes do not match")
@@ -206,7 +220,7 @@ def test_a_loss_that_is_not_finite_leaves_the_last_good_state(tmp_path):
     def loss_parts(batch, config):
         yield model(torch.tensor([[1, 2]])).square().mean() * batch, {}
     config = OptimConfig(save_every=1)
-    with pytest.raises(InputError, match=r"step 2 of 4, batch inf; lower"):
+    with pytest.raises(InputError, match=r"step 2 of 4, batch inf; a new run with a lower"):
         fit(model, [1.0, 1.0, float("inf"), 1.0], loss_parts, config, "t", tmp_path / "log.jsonl", "data")
     assert json.loads((tmp_path / "training.json").read_text())["step"] == 2
 
@@ -226,6 +240,17 @@ def test_a_seal_tells_a_file_that_was_changed_and_passes_one_that_never_had_any(
     write_json(tmp_path / "hashes.json", [])
     with pytest.raises(InputError):
         check_seal(path)
+
+
+def test_seals_that_are_damaged_trust_nothing_and_do_not_stop_what_is_made_again(tmp_path):
+    path = tmp_path / "a.jsonl"
+    write_sealed(path, b"{}\n")
+    (tmp_path / "hashes.json").write_text("[]")
+    with pytest.raises(InputError, match="remove it to have it made again"):
+        check_seal(path)
+    path.unlink()
+    write_sealed(path, b"{}\n")
+    check_seal(path)
 
 
 def test_a_folder_that_cannot_be_written_is_told(tmp_path):

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 
+from minisr import sampler
 from minisr.chance import key, row_key, uniform
 from minisr.records import InputError
 from minisr.sampler import Sample, SampleConfig, alike, common_prefix, draw, prefill, sample
@@ -224,6 +225,30 @@ def test_a_prompt_that_is_empty_or_fills_the_context_is_named(SuccessorLM, wrong
         sample(SuccessorLM(context=16), [[1], [2], wrong, [3]], 1, greedy(4), key=0, stop=(9,), title="tasks")
     [[answer]] = sample(SuccessorLM(context=16), [[1] * 15], 1, greedy(4), key=0, stop=(9,))
     assert answer.ids == [2]
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")])
+def test_without_memory_for_a_wave_its_halves_are_drawn_with_the_same_result(decoder, monkeypatch, error):
+    prompts, sizes = random_prompts([9, 3, 5, 7, 4]), []
+    config = SampleConfig(1.0, 1.0, 12, rows=10)
+    whole = sample(decoder, prompts, 2, config, key=5, stop=(0,))
+
+    def wave(model, prompts, numbers, *how, made=sampler._wave):
+        sizes.append(len(prompts))
+        if len(prompts) > limit:
+            raise error
+        return made(model, prompts, numbers, *how)
+    monkeypatch.setattr(sampler, "_wave", wave)
+    limit = 2
+    halves = sample(decoder, prompts, 2, config, key=5, stop=(0,))
+    assert sizes == [5, 2, 3, 1, 2] and [[s.ids for s in row] for row in halves] == [
+        [s.ids for s in row] for row in whole]
+    limit = 0
+    with pytest.raises(InputError, match="not enough memory for the responses to one prompt"):
+        sample(decoder, prompts, 2, config, key=5, stop=(0,))
+    error = RuntimeError("shapes do not match")
+    with pytest.raises(RuntimeError, match="shapes"):
+        sample(decoder, prompts, 2, config, key=5, stop=(0,))
 
 
 def test_log_probabilities_told_are_the_models_own_whatever_the_temperature(random_decoder):

@@ -108,14 +108,14 @@ def set_of_a_key_in_a_key(at):
     return run(at, "seed.x=1")
 
 
-@case("model.pt", "truncated or changed", "delete the folder")
+@case("model.pt", "truncated or changed", "remove meta.json")
 def truncated_weights(at):
     content = (at / "M0/model.pt").read_bytes()
     (at / "M0/model.pt").write_bytes(content[:-100])
     return run(at)
 
 
-@case("model.pt", "truncated or changed", "delete the folder")
+@case("model.pt", "truncated or changed", "remove meta.json")
 def weights_with_a_flipped_byte(at):
     content = bytearray((at / "M0/model.pt").read_bytes())
     content[len(content) // 2] ^= 1
