@@ -77,7 +77,8 @@ class PretrainConfig:
 
 CHOICES = {"device": ("auto", "cpu", "cuda"), "eft_by": ("annotator", "baseline", "none"),
            "optimizer": ("adamw", "muon"), "by": ("self", "M1", "oracle", "random"),
-           "rejected_from": ("self", "M1"), "reference": ("previous", "M1"), "written_by": ("self", "people")}
+           "rejected_from": ("self", "M1", "next"), "reference": ("previous", "M1"),
+           "written_by": ("self", "people")}
 # Smallest and largest sensible value; every other number must be at least 1.
 LIMITS = {
     "seed": (0, 2**31), "iterations": (0, 100), "temperature": (0, 100), "top_p": (0, 1),

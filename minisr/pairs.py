@@ -10,21 +10,22 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class PairConfig:
-    """Two rules of later papers (both off: this paper's)."""
+    """Other rules than this paper's, best against worst."""
 
     length_control: float = 0.0  # rho: prefer the short among the nearly best (Meta-Rewarding)
-    rejected_from: str = "self"  # "M1": its answer is the rejected one where it is worse (Temporal SR)
+    # "M1": its answer is the rejected one where it is worse (Temporal SR); "next": the next below the best
+    rejected_from: str = "self"
 
 
 def select_pairs(prompts: list[str], responses: list[list[str]], rewards: list[list[float | None]],
-                 length_control: float = 0.0, anchors: list[tuple[float | None, str]] | None = None
-                 ) -> tuple[list[dict], Counter]:
+                 length_control: float = 0.0, anchors: list[tuple[float | None, str]] | None = None,
+                 next_best: bool = False) -> tuple[list[dict], Counter]:
     """Preference pairs {prompt, chosen, rejected, chosen_reward, rejected_reward}, and counts.
 
     Counts: "pairs", "unread" (fewer than two responses with a reward), "tie" (highest equals
     lowest), "identical" (the same text was judged twice, differently). Among several equally
     good or equally bad responses the first is taken. `anchors`, a (reward, response) for each
-    prompt, can be rejected but not chosen."""
+    prompt, can be rejected but not chosen. next_best: rejected is the best of those below the chosen."""
     pairs, counts = [], Counter(pairs=0, unread=0, tie=0, identical=0)
     for i, (x, ys, rs) in enumerate(zip(prompts, responses, rewards, strict=True)):
         read = [(r, y) for r, y in zip(rs, ys, strict=True) if r is not None]
@@ -33,6 +34,8 @@ def select_pairs(prompts: list[str], responses: list[list[str]], rewards: list[l
             counts["unread"] += 1
             continue
         best, worst = best_and_worst(read, anchor, length_control)
+        if next_best:
+            worst = max((ry for ry in read if ry[0] < best[0]), key=lambda ry: ry[0], default=worst)
         if best[0] <= worst[0]:
             counts["tie"] += 1
         elif best[1] == worst[1]:

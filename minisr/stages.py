@@ -175,7 +175,8 @@ class Model:
         anchors, scores = self._anchors(x) if config.rejected_from == "M1" != self.name else (None, {})
         records, counts = pairs.select_pairs(
             [record["prompt"] for record in x], [record["responses"] for record in y],
-            [record["rewards"] for record in r], config.length_control, anchors)
+            [record["rewards"] for record in r], config.length_control, anchors,
+            config.rejected_from == "next")
         scores |= {(record["prompt"], text): given for record, judged in zip(y, r)
                    for text, given in zip(record["responses"], judged["scores"])}
         for pair in records:

@@ -52,6 +52,15 @@ def test_an_anchor_is_rejected_where_it_is_worse_and_never_chosen():
     assert pairs == [] and counts["tie"] == 1
 
 
+def test_the_next_below_the_best_can_be_the_rejected_one():
+    rewards = [[3, 5, 4, 1], [2, 2, 5, 5], [4, None, 4, 4], [None, 1, 2, None]]
+    answers = [[f"{letter}{n}" for n in range(4)] for letter in "abcd"]
+    pairs, counts = select_pairs(list("wxyz"), answers, rewards, next_best=True)
+    assert [(p["chosen"], p["rejected"], p["rejected_reward"]) for p in pairs] == [
+        ("a1", "a2", 4), ("b2", "b0", 2), ("d2", "d1", 1)]
+    assert counts == {"pairs": 3, "tie": 1, "unread": 0, "identical": 0}
+
+
 @pytest.mark.parametrize("chosen, rejected, expected", [
     ([5, 5, 5], [1, 1, 1], 1.0), ([1], [5], 0.0), ([3], [3], 0.5), ([5, 3], [4, 2], 0.75),
     ([5, None], [4, None], 1.0), ([], [], 0.5), ([None], [3], 0.5)])
