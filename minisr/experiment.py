@@ -184,7 +184,7 @@ COLUMNS = (
     ("pairwise %", "judge.pairwise", 100), ("5-best %", "judge.five_best", 100),
     ("exact %", "judge.exact", 100), ("Spearman", "judge.spearman", 1), ("Kendall", "judge.kendall", 1),
     ("parsed %", "judge.parse_rate", 100), ("chars", "length", 1), ("pairs", "pairs", 1),
-    ("right %", "pairs_right", 100), ("distinct %", "distinct", 100))
+    ("right %", "pairs_right", 100), ("distinct %", "distinct", 100), ("form %", "criteria.4", 100))
 
 
 def collect(folders: list[Path]) -> dict:
@@ -197,9 +197,9 @@ def collect(folders: list[Path]) -> dict:
 
 
 def _figure(metrics: dict, path: str):
-    """metrics["judge"]["pairwise"] for "judge.pairwise"."""
+    """metrics["judge"]["pairwise"] for "judge.pairwise", metrics["criteria"][4] for "criteria.4"."""
     for name in path.split("."):
-        metrics = (metrics or {}).get(name)
+        metrics = metrics[int(name)] if isinstance(metrics, list) else (metrics or {}).get(name)
     return metrics
 
 

@@ -312,3 +312,15 @@ def test_an_experiment_runs_its_variants_shares_and_ends_in_a_table(plan, tmp_pa
     assert (base / "M1/rewards.jsonl").read_bytes() != (random / "M1/rewards.jsonl").read_bytes()
     results = read_json(tmp_path / "out/results.json", "results")
     assert results == json.loads(json.dumps({"base": collect([base]), "random": collect([random])}))
+
+
+def test_collect_reads_figures_inside_sections_and_lists(tmp_path):
+    for seed, criteria in enumerate(([1.0, 1.0, 0.5, 1.0, 0.75], None)):
+        model = {"flawless": 0.5, "judge": {"pairwise": 0.8, "exact": None}, "criteria": criteria}
+        (tmp_path / str(seed)).mkdir()
+        metrics = json.dumps({"seed": seed, "models": {"M1": model}})
+        (tmp_path / str(seed) / "metrics.json").write_text(metrics)
+    found = collect([tmp_path / "0", tmp_path / "1"])["M1"]
+    wanted = {"seed": [0, 1], "flawless": [0.5, 0.5], "judge.pairwise": [0.8, 0.8],
+              "judge.exact": [None, None], "criteria.4": [0.75, None], "versus_m1.win": [None, None]}
+    assert {figure: found[figure] for figure in wanted} == wanted
