@@ -40,7 +40,7 @@ def picture(draw):
             figure = need("matplotlib.figure", "report").Figure((INCHES, 3.0), layout="tight")
             axes = figure.add_subplot()
             draw(axes, *numbers, **options)
-            axes.legend(loc="lower left", bbox_to_anchor=(-0.02, 0.99), ncols=4, borderaxespad=0.2)
+            axes.legend(loc="lower left", bbox_to_anchor=(-0.02, 1.0), ncols=4, borderaxespad=0.2)
             figure.savefig(file, format="svg", metadata={"Date": None})
         svg = file.getvalue()[file.getvalue().index("<svg"):]
         svg = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->", "", svg, flags=re.S)
