@@ -123,10 +123,10 @@ def evaluate(options) -> None:
 def show(options) -> None:
     """One prompt's whole way through an iteration, or all models' answers."""
     from minisr.show import show_answers, show_way
-    if options.answers:
+    if options.answers is not None:
         show_answers(options.run, options.answers)
-        return
-    show_way(options.run, options.model, options.prompt)
+    else:
+        show_way(options.run, options.model, options.prompt)
 
 
 def chat(options) -> None:
@@ -219,7 +219,7 @@ def _run_commands(command) -> None:
     sub.add_argument("run", type=Path, help="folder of a run, e.g. runs/tiny")
     sub.add_argument("--model", default="M1", help="whose iteration: M1 (default), M2, ...")
     sub.add_argument("--prompt", type=int, default=0, metavar="I", help="which x_i; default 0")
-    sub.add_argument("--answers", type=int, default=0, metavar="K",
+    sub.add_argument("--answers", type=int, metavar="K",
                      help="instead K held-out prompts with the answers of SFT, M1, M2, ...")
 
 

@@ -23,7 +23,8 @@ def show_way(run: Path, name: str, number: int) -> None:
     folder = run / name
     if not (folder / "rewards.jsonl").exists():
         done = sorted(path.parent.name for path in run.glob("M*/rewards.jsonl"))
-        raise InputError(f"{folder} holds no judged iteration; models that do: {', '.join(done) or 'none'}")
+        raise InputError(f"{folder} holds no judged iteration; models that do: {', '.join(done) or 'none'}"
+                         if run.is_dir() else f"there is no folder {run}")
     y = read_jsonl(folder / "responses.jsonl", "responses")
     r = read_jsonl(folder / "rewards.jsonl", "rewards")
     if not 0 <= number < len(y):
@@ -75,8 +76,8 @@ def show_answers(run: Path, count: int) -> None:
     """Print the first held-out prompts with every model's answer, sampled at the evaluation's temperature."""
     names = [name for name in ("SFT", *(f"M{t}" for t in range(1, 100)))
              if (run / name / "answers.jsonl").exists()]
-    if not names:
-        raise InputError(f"{run} has no evaluated model yet")
+    if not names or count < 1:
+        raise InputError("--answers takes 1 or more" if count < 1 else f"{run} has no evaluated model yet")
     columns = [read_jsonl(run / name / "answers.jsonl", "answers", ("prompt", "sampled")) for name in names]
     for rows in list(zip(*columns))[:count]:
         print(f"x    {printable(rows[0]['prompt'])}\n")
@@ -100,12 +101,11 @@ def chat(source: str, question: str | None, n: int, template: Path | None, confi
         return
     if sys.stdin.isatty():
         print(f"Ask something, e.g. {EXAMPLE}   (Ctrl-D ends)")
-    for turn, line in enumerate(sys.stdin):
-        if line.strip():
-            try:
-                _answer(model, tokenizer, line.strip(), n, judge_template, config, seed + turn)
-            except InputError as error:  # one question too long is no reason to hang up
-                print(error, file=sys.stderr)
+    for turn, line in enumerate(filter(str.strip, sys.stdin)):
+        try:
+            _answer(model, tokenizer, line.strip(), n, judge_template, config, seed + turn)
+        except InputError as error:  # one question too long is no reason to hang up
+            print(error, file=sys.stderr)
 
 
 def in_world(tokenizer) -> bool:
