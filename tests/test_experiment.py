@@ -1,5 +1,6 @@
 import io
 import json
+import re
 import sys
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
@@ -324,3 +325,23 @@ def test_collect_reads_figures_inside_sections_and_lists(tmp_path):
     wanted = {"seed": [0, 1], "flawless": [0.5, 0.5], "judge.pairwise": [0.8, 0.8],
               "judge.exact": [None, None], "criteria.4": [0.75, None], "versus_m1.win": [None, None]}
     assert {figure: found[figure] for figure in wanted} == wanted
+
+
+def test_the_readmes_results_are_those_of_the_notebook():
+    root = Path(__file__).parent.parent
+    results = json.loads((root / "notebooks/results.json").read_text(encoding="utf-8"))
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for table in
+            (markdown({"base": results["base"]}), (root / "README.md").read_text(encoding="utf-8"))
+            for line in table.split("\n") if line.startswith("| ")]
+    told = {row[1]: dict(zip(rows[0][2:], row[2:])) for row in rows[1:6]}
+    first = next(i for i, row in enumerate(rows) if row[:2] == ["base", "flawless %"])
+    names = [name.removeprefix("judge: ") for name in rows[first][1:]]
+    found = {row[0]: dict(zip(names, row[1:])) for row in rows[first + 1:first + 6]}
+    assert found.keys() == told.keys() == {"SFT", "M1", "M2", "M3", "M4"}
+    assert all(value == told[model][name] for model, row in found.items() for name, value in row.items()
+               if value != "-")
+    first, last = (next(i for i, row in enumerate(rows) if row[0].startswith(head))
+                   for head in ("question", "(l)"))
+    figures = re.findall(r"[*]*[-+][\d.]+ ± [\d.]+[*]*", " ".join(row[3] for row in rows[first + 1:last]))
+    printed = compared_markdown(results)
+    assert len(figures) > 50 and [figure for figure in figures if f"| {figure} |" not in printed] == []
