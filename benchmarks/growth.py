@@ -16,15 +16,15 @@ import torch
 from sides import in_one_line
 
 from minisr.bench import MODELS, Trainer, machine, take_turns
-from minisr.config import SeedConfig
 from minisr.dpo import dpo_loss, encode_pairs, pair_logps
 from minisr.interop.source import load_source
 from minisr.judge import judge_prompt, load_template
 from minisr.pairs import select_pairs
-from minisr.records import need
-from minisr.run import ENGLISH_TEMPLATE, WORLD_TEMPLATE
+from minisr.runner.config import SeedConfig
+from minisr.runner.files import need
+from minisr.runner.run import ENGLISH_TEMPLATE, WORLD_TEMPLATE
+from minisr.runner.seed_data import held_out_and_seeds
 from minisr.sampler import SampleConfig, sample
-from minisr.seed_data import held_out_and_seeds
 from minisr.train import OptimConfig
 
 DOUBLINGS = {"tiny": 5, "smollm2": 3}

@@ -25,14 +25,15 @@ import torch
 from sides import Transformers, in_one_line
 from tqdm import tqdm
 
-from minisr import dpo, judge, prompts, stages
+from minisr import dpo, judge, prompts
 from minisr.bench import machine
-from minisr.config import load_config
 from minisr.evaluate import answer_metrics
 from minisr.interop import hf
 from minisr.interop.names import weights_from
-from minisr.records import need, read_json
-from minisr.run import Run
+from minisr.runner import stages
+from minisr.runner.config import load_config
+from minisr.runner.files import need, read_json
+from minisr.runner.run import Run
 from minisr.sampler import Sample
 
 ARROWS = ("prompts", "responses", "rewards", "pairs", "training")

@@ -21,15 +21,15 @@ from sides import TRL, Minisr, MinisrDPO, Process, Transformers, in_one_line
 from tqdm import tqdm
 
 from minisr.bench import MODELS, machine, summary
-from minisr.config import SeedConfig
 from minisr.interop import hf
 from minisr.interop.source import load_source
 from minisr.judge import judge_prompt, load_template
 from minisr.pairs import select_pairs
-from minisr.records import need
-from minisr.run import ENGLISH_TEMPLATE, WORLD_TEMPLATE
+from minisr.runner.config import SeedConfig
+from minisr.runner.files import need
+from minisr.runner.run import ENGLISH_TEMPLATE, WORLD_TEMPLATE
+from minisr.runner.seed_data import held_out_and_seeds
 from minisr.sampler import common_prefix
-from minisr.seed_data import held_out_and_seeds
 
 # Prompts answered N = 4 times; answers judged J = 3 times; batches of distinct prompts; pairs of a DPO step.
 Size = namedtuple("Size", "prompts judged batches pairs")

@@ -15,7 +15,7 @@ import torch
 from minisr.bench import Trainer, peak_mb, reset_peak, seconds
 from minisr.dpo import dpo_loss, encode_pairs, pair_logps, reference_logps
 from minisr.interop import hf
-from minisr.records import InputError
+from minisr.runner.files import InputError
 from minisr.sampler import SampleConfig, common_prefix, sample
 from minisr.train import OptimConfig
 

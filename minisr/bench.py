@@ -30,19 +30,19 @@ from torch import Tensor
 from tqdm import tqdm
 
 from minisr import __version__, dpo, sampler
-from minisr.cache import KVCache
-from minisr.checkpoint import SEED_MODEL
-from minisr.config import SeedConfig
+from minisr.fast.cache import KVCache
+from minisr.fast.step import Step
 from minisr.interop.source import load_source
 from minisr.judge import judge_prompt, load_template
 from minisr.pairs import select_pairs
 from minisr.prompts import PromptConfig, few_shot
-from minisr.records import InputError
-from minisr.run import ENGLISH_TEMPLATE, WORLD_TEMPLATE
+from minisr.runner.checkpoint import SEED_MODEL
+from minisr.runner.config import SeedConfig
+from minisr.runner.files import InputError
+from minisr.runner.run import ENGLISH_TEMPLATE, WORLD_TEMPLATE
+from minisr.runner.seed_data import eft_by_annotator, held_out_and_seeds
 from minisr.sampler import SampleConfig, sample
-from minisr.seed_data import eft_by_annotator, held_out_and_seeds
 from minisr.sft import collate, encode_examples, target_loss_parts
-from minisr.step import Step
 from minisr.tokenizer import chat_template
 from minisr.train import OptimConfig, backward, master_weights, optimizers, update
 

@@ -7,8 +7,8 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from minisr import __version__
-from minisr.records import InputError
-from minisr.stop import Stop
+from minisr.runner.files import InputError
+from minisr.runner.stop import Stop
 
 SOURCES = "a Hugging Face folder, a .gguf file, or package:NAME for the .gguf in an installed package"
 EPILOG = """\
@@ -49,9 +49,9 @@ def run(options) -> None:
     """Close the loop: everything from seed data to the table."""
     Stop.on_signals()
     from minisr.loop import run_loop
-    from minisr.report import LEGEND, line, table
-    from minisr.resume import locked
-    from minisr.show import show_answers
+    from minisr.report.show import show_answers
+    from minisr.report.table import LEGEND, line, table
+    from minisr.runner.resume import locked
     run = _open_run(options)
     with locked(run.folder):
         metrics = run_loop(run, after=lambda so_far: print(line(so_far), flush=True))
@@ -70,8 +70,8 @@ def run(options) -> None:
 def pretrain(options) -> None:
     """Make a seed model M0 from the world's text."""
     Stop.on_signals()
-    from minisr.config import PretrainConfig, load_config
-    from minisr.pretrain import pretrain
+    from minisr.runner.config import PretrainConfig, load_config
+    from minisr.runner.pretrain import pretrain
     config = load_config(options.config, PretrainConfig, options.set)
     pretrain(config, options.out)
     print(f"M0 is in {options.out}/")
@@ -80,7 +80,7 @@ def pretrain(options) -> None:
 def experiment(options) -> None:
     """Variants and seeds of one config, and the table with intervals."""
     Stop.on_signals()
-    from minisr.experiment import compared_markdown, experiment, markdown
+    from minisr.runner.experiment import compared_markdown, experiment, markdown
     out = options.out or Path("runs") / options.config.stem
     results = experiment(options.config, out, options.jobs, options.only)
     print(f"{markdown(results)}\n\nDifferences on the same seed:\n\n{compared_markdown(results)}")
@@ -90,18 +90,18 @@ def experiment(options) -> None:
 
 def report(options) -> None:
     """A run or an experiment as one HTML page."""
-    from minisr.page import write_page
+    from minisr.report.page import write_page
     print(f"{write_page(options.folder, options.out)}: open it in a browser")
 
 
 def evaluate(options) -> None:
     """Evaluate the models a run has so far, making what is missing, and print the table."""
-    from minisr.config import load_config
     from minisr.loop import evaluate, finished_models
-    from minisr.report import LEGEND, table
-    from minisr.resume import locked
-    from minisr.run import Run
-    from minisr.seed_data import read_prompts
+    from minisr.report.table import LEGEND, table
+    from minisr.runner.config import load_config
+    from minisr.runner.resume import locked
+    from minisr.runner.run import Run
+    from minisr.runner.seed_data import read_prompts
     if options.prompts and not options.export:
         raise InputError("--prompts are answered for an outside judge: say where with --export FOLDER")
     run = Run(options.run, load_config(options.run / "config.toml"))
@@ -122,7 +122,7 @@ def evaluate(options) -> None:
 
 def show(options) -> None:
     """One prompt's whole way through an iteration, or all models' answers."""
-    from minisr.show import show_answers, show_way
+    from minisr.report.show import show_answers, show_way
     if options.answers is not None:
         show_answers(options.run, options.answers)
     else:
@@ -131,16 +131,16 @@ def show(options) -> None:
 
 def chat(options) -> None:
     """Ask a model; it answers several times and judges each answer."""
+    from minisr.report.show import chat
     from minisr.sampler import SampleConfig
-    from minisr.show import chat
     config = SampleConfig(temperature=options.temperature, max_new_tokens=options.max_new_tokens)
     chat(options.model, options.ask, options.n, options.template, config, options.seed)
 
 
 def import_(options) -> None:
     """Make a minisr model folder from a Hugging Face folder or a GGUF file."""
-    from minisr.checkpoint import save_model
     from minisr.interop.source import load_source, source_digest
+    from minisr.runner.checkpoint import save_model
     if (options.out / "meta.json").exists():
         raise InputError(f"{options.out} holds a model already; choose another folder with --out")
     model, tokenizer = load_source(options.source, chat=options.chat)
@@ -263,7 +263,7 @@ def _set(sub) -> None:
 
 def _write_page(folder: Path) -> None:
     """The page at the end of a run or an experiment, if what it needs is installed."""
-    from minisr.page import write_page
+    from minisr.report.page import write_page
     if find_spec("matplotlib"):
         print(f"Page: {write_page(folder)}")
     else:
@@ -271,7 +271,7 @@ def _write_page(folder: Path) -> None:
 
 
 def _open_run(options):
-    from minisr.config import load_config
-    from minisr.run import Run
+    from minisr.runner.config import load_config
+    from minisr.runner.run import Run
     config = load_config(options.config, overrides=tuple(options.set))
     return Run.open(options.out or Path("runs") / options.config.stem, config)

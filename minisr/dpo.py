@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minisr.cache import scores, softmax
-from minisr.chance import key as coordinates
-from minisr.records import InputError
+from minisr.fast.cache import scores, softmax
+from minisr.rng import key as coordinates
+from minisr.runner.files import InputError
 from minisr.sft import encode_examples, schedule, target_loss_parts, token_logps
 from minisr.train import OptimConfig, fit, micro_batches
 

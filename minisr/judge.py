@@ -9,8 +9,8 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from minisr.records import InputError, read_text
-from minisr.resume import UNKEPT
+from minisr.runner.files import InputError, read_text
+from minisr.runner.resume import UNKEPT
 from minisr.sampler import SampleConfig, sample
 
 MAX_SCORE = 5

@@ -4,10 +4,10 @@
 a run that was stopped goes on at its first unfinished arrow.
 """
 
-from minisr.metrics import model_metrics
-from minisr.records import read_json, write_json
-from minisr.run import Run
-from minisr.stages import Model
+from minisr.runner.files import read_json, write_json
+from minisr.runner.metrics import model_metrics
+from minisr.runner.run import Run
+from minisr.runner.stages import Model
 
 
 def self_reward(M_t: Model) -> Model:

@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from minisr.cache import KVCache
-from minisr.lean import Norm, Rotate, SwiGLU
+from minisr.fast.cache import KVCache
+from minisr.fast.lean import Norm, Rotate, SwiGLU
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ from random import Random
 import numpy as np
 from tqdm import tqdm
 
-from minisr.chance import key as coordinates
-from minisr.resume import UNKEPT
+from minisr.rng import key as coordinates
+from minisr.runner.resume import UNKEPT
 from minisr.sampler import SampleConfig, sample
 
 HEADER = "Come up with a series of tasks:"

@@ -16,13 +16,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from minisr.cache import KVCache
-from minisr.chance import first_numbers, row_key, uniform
+from minisr.fast.cache import KVCache
+from minisr.fast.step import Step
 from minisr.model import Decoder, out_of_memory
-from minisr.records import InputError
-from minisr.resume import UNKEPT
-from minisr.step import Step
-from minisr.stop import Stop
+from minisr.rng import first_numbers, row_key, uniform
+from minisr.runner.files import InputError
+from minisr.runner.resume import UNKEPT
+from minisr.runner.stop import Stop
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from minisr.chance import key as coordinates
-from minisr.records import InputError
+from minisr.rng import key as coordinates
+from minisr.runner.files import InputError
 from minisr.train import OptimConfig, fit, micro_batches
 
 LOGITS = 2**25  # numbers held at once, 128 MB in float32

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import sentencepiece
 
-from minisr.records import InputError, need, read_text
+from minisr.runner.files import InputError, need, read_text
 
-TEMPLATES = Path(__file__).parent / "templates"
+TEMPLATES = Path(__file__).parent / "interop" / "templates"
 USER, ASSISTANT = "<|user|>", "<|assistant|>"  # of the tokenizers that minisr trains
 # Special tokens by which models end a text or a turn, whatever their template.
 ENDS = {"</s>", "<|endoftext|>", "<|end_of_text|>", "<|im_end|>", "<|eot_id|>", "<|eom_id|>"}

@@ -8,9 +8,9 @@ import torch
 from tqdm import tqdm
 
 from minisr.model import ModelConfig, out_of_memory, part_rows
-from minisr.records import InputError, write_jsonl
-from minisr.resume import TrainingState
-from minisr.stop import Stop
+from minisr.runner.files import InputError, write_jsonl
+from minisr.runner.resume import TrainingState
+from minisr.runner.stop import Stop
 
 
 @dataclass(frozen=True)

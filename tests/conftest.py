@@ -5,7 +5,7 @@ import torch
 
 from minisr.model import Decoder, ModelConfig
 from minisr.tokenizer import train_tokenizer
-from minisr.world import corpus
+from minisr.worlds.tiny import corpus
 
 
 @pytest.fixture(autouse=True)

@@ -9,8 +9,8 @@ from tiny import PAIRS, tiny_model, tiny_tokenizer
 
 from minisr import bench, dpo
 from minisr.cli import main
+from minisr.fast.step import Step
 from minisr.sampler import Sample, SampleConfig, sample
-from minisr.step import Step
 from minisr.train import OptimConfig
 
 # Of tiny_model: per block q, out 16 x 16, k, v 16 x 8, three matrices 16 x 24, two norms of 16.

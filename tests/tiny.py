@@ -7,11 +7,11 @@ from random import Random
 import pytest
 import torch
 
-from minisr.cache import KVCache
+from minisr.fast.cache import KVCache
+from minisr.fast.step import Step
 from minisr.model import Decoder, ModelConfig
-from minisr.step import Step
 from minisr.tokenizer import Tokenizer, train_tokenizer
-from minisr.world.corpus import document
+from minisr.worlds.tiny.corpus import document
 
 PAIRS = [{"prompt": "Write a story.", "chosen": "Once there was a fox.", "rejected": "No."},
          {"prompt": "News?", "chosen": "Today we saw a bear.", "rejected": "Today we saw. The end. The end."},

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import torch
 
-from minisr.checkpoint import assemble, check_sizes, first_line
 from minisr.interop.names import recognise_chat, weights_from
 from minisr.model import ModelConfig, frequencies, part_rows
-from minisr.records import InputError, need
+from minisr.runner.checkpoint import assemble, check_sizes, first_line
+from minisr.runner.files import InputError, need
 from minisr.tokenizer import SentencePiece, Tokenizer, TokenizerJSON
 
 WEIGHTS = {

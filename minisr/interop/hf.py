@@ -10,10 +10,10 @@ from pathlib import Path
 
 import torch
 
-from minisr.checkpoint import assemble, check_sizes, first_line
 from minisr.interop import names
 from minisr.interop.sentencepiece_json import tokenizer_json
-from minisr.records import InputError, need, read_bytes, read_json, write_bytes, write_json
+from minisr.runner.checkpoint import assemble, check_sizes, first_line
+from minisr.runner.files import InputError, need, read_bytes, read_json, write_bytes, write_json
 from minisr.tokenizer import SentencePiece, Tokenizer, TokenizerJSON
 
 CONFIG = "config.json"

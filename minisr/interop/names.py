@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from minisr.model import ModelConfig, part_rows
-from minisr.records import InputError
+from minisr.runner.files import InputError
 from minisr.tokenizer import chat_template
 
 # Ours -> Hugging Face's, in the order in which ours holds them; "{}" is the number of the block.

@@ -1,6 +1,6 @@
 """A SentencePiece BPE model as a tokenizer.json, with the same ids for every text (extra "hf")."""
 
-from minisr.records import InputError, need
+from minisr.runner.files import InputError, need
 from minisr.tokenizer import SentencePiece
 
 

@@ -4,9 +4,9 @@ from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 
-from minisr import checkpoint
 from minisr.interop import gguf, hf
-from minisr.records import InputError
+from minisr.runner import checkpoint
+from minisr.runner.files import InputError
 from minisr.tokenizer import TemplateError, Tokenizer, chat_template
 
 

@@ -1,0 +1,1 @@
+"""The loop as a run on disk: config, files, journals, resuming, experiments."""

@@ -1,0 +1,1 @@
+"""Where prompts, seed data and, where it can be known, ground truth come from."""

@@ -1,0 +1,290 @@
+from random import Random
+
+import pytest
+from nasty import NASTY, SPELLED
+from test_wrong_input import in_process
+from tiny import as_folder, byte_level_json, change, random_llama, tiny_model, tiny_tokenizer
+
+from minisr.interop import hf
+from minisr.interop.names import recognise_chat
+from minisr.interop.sentencepiece_json import tokenizer_json
+from minisr.interop.source import load_source
+from minisr.runner.files import InputError
+from minisr.tokenizer import SentencePiece, Tokenizer, TokenizerJSON, chat_template
+
+transformers = pytest.importorskip("transformers")
+library = pytest.importorskip("tokenizers")
+
+
+@pytest.fixture(scope="module")
+def as_json():
+    made = library.Tokenizer.from_str(tokenizer_json(tiny_tokenizer().vocabulary).decode())
+    made.encode_special_tokens = True
+    return made
+
+
+def random_texts():
+    """Words of the world, glued and cut; characters of all of Unicode; and repetitions."""
+    rng = Random(0)
+    alphabet = [chr(i) for i in range(0x3000) if not 0xD800 <= i < 0xE000] + list(" \nthe an") * 700
+    for _ in range(300):
+        text = "".join(rng.choices(alphabet, k=rng.randint(1, 30)))
+        yield text + "".join(rng.choices(["there ", "fox", "was", "ing", "th", " "], k=rng.randint(0, 8)))
+
+
+def test_the_tokenizer_json_of_a_sentencepiece_model_gives_its_ids(as_json):
+    sentencepiece = pytest.importorskip("sentencepiece")
+    pieces = sentencepiece.SentencePieceProcessor(model_proto=tiny_tokenizer().vocabulary.content)
+    for text in [*NASTY, *random_texts()]:
+        ids = pieces.encode(text)
+        assert as_json.encode(text, add_special_tokens=False).ids == ids, repr(text)
+        assert as_json.decode(ids) == pieces.decode(ids), repr(text)
+        assert as_json.encode(text).ids == [pieces.bos_id(), *ids]
+
+
+def test_text_grows_into_no_byte_and_no_special_token(as_json):
+    # With pieces such as "<0x0A" a merge would be near; SentencePiece makes none.
+    proto = pytest.importorskip("sentencepiece.sentencepiece_model_pb2").ModelProto()
+    proto.ParseFromString(tiny_tokenizer().vocabulary.content)
+    for whole in ("<0x0A>", "<s>", "</s>", "<unk>"):
+        for new in (*whole, *(whole[:end] for end in range(2, len(whole)))):
+            if new not in {piece.piece for piece in proto.pieces}:
+                proto.pieces.add(piece=new, score=-1000.0 - len(proto.pieces), type=1)
+    vocabulary = SentencePiece(proto.SerializeToString())
+    made = library.Tokenizer.from_str(tokenizer_json(vocabulary).decode())
+    made.encode_special_tokens = True
+    for text in SPELLED:
+        assert made.encode(text, add_special_tokens=False).ids == vocabulary.encode(text), text
+    assert vocabulary.pieces.encode("<0x0A>", out_type=str)[-2:] == ["<0x0A", ">"]
+
+
+def test_every_piece_keeps_its_id_and_only_control_symbols_are_special(as_json):
+    pieces = tiny_tokenizer().vocabulary.pieces
+    assert as_json.get_vocab() == {pieces.id_to_piece(i): i for i in range(pieces.vocab_size())}
+    assert {token.content for token in as_json.get_added_tokens_decoder().values()} == {
+        "<s>", "</s>", "<|user|>", "<|assistant|>"}
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("exported")
+    hf.export(tiny_model(), tiny_tokenizer(), folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def auto(exported):
+    return transformers.AutoTokenizer.from_pretrained(exported)
+
+
+def chat_ids(auto, *turns, **how):
+    messages = [{"role": role, "content": text} for role, text in zip(["user", "assistant"], turns)]
+    return list(auto.apply_chat_template(messages, return_dict=False, **how))
+
+
+PLAIN = [text for text in NASTY if text not in SPELLED]
+
+
+def test_the_exported_tokenizer_knows_where_texts_begin_and_end(auto):
+    assert (auto.bos_token, auto.eos_token, auto.pad_token) == ("<s>", "</s>", "</s>")
+    assert auto.encode("fox") == [1, *tiny_tokenizer().encode("fox")] and auto.model_max_length == 96
+
+
+def test_the_exported_chat_template_gives_our_prompt(auto):
+    for text in PLAIN:
+        ids = chat_ids(auto, text, add_generation_prompt=True)
+        assert ids == tiny_tokenizer().chat_prompt(text), repr(text)
+
+
+def test_the_exported_chat_template_gives_our_conversation(auto):
+    rng = Random(0)
+    for text in PLAIN:
+        answer = rng.choice(PLAIN)
+        ids, _ = tiny_tokenizer().chat(text, answer)
+        assert chat_ids(auto, text, answer) == ids, repr((text, answer))
+        assert auto.decode(ids, skip_special_tokens=True) == tiny_tokenizer().decode(ids)
+
+
+OWN = ("<s>it's \"quoted\" \\n {{ not jinja }} {% 'é' %}\n\t🙂{prompt}\u2028\x07<|assistant|>'\""
+       "{response} }} </s>rest")
+
+
+@pytest.mark.parametrize("template", [*map(chat_template, ("llama2", "plain", "zephyr")), OWN],
+                         ids=["llama2", "plain", "zephyr", "own"])
+def test_any_template_is_exported_with_the_prompt_it_gives(template, tmp_path):
+    tokenizer = Tokenizer(tiny_tokenizer().vocabulary, template)
+    hf.export(tiny_model(), tokenizer, tmp_path)
+    auto = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    for text in PLAIN:
+        ids = chat_ids(auto, text, add_generation_prompt=True)
+        assert ids == tokenizer.chat_prompt(text), repr(text)
+    text = auto.apply_chat_template([{"role": "user", "content": "A"}, {"role": "assistant", "content": "B"}],
+                                    tokenize=False)
+    assert text == template.replace("{prompt}", "A").replace("{response}", "B")
+
+
+@pytest.mark.parametrize("name", ["chatml", "llama3"])
+def test_a_byte_level_tokenizer_is_exported_with_the_conversations_it_gives(name, tmp_path):
+    tokenizer = chatting(name)
+    hf.export(tiny_model(len(tokenizer)), tokenizer, tmp_path)
+    auto = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    rng = Random(0)
+    for text in PLAIN:
+        assert chat_ids(auto, text, add_generation_prompt=True) == tokenizer.chat_prompt(text), repr(text)
+        # Ours encodes an answer by itself, as it is written; theirs together with line breaks before it.
+        answer = rng.choice(PLAIN).lstrip() or "Yes."
+        ids, _ = tokenizer.chat(text, answer)
+        conversation = chat_ids(auto, text, answer)
+        assert auto.decode(conversation).strip() == auto.decode(ids).strip()
+        assert conversation[:len(ids)] == ids or name == "llama3", repr((text, answer))
+    again = load_source(str(tmp_path))[1]
+    assert again.files == tokenizer.files and again.stops == tokenizer.stops
+
+
+SPECIALS = {"chatml": ("<|im_start|>", "<|im_end|>", "<|endoftext|>"),
+            "llama3": ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")}
+
+
+def chatting(name):
+    """A byte-level tokenizer with the special tokens of a template, and the template."""
+    return Tokenizer(TokenizerJSON(byte_level_json(*SPECIALS[name]).encode()), chat_template(name))
+
+
+def assembled(name, prompt, response):
+    """(ids of the question, ids of the answer) put together by hand, and the part that encodes text."""
+    if name in SPECIALS:
+        made = library.Tokenizer.from_str(byte_level_json(*SPECIALS[name]))
+        made.encode_special_tokens = True
+        i = made.token_to_id
+
+        def e(text):
+            return made.encode(text).ids
+    else:
+        pieces = tiny_tokenizer().vocabulary.pieces
+        i, e = pieces.piece_to_id, pieces.encode
+    if name == "chatml":
+        start, end = i("<|im_start|>"), i("<|im_end|>")
+        asked = [start, *e(f"user\n{prompt}"), end, *e("\n"), start, *e("assistant\n")]
+        return asked, [*e(response), end]
+    if name == "llama3":
+        begin, end = i("<|begin_of_text|>"), i("<|eot_id|>")
+        head, tail = i("<|start_header_id|>"), i("<|end_header_id|>")
+        user = [begin, head, *e("user"), tail, *e(f"\n\n{prompt}"), end]
+        return [*user, head, *e("assistant"), tail, *e("\n\n")], [*e(response), end]
+    if name == "zephyr":
+        user, assistant, end = map(i, ("<|user|>", "<|assistant|>", "</s>"))
+        return [user, *e(f"\n{prompt}"), end, *e("\n"), assistant, *e("\n")], [*e(response), end]
+    text = {"llama2": f"[INST] {prompt} [/INST]",
+            "plain": f"### Instruction:\n{prompt}\n\n### Response:\n"}[name]
+    return [i("<s>"), *e(text)], [*e(response), i("</s>")]
+
+
+@pytest.mark.parametrize("name", ["chatml", "llama2", "llama3", "plain", "zephyr"])
+def test_a_chat_template_gives_the_ids_put_together_by_hand(name):
+    ours = Tokenizer(tiny_tokenizer().vocabulary, chat_template("llama2" if name in SPECIALS else name))
+    tokenizer = chatting(name) if name in SPECIALS else ours
+    rng = Random(0)
+    for prompt in NASTY:  # also those that spell special tokens and fields: all of it is text
+        response = rng.choice(NASTY)
+        asked, answered = assembled(name, prompt, response)
+        assert tokenizer.chat_prompt(prompt) == asked
+        ids, mask = tokenizer.chat(prompt, response)
+        assert ids == asked + answered, repr((prompt, response))
+        assert mask == [False] * len(asked) + [True] * len(answered)
+    assert tokenizer.eos == answered[-1] == tokenizer.stops[0]
+
+
+@pytest.mark.parametrize("name", SPECIALS)
+def test_a_byte_level_tokenizer_gives_back_every_text(name):
+    tokenizer = chatting(name)
+    for text in NASTY:
+        ids = tokenizer.encode(text)
+        assert tokenizer.decode(ids) == text
+        assert {*tokenizer.vocabulary.specials.values()}.isdisjoint(ids)
+        assert tokenizer.decode(tokenizer.chat("", text)[0]).endswith(text)
+
+
+def test_every_id_with_a_line_break_in_it_is_a_line_end():
+    tokenizer = chatting("chatml")
+    by_hand = [i for i in range(len(tokenizer)) if "Ċ" in tokenizer.vocabulary.pieces.id_to_token(i)]
+    assert list(tokenizer.line_ends) == by_hand and len(by_hand) > 1
+
+
+def test_a_template_of_ones_own_is_a_file(tmp_path):
+    (tmp_path / "mine.txt").write_text("<s>Q: {prompt}\nA:{response}\n</s>\n")
+    source = as_folder(random_llama(), tmp_path / "theirs")
+    tokenizer = load_source(str(source), chat=f"{tmp_path}/mine.txt")[1]
+    e = tiny_tokenizer().vocabulary.pieces.encode
+    assert tokenizer.chat_prompt("Why?") == [1, *e("Q: Why?\nA:")]
+    # The line break before the end belongs to what the model is to write.
+    assert tokenizer.chat("Why?", "So.")[0] == [1, *e("Q: Why?\nA:"), *e("So.\n"), 2]
+
+
+@pytest.mark.parametrize("template", [
+    "", "<s>{prompt}</s>", "<s>{response}</s>", "{prompt}{prompt}{response}</s>", "{response}{prompt}</s>",
+    "{prompt}{response}{response}</s>", "<s>{prompt}<|assistant|>{response}", "{prompt}{response}<|im_end|>"])
+def test_a_template_that_lacks_something_is_refused(template, exported, tmp_path):
+    (tmp_path / "mine.txt").write_text(template)
+    for source in (exported, tmp_path / "M"):  # a folder of theirs, then one of ours
+        with pytest.raises(InputError) as caught:
+            load_source(str(source), chat=f"{tmp_path}/mine.txt")
+        assert "\n" not in str(caught.value) and "chat template" in str(caught.value)
+        if source == exported:
+            in_process(["import", exported, "--out", tmp_path / "M"])
+
+
+def test_an_unknown_template_is_refused_with_those_that_are_known(exported):
+    with pytest.raises(InputError, match="'chatlm' is neither a file nor one of chatml, llama2, llama3"):
+        load_source(str(exported), chat="chatlm")
+
+
+CHATML_JINJA = ("{% for m in messages %}{% if loop.first and m['role'] != 'system' %}{{ '<|im_start|>"
+                "system\\nYou are a helpful assistant.<|im_end|>\\n' }}{% endif %}{{'<|im_start|>' + "
+                "m['role'] + '\\n' + m['content'] + '<|im_end|>' + '\\n'}}{% endfor %}")
+LLAMA2_JINJA = "{{ bos_token + '[INST] ' + messages[0]['content'] + ' [/INST] ' }}"
+LLAMA3_JINJA = "{{ '<|start_header_id|>' + m['role'] + '<|end_header_id|>\n\n' + m['content'] }}"
+ZEPHYR_JINJA = "{{ '<|user|>\n' + messages[0]['content'] + eos_token + '<|assistant|>' }}"
+UNKNOWN_JINJA = "{{ 'Human: ' + messages[0]['content'] + ' Bot:' }}"
+RECOGNISED = {
+    "ChatML with a system message": (
+        CHATML_JINJA, SPECIALS["chatml"],
+        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n" + chat_template("chatml")),
+    "ChatML": (CHATML_JINJA.replace("system", "user"), SPECIALS["chatml"], chat_template("chatml")),
+    "Llama 3": (LLAMA3_JINJA, SPECIALS["llama3"], chat_template("llama3")),
+    "Llama 2": (LLAMA2_JINJA, ("<s>", "</s>"), chat_template("llama2")),
+    "Zephyr": (ZEPHYR_JINJA, ("<s>", "</s>"), chat_template("zephyr")),
+    "unknown": (UNKNOWN_JINJA, ("<s>", "</s>"), chat_template("plain")),
+    "none": (None, ("<s>", "</s>"), chat_template("plain")),
+    "none of a tokenizer of ours": (
+        None, ("<s>", "</s>", "<|user|>", "<|assistant|>"), chat_template("tiny")),
+    "ChatML that the tokenizer does not know": (CHATML_JINJA, ("<s>", "</s>"), chat_template("plain")),
+}
+
+
+@pytest.mark.parametrize("jinja, specials, expected", RECOGNISED.values(), ids=RECOGNISED)
+def test_a_models_own_template_is_recognised_by_its_markers(jinja, specials, expected):
+    assert recognise_chat(jinja, specials) == expected
+
+
+@pytest.mark.parametrize("place", ["config", "list in config", "file"])
+def test_a_folders_own_template_is_used_and_never_run(place, tmp_path):
+    tokenizer = chatting("chatml")
+    hf.export(tiny_model(len(tokenizer)), tokenizer, tmp_path)
+    (tmp_path / "chat.txt").unlink()
+    jinja = CHATML_JINJA + "{{ 1 / 0 }}"
+    if place == "file":
+        change(tmp_path / "tokenizer_config.json", chat_template="[INST]")
+        (tmp_path / "chat_template.jinja").write_text(jinja)
+    else:
+        named = [{"name": "default", "template": jinja}]
+        change(tmp_path / "tokenizer_config.json", chat_template=jinja if place == "config" else named)
+    template = load_source(str(tmp_path))[1].template
+    assert template == RECOGNISED["ChatML with a system message"][2]
+
+
+def test_the_template_of_an_export_is_recognised_without_ours(tmp_path):
+    # What others hand on is their files, not chat.txt.
+    for name in SPECIALS:
+        hf.export(tiny_model(len(chatting(name))), chatting(name), tmp_path / name)
+        (tmp_path / name / "chat.txt").unlink()
+        assert load_source(str(tmp_path / name))[1].template == chat_template(name)

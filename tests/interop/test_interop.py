@@ -1,0 +1,237 @@
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import torch
+from nasty import NASTY
+from test_wrong_input import in_process
+from tiny import (
+    as_bin,
+    as_folder,
+    assert_same_logits,
+    byte_level_json,
+    random_llama,
+    tiny_model,
+    tiny_tokenizer,
+)
+
+from minisr.interop import hf
+from minisr.interop.names import config_from_hf
+from minisr.interop.source import load_source
+from minisr.model import frequencies
+from minisr.runner.checkpoint import load_model
+from minisr.sampler import SampleConfig, sample
+from minisr.tokenizer import Tokenizer, TokenizerJSON, chat_template
+
+transformers = pytest.importorskip("transformers")
+library = pytest.importorskip("tokenizers")
+safetensors = pytest.importorskip("safetensors.torch")
+
+LINEAR = {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0}
+# Full turns take 6, 63, 628 and 6283 tokens: kept below 128 / 4, slowed above 128, half-way in between.
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+          "original_max_position_embeddings": 128, "rope_theta": 10000.0}
+VARIANTS = {
+    "GQA": {}, "MHA": dict(num_key_value_heads=4), "tied": dict(tie_word_embeddings=True),
+    "wide heads": dict(head_dim=16), "linear": dict(rope_parameters=LINEAR),
+    "llama3": dict(rope_parameters=LLAMA3),
+    "another theta": dict(rope_parameters={"rope_type": "default", "rope_theta": 300.0}, rms_norm_eps=1e-2),
+    "Mistral": dict(kind="Mistral", sliding_window=None),
+}
+
+
+def as_sharded_bin(folder):
+    as_bin(folder)
+    weights = torch.load(folder / "pytorch_model.bin")
+    (folder / "pytorch_model.bin").unlink()
+    shards = {"pytorch_model-1.bin": sorted(weights)[::2], "pytorch_model-2.bin": sorted(weights)[1::2]}
+    for file, names in shards.items():
+        torch.save({name: weights[name] for name in names}, folder / file)
+    where = {name: file for file, names in shards.items() for name in names}
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_folder_of_transformers_gives_its_logits(variant, tmp_path):
+    llama = random_llama(**VARIANTS[variant])
+    model, _ = load_source(str(as_folder(llama, tmp_path)))
+    assert_same_logits(model, llama)
+
+
+def test_the_llama3_variant_has_frequencies_of_all_three_kinds():
+    model = random_llama(**VARIANTS["llama3"]).model
+    plain = torch.tensor([1, 0.1, 0.01, 0.001])
+    slowed = (plain / model.rotary_emb.inv_freq).tolist()
+    assert slowed[0] == pytest.approx(1) and slowed[2:] == pytest.approx([8, 8]) and 1.1 < slowed[1] < 7.9
+
+
+@pytest.mark.parametrize("form", [as_bin, lambda folder: as_bin(folder, _use_new_zipfile_serialization=False),
+                                  as_sharded_bin], ids=["bin", "bin before zip", "sharded bin"])
+@pytest.mark.parametrize("variant", ["GQA", "tied"])
+def test_weights_in_an_older_format_are_the_same(form, variant, tmp_path):
+    llama = random_llama(**VARIANTS[variant])
+    form(as_folder(llama, tmp_path))
+    assert not list(tmp_path.glob("*.safetensors"))
+    assert_same_logits(load_source(str(tmp_path))[0], llama, length=32)
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="tells what is mapped only on Linux")
+def test_a_model_does_not_keep_its_file_in_memory(tmp_path):
+    model, _ = load_source(str(as_folder(random_llama(**VARIANTS["GQA"]), tmp_path)))
+    assert str(tmp_path / "model.safetensors") not in Path("/proc/self/maps").read_text(), model
+
+
+@pytest.mark.parametrize("variant", ["GQA", "tied"])
+def test_weights_in_shards_are_the_same(variant, tmp_path):
+    llama = random_llama(**VARIANTS[variant])
+    as_folder(llama, tmp_path, max_shard_size="30KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 2
+    assert_same_logits(load_source(str(tmp_path))[0], llama, length=32)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_config_with_rope_at_the_top_as_in_older_folders_means_the_same(variant, tmp_path):
+    llama = random_llama(**VARIANTS[variant])
+    config = json.loads((as_folder(llama, tmp_path) / "config.json").read_text())
+    rope = config.pop("rope_parameters")
+    config["rope_theta"] = rope.pop("rope_theta")
+    kind = rope.pop("rope_type")
+    config["rope_scaling"] = None if kind == "default" else {"type": kind, **rope}
+    config["torch_dtype"] = config.pop("dtype")
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert_same_logits(load_source(str(tmp_path))[0], llama)
+
+
+def test_a_config_that_leaves_out_what_has_a_default_means_the_same(tmp_path):
+    # Of transformers' defaults, as the first Llama folders had it.
+    llama = random_llama(num_key_value_heads=4)
+    config = json.loads((as_folder(llama, tmp_path) / "config.json").read_text())
+    for name in ("rope_parameters", "head_dim", "num_key_value_heads", "tie_word_embeddings", "hidden_act"):
+        config.pop(name)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert_same_logits(load_source(str(tmp_path))[0], llama, length=32)
+
+
+def test_bfloat16_weights_are_read_as_the_numbers_that_they_are(tmp_path):
+    random_llama().bfloat16().save_pretrained(as_folder(random_llama(), tmp_path))
+    assert safetensors.load_file(tmp_path / "model.safetensors")["lm_head.weight"].dtype == torch.bfloat16
+    llama = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    assert_same_logits(load_source(str(tmp_path))[0], llama)
+
+
+SHAPES = {
+    "GQA": {}, "tied": dict(tied=True), "wide heads": dict(head_width=16),
+    "linear": dict(rope_scaling=(4.0,)), "llama3": dict(rope_scaling=(8.0, 1.0, 4.0, 128.0)),
+    "other constants": dict(rope_theta=300.0, norm_eps=1e-2),
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_an_exported_folder_gives_our_logits_in_transformers(shape, random_decoder, tmp_path):
+    model = random_decoder(vocab_size=len(tiny_tokenizer()), std=0.15, context=512, **shape)
+    model.head.weight.data *= 1.5
+    hf.export(model, tiny_tokenizer(), tmp_path)
+    llama = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert llama.dtype == torch.float32
+    assert_same_logits(model, llama, length=200)
+
+
+@pytest.mark.parametrize("factor", [1.0, 4.0])
+@pytest.mark.parametrize("theta", [300.0, 10000.0, 100000.0, 500000.0, 1000000.0])
+@pytest.mark.parametrize("width", [8, 64, 128])
+def test_rotary_frequencies_are_those_of_transformers_to_the_last_bit(width, theta, factor):
+    # A bit is 6e-8 of the angle: at position 8000, 5e-4 of a radian.
+    rope = {"rope_type": "linear", "factor": factor, "rope_theta": theta}
+    llama = random_llama(head_dim=width, rope_parameters=rope)
+    ours = config_from_hf(llama.config.to_dict(), "config.json")
+    assert torch.equal(frequencies(ours, "cpu"), llama.model.rotary_emb.inv_freq)
+
+
+def test_greedy_generation_after_export_gives_our_samplers_ids(random_decoder, tmp_path):
+    tokenizer = tiny_tokenizer()
+    model = random_decoder(vocab_size=len(tokenizer))
+    model.head.weight.data[tokenizer.eos] *= 1.5  # else hardly an answer would end
+    hf.export(model, tokenizer, tmp_path)
+    llama = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert llama.generation_config.to_diff_dict() == transformers.GenerationConfig.from_pretrained(
+        tmp_path).to_diff_dict()
+    prompts = [tokenizer.chat_prompt(text) for text in NASTY[:16]]
+    ours = sample(model, prompts, 1, SampleConfig(temperature=0.0, max_new_tokens=40), key=0,
+                  stop=tokenizer.stops)
+    assert {one.finished for one, in ours} == {True, False}
+    for prompt, (one,) in zip(prompts, ours):
+        theirs = llama.generate(torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt)),
+                                do_sample=False, max_new_tokens=40)
+        assert theirs[0, len(prompt):].tolist() == one.ids
+
+
+def test_generation_after_export_stops_at_every_end_that_we_know(tmp_path):
+    ends = ["<|im_end|>", "<|endoftext|>"]
+    vocabulary = TokenizerJSON(byte_level_json("<|im_start|>", *ends).encode())
+    hf.export(tiny_model(len(vocabulary)), Tokenizer(vocabulary, chat_template("chatml")), tmp_path)
+    stops = transformers.GenerationConfig.from_pretrained(tmp_path).eos_token_id
+    assert sorted(stops) == sorted(map(vocabulary.pieces.token_to_id, ends))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("variant", ["GQA", "tied", "llama3", "linear", "wide heads"])
+def test_in_and_out_and_in_again_changes_no_bit(variant, dtype, tmp_path):
+    llama = random_llama(**VARIANTS[variant]).to(dtype)
+    first = load_source(str(as_folder(llama, tmp_path / "theirs")))
+    hf.export(*first, tmp_path / "a")
+    again = load_source(str(tmp_path / "a"))
+    assert asdict(again[0].config) == asdict(first[0].config)
+    ours = first[0].state_dict()
+    assert again[0].state_dict().keys() == ours.keys()
+    assert all(torch.equal(weight, ours[name]) for name, weight in again[0].state_dict().items())
+    assert again[1].files == first[1].files
+    hf.export(*again, tmp_path / "b")
+    a, b = ({path.name: path.read_bytes() for path in (tmp_path / x).iterdir()} for x in "ab")
+    assert a == b and a.keys() >= {"model.safetensors", "config.json", "tokenizer.model", "tokenizer.json",
+                                   "tokenizer_config.json", "generation_config.json"}
+
+
+def test_a_bfloat16_model_is_exported_in_bfloat16(tmp_path):
+    model = tiny_model().bfloat16()
+    hf.export(model, tiny_tokenizer(), tmp_path)
+    llama = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert llama.dtype == torch.bfloat16
+    assert torch.equal(llama.model.embed_tokens.weight, model.embed.weight)
+    again = load_source(str(tmp_path))[0]
+    assert again.embed.weight.dtype == torch.float32
+    assert all(torch.equal(weight, model.state_dict()[name].float())
+               for name, weight in again.state_dict().items())
+
+
+def test_an_embedding_padded_beyond_the_vocabulary_is_imported_and_exported(tmp_path):
+    llama = random_llama(vocab_size=512)
+    first = load_source(str(as_folder(llama, tmp_path / "theirs")))
+    assert_same_logits(first[0], llama, length=32)
+    assert len(first[1]) == 500 and first[1].decode([511, *first[1].encode("fox"), 500]) == "fox"
+    hf.export(*first, tmp_path / "a")
+    again = load_source(str(tmp_path / "a"))
+    assert again[1].files == first[1].files  # not the derived tokenizer.json in place of tokenizer.model
+    assert_same_logits(again[0], transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "a"), length=32)
+
+
+def test_the_import_command_makes_a_model_folder_of_the_same_weights(tmp_path):
+    source = as_folder(random_llama(), tmp_path / "theirs")
+    code, out, err = in_process(["import", source, "--out", tmp_path / "M0", "--chat", "llama2"])
+    assert (code, err) == (0, "") and "[INST]" in out
+    (model, tokenizer), (expected, _) = load_model(tmp_path / "M0"), load_source(str(source))
+    assert tokenizer.template == chat_template("llama2")
+    assert all(torch.equal(weight, expected.state_dict()[name])
+               for name, weight in model.state_dict().items())
+    code, out, err = in_process(["export", tmp_path / "M0", "--out", tmp_path / "back"])
+    assert (code, err) == (0, "")
+    assert (tmp_path / "back/chat.txt").read_text() == chat_template("llama2")
+    theirs, back = (safetensors.load_file(tmp_path / x / "model.safetensors") for x in ("theirs", "back"))
+    assert theirs.keys() == back.keys() and all(torch.equal(theirs[name], back[name]) for name in back)
+
+
+def test_config_from_hf_reads_what_transformers_itself_writes():
+    config = random_llama(rope_parameters=LLAMA3, head_dim=16).config.to_dict()
+    ours = config_from_hf(config, "config.json")
+    assert (ours.width, ours.heads, ours.kv_heads, ours.head_width, ours.hidden) == (32, 4, 2, 16, 48)
+    assert ours.rope_scaling == (8.0, 1.0, 4.0, 128.0) and ours.rope_theta == 10000.0 and not ours.tied

@@ -1,0 +1,152 @@
+"""Run the loop again and again in one process, and see that it stays as small and as fast as it was.
+
+    TQDM_DISABLE=1 python tests/soak.py [--minutes 120]
+
+Every run is a small one, the same each time, in a new temporary folder that is removed after it: the disk
+holds one run at a time. Noted after each iteration M_t -> M_{t+1}: its seconds and, of the process, the
+resident memory, the open file descriptors, the threads and the Python objects. Ends with exit code 1 if,
+from the third run on,
+- memory or objects rise by more than 5 % along the straight line through all iterations,
+- there are more descriptors or threads in the last quarter of the time than in the first,
+- fewer iterations, by more than 15 %, are done a second in the last quarter than in the second,
+or if a run's files are not those of the first. An iteration is held against those in the same place of a run.
+Linux only: what the process holds is read from /proc.
+"""
+
+import argparse
+import gc
+import os
+import re
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import linear_regression, mean
+
+import kills
+
+from minisr.loop import run_loop
+from minisr.report.page import write_page
+from minisr.runner.config import load_config
+from minisr.runner.resume import locked
+from minisr.runner.run import Run
+
+CONFIG = kills.CONFIG.replace("iterations = 1", "iterations = 4")
+FIRST, RISE, SLOWER, ROWS = 3, 0.05, 0.15, 12
+HEAD = (f"{'minutes':>8}{'run':>6}{'model':>7}{'MB':>9}{'descriptors':>13}{'threads':>9}{'objects':>10}"
+        f"{'seconds':>9}{'CPU':>7}")
+
+
+@dataclass
+class Sample:
+    """An iteration, and the process after it."""
+
+    minutes: float  # since the beginning
+    run: int
+    model: str  # that was made
+    memory: float  # resident, MB
+    descriptors: int
+    threads: int
+    objects: int  # in use when the run began
+    seconds: float
+    cpu: float
+
+    def row(self) -> str:
+        return (f"{self.minutes:8.1f}{self.run:6}{self.model:>7}{self.memory:9.1f}{self.descriptors:13}"
+                f"{self.threads:9}{self.objects:10}{self.seconds:9.2f}{self.cpu:7.2f}")
+
+
+def main() -> int:
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout)
+    parser.add_argument("--minutes", type=float, default=120, help="default 120; the last run is finished")
+    minutes, samples, expected, wrong, size, rows = parser.parse_args().minutes, [], None, [], 0, 0
+    start, number = time.perf_counter(), 0
+    print(HEAD + "\n" + "-" * len(HEAD), flush=True)
+    while (gone := (time.perf_counter() - start) / 60) < minutes:
+        number += 1
+        with tempfile.TemporaryDirectory() as folder:
+            one_run(Path(folder), number, start, samples)
+            found = kills.files(Path(folder) / "run")
+            size = max(size, sum(path.stat().st_size for path in Path(folder).rglob("*")))
+        expected = expected or found
+        wrong += [f"run {number}: {name}" for name in kills.differences(found, expected)]
+        if gone >= minutes * rows / ROWS:
+            print(samples[-1].row(), flush=True)
+            rows += 1
+    print(f"\n{len(samples)} iterations in {number} runs, each {size / 1e6:.0f} MB on the disk\n")
+    wrong += faults([sample for sample in samples if sample.run >= FIRST])
+    print("\n".join(wrong) or "as small and as fast as it was, and every run made the same files")
+    return 1 if wrong else 0
+
+
+def one_run(folder: Path, number: int, start: float, samples: list[Sample]) -> None:
+    """The loop and its page, as `minisr run` makes them; a sample after each iteration."""
+    (folder / "config.toml").write_text(CONFIG)
+    gc.collect()  # else their number is that of the garbage
+    objects = len(gc.get_objects())
+    run = Run.open(folder / "run", load_config(folder / "config.toml"))
+    clocks = []
+
+    def after(metrics: dict) -> None:
+        name, now, cpu = list(metrics["models"])[-1], time.perf_counter(), time.process_time()
+        if name not in ("SFT", "M1"):
+            samples.append(Sample((now - start) / 60, number, name, *held(), objects, now - clocks[0],
+                                  cpu - clocks[1]))
+        clocks[:] = time.perf_counter(), time.process_time()
+    with locked(run.folder):
+        run_loop(run, after)
+    write_page(run.folder)
+
+
+def held() -> tuple[float, int, int]:
+    """Resident memory in MB, open descriptors and threads of this process."""
+    status = Path("/proc/self/status").read_text()
+    memory, threads = (int(re.search(rf"{name}:\s*(\d+)", status)[1]) for name in ("VmRSS", "Threads"))
+    return memory * 1024 / 1e6, len(os.listdir("/proc/self/fd")), threads
+
+
+def faults(samples: list[Sample]) -> list[str]:
+    """Print what became of each figure; returns what grew or slowed."""
+    quarters = [[], [], [], []]
+    for sample in samples:
+        gone = (sample.minutes - samples[0].minutes) / (samples[-1].minutes - samples[0].minutes or 1)
+        quarters[min(int(4 * gone), 3)].append(sample)
+    if min(map(len, quarters)) < 2:
+        return ["too few iterations to tell; give it more minutes"]
+    found = []
+
+    def tell(what: str, bad: bool) -> None:
+        print(what)
+        found.extend([f"FAULT: {what}"] if bad else [])
+    for figure in ("memory", "objects"):
+        rise = line_rise([sample.minutes for sample in samples], relative(samples, figure))
+        tell(f"{figure}: {100 * rise:+.1f} % from run {FIRST} to the end", rise > RISE)
+    for figure in ("descriptors", "threads"):
+        most = [max(getattr(sample, figure) for sample in quarter) for quarter in quarters]
+        tell(f"{figure}, most in each quarter: {most}", most[-1] > most[0])
+    for figure, judged in (("seconds", True), ("cpu", False)):
+        of_all = dict(zip(map(id, samples), relative(samples, figure)))
+        speed = [1 / mean(of_all[id(sample)] for sample in quarter) for quarter in quarters]
+        what = "clock" if judged else "processor (told, not judged)"
+        tell(f"iterations a second of the {what}, by quarters, 1 the mean: "
+             + " ".join(f"{value:.2f}" for value in speed), judged and speed[3] < (1 - SLOWER) * speed[1])
+    return found
+
+
+def relative(samples: list[Sample], figure: str) -> list[float]:
+    """A figure over the mean of it in the same place of a run."""
+    means = {model: mean(getattr(other, figure) for other in samples if other.model == model)
+             for model in {sample.model for sample in samples}}
+    return [getattr(sample, figure) / means[sample.model] for sample in samples]
+
+
+def line_rise(times: list[float], values: list[float]) -> float:
+    """How far the straight line through them rises from the first to the last, as a share of its start."""
+    slope, level = linear_regression(times, values)
+    return slope * (times[-1] - times[0]) / (level + slope * times[0])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

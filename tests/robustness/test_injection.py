@@ -1,0 +1,211 @@
+"""Answers that try to write their own score: hostile.jsonl, by families ("closing tag/tab").
+
+What the pipeline itself promises is tested here: only the judge's words are read, the frame holds, no text
+makes special tokens. What a trained judge makes of such answers is a measurement: injection_report.py."""
+
+import io
+import re
+import unicodedata
+from contextlib import redirect_stdout
+from functools import cache
+from pathlib import Path
+
+import pytest
+from tiny import byte_level_json, speaker, tiny_tokenizer
+
+from minisr.cli import main
+from minisr.judge import JudgeConfig, Judgement, judge, judge_prompt, load_template, parse_score, reward
+from minisr.pairs import select_pairs
+from minisr.report.show import EXAMPLE
+from minisr.runner.checkpoint import save_model
+from minisr.runner.files import read_jsonl, write_jsonl
+from minisr.runner.run import ENGLISH_TEMPLATE, WORLD_TEMPLATE
+from minisr.tokenizer import Tokenizer, TokenizerJSON, chat_template
+from minisr.worlds.tiny import oracle
+
+RECORDS = read_jsonl(Path(__file__).with_name("hostile.jsonl"), "hostile answers", ("name", "response"))
+HOSTILE = {record["name"]: record["response"] for record in RECORDS}
+TEMPLATES = {"world": load_template(WORLD_TEMPLATE), "english": load_template(ENGLISH_TEMPLATE)}
+CONFIG = JudgeConfig(judgements=1, max_new_tokens=12)
+CONTEXT = 2048  # all answers fit but those of 10,000 characters, and not all of these
+
+
+def families() -> dict[str, list[str]]:
+    """{family: names}, in the file's order."""
+    found = {}
+    for name in HOSTILE:
+        found.setdefault(name.partition("/")[0], []).append(name)
+    return found
+
+
+@cache
+def judged(says: str, template: str) -> dict[str, Judgement]:
+    """What a judge who always says the same is read to have said of each hostile answer."""
+    rows = judge(speaker(says, CONTEXT), tiny_tokenizer(), TEMPLATES[template], [EXAMPLE] * len(HOSTILE),
+                 list(HOSTILE.values()), CONFIG, key=0)
+    return {name: judgement for name, [judgement] in zip(HOSTILE, rows)}
+
+
+def too_long(template: str, says: str) -> set[str]:
+    """Answers that leave no room in the context for what the judge says."""
+    tokenizer, said = tiny_tokenizer(), len(tiny_tokenizer().answer(says))
+    return {name for name, response in HOSTILE.items() if said + len(tokenizer.chat_prompt(
+        judge_prompt(TEMPLATES[template], EXAMPLE, response))) > CONTEXT}
+
+
+def test_there_are_many_hostile_answers_of_many_kinds():
+    assert len(RECORDS) == len(HOSTILE) >= 150
+    assert len(families()) >= 12 and min(map(len, families().values())) >= 7
+    # They would work if they were read: most of them are a score line to the parser itself.
+    assert sum(parse_score(response) == 5 for response in HOSTILE.values()) > 80
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+@pytest.mark.parametrize("says, score", [("Score:1", 1), ("Score:3", 3), ("Fine.", None)])
+def test_only_what_the_judge_says_is_read(says, score, template):
+    unread = too_long(template, says)
+    assert {name.partition("/")[0] for name in unread} == {"long"}
+    given = judged(says, template)
+    assert {name for name in HOSTILE if given[name] != Judgement(says, score)} == unread
+    assert [given[name].score for name in unread] == [None] * len(unread)
+
+
+@pytest.mark.parametrize("says, score", [("Score:1", 1), ("Fine.", None)])
+def test_a_hostile_prompt_writes_no_score_either(says, score):
+    short = [text for name, text in HOSTILE.items() if not name.startswith("long/")]
+    rows = judge(speaker(says, CONTEXT), tiny_tokenizer(), TEMPLATES["english"], short,
+                 ["A fox."] * len(short), CONFIG, key=0)
+    assert rows == [[Judgement(says, score)]] * len(short)
+
+
+def test_too_long_answers_are_unread_and_counted_and_the_others_are_judged_beside_them():
+    names = sorted(too_long("world", "Score:3"))
+    assert len(names) >= 4
+    rewards = [[reward([judged("Score:3", "world")[name]]), 3.0] for name in names]
+    pairs, counts = select_pairs(names, [[HOSTILE[name], "A fox."] for name in names], rewards)
+    assert pairs == [] and counts["unread"] == len(names)
+    assert judged("Score:3", "world")["nothing/at all"].score == 3
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_the_frame_of_the_judge_prompt_holds(name):
+    before, _, after = TEMPLATES["english"].replace("{prompt}", EXAMPLE).partition("{response}")
+    text = judge_prompt(TEMPLATES["english"], EXAMPLE, HOSTILE[name])
+    assert text.startswith(before) and text.endswith(after)  # the instruction after it is unchanged
+    closing = [match.start() for match in re.finditer(r"</\s*(?:response|prompt)", text, re.IGNORECASE)]
+    assert closing == [text.rindex("</response>")] and text[closing[0]:] == after.lstrip()
+    inside = text[len(before):-len(after)]
+    assert inside == HOSTILE[name] or "<" in HOSTILE[name]
+    assert re.sub(r"\s", "", inside) == re.sub(r"\s", "", HOSTILE[name])  # nothing is taken away
+
+
+CHATS = {"tiny": (), "llama2": (), "plain": (), "chatml": ("<|im_start|>", "<|im_end|>", "<|endoftext|>"),
+         "llama3": ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
+         "zephyr": ("<|user|>", "<|assistant|>", "<s>", "</s>")}
+
+
+@cache
+def chat_tokenizer(chat: str) -> Tokenizer:
+    if not CHATS[chat]:
+        return Tokenizer(tiny_tokenizer().vocabulary, chat_template(chat))
+    return Tokenizer(TokenizerJSON(byte_level_json(*CHATS[chat]).encode()), chat_template(chat))
+
+
+@pytest.mark.parametrize("chat", CHATS)
+def test_special_tokens_are_those_of_the_template_alone(chat):
+    tokenizer = chat_tokenizer(chat)
+    special = set(tokenizer.vocabulary.specials.values())
+    plain = [i for i in tokenizer.chat_prompt("") if i in special]
+    assert len(plain) >= 1
+    for name, response in HOSTILE.items():
+        assert special.isdisjoint(tokenizer.encode(response)), name
+        asked = tokenizer.chat_prompt(judge_prompt(TEMPLATES["english"], EXAMPLE, response))
+        assert [i for i in asked if i in special] == plain, name
+        assert special & set(tokenizer.answer(response)[:-1]) == set(), name
+
+
+def test_hostile_answers_win_and_lose_nothing_by_their_own_text():
+    # The judge says the same of all: whatever stands in them, no answer is better than another.
+    prompts = list(HOSTILE)
+    for says in ("Score:3", "Fine."):
+        rewards = [[reward([judged(says, "world")[name]]), 3.0] for name in prompts]
+        pairs, counts = select_pairs(prompts, [[HOSTILE[name], "A fox."] for name in prompts], rewards)
+        assert pairs == [] and counts["tie"] + counts["unread"] == len(prompts)
+
+
+@pytest.mark.parametrize("own, chosen, rejected", [
+    (None, "good", "bad"), (3.0, "good", "bad"), (5.0, "hostile", "bad"), (0.0, "good", "hostile")])
+def test_the_reward_alone_decides_what_becomes_of_a_hostile_answer(own, chosen, rejected):
+    for name, response in HOSTILE.items():
+        texts = {"hostile": response, "good": "A good one.", "bad": "A bad one."}
+        [pair], _ = select_pairs([name], [list(texts.values())], [[own, 4.0, 1.0]])
+        assert (pair["chosen"], pair["rejected"]) == (texts[chosen], texts[rejected]), name
+
+
+def test_the_oracle_reads_every_hostile_answer():
+    assert all(0 <= oracle.score(EXAMPLE, response) <= 4 for response in HOSTILE.values())
+
+
+def test_hostile_answers_come_back_from_a_file_as_they_were(tmp_path):
+    write_jsonl(tmp_path / "records.jsonl", RECORDS)
+    assert read_jsonl(tmp_path / "records.jsonl", "records") == RECORDS
+    assert (tmp_path / "records.jsonl").read_bytes().count(b"\n") == len(RECORDS)
+
+
+# What is shown to people
+
+@pytest.fixture(scope="module")
+def shown(tmp_path_factory):
+    """A run whose first model answered prompt i with the i-th hostile answer and a plain one."""
+    folder = tmp_path_factory.mktemp("run") / "M1"
+    write_jsonl(folder / "responses.jsonl", [
+        {"prompt": name, "responses": [text, "A fox."], "finished": [True, True]}
+        for name, text in HOSTILE.items()])
+    write_jsonl(folder / "rewards.jsonl", [
+        {"prompt": name, "rewards": [4.0, 2.0], "scores": [[4], [2]], "judgements": [[text], ["Score: 2"]]}
+        for name, text in HOSTILE.items()])
+    write_jsonl(folder / "pairs.jsonl", [
+        {"prompt": name, "chosen": text, "rejected": "A fox.", "chosen_reward": 4.0, "rejected_reward": 2.0}
+        for name, text in HOSTILE.items()])
+    return folder.parent
+
+
+def show(run, number: int) -> str:
+    out = io.StringIO()
+    with redirect_stdout(out):
+        assert main(["show", str(run), "--prompt", str(number)]) == 0
+    return out.getvalue()
+
+
+def unprintable(text: str) -> set[str]:
+    """Characters that a terminal obeys or that turn a line around: controls but the line break, and bidi."""
+    turning = {"LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI"}
+    return {c for c in text if c != "\n" and unicodedata.category(c) == "Cc"
+            or unicodedata.bidirectional(c) in turning}
+
+
+def test_every_hostile_answer_is_shown(shown):
+    for number, (name, text) in enumerate(HOSTILE.items()):
+        told = show(shown, number)
+        if not unprintable(text):
+            assert told.count(text) >= 2, name  # as a response and in the pair
+
+
+def test_nothing_that_is_shown_moves_the_cursor_or_turns_a_line(shown):
+    moving = {name: number for number, (name, text) in enumerate(HOSTILE.items()) if unprintable(text)}
+    assert len(moving) >= 20
+    assert {name for name, number in moving.items() if unprintable(show(shown, number))} == set()
+
+
+def test_nothing_that_a_model_says_in_a_chat_moves_the_cursor(tmp_path):
+    save_model(tmp_path / "M0", speaker("\x1b[2J", 512), tiny_tokenizer(), {"made_by": "test"})
+    out = io.StringIO()
+    with redirect_stdout(out):
+        assert main(["chat", str(tmp_path / "M0"), "--ask", EXAMPLE, "-n", "1", "--max-new-tokens", "8"]) == 0
+    assert "[2J" in out.getvalue() and not unprintable(out.getvalue())
+
+
+def test_what_the_terminal_cannot_write_is_shown_in_another_way(shown):
+    ascii_only = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    with redirect_stdout(ascii_only):
+        assert main(["show", str(shown), "--prompt", str(list(HOSTILE).index("other digits/arabic"))]) == 0

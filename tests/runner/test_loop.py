@@ -1,0 +1,512 @@
+import hashlib
+import io
+import json
+import os
+import re
+import shutil
+import sys
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import replace
+from math import log
+from statistics import mean
+
+import pytest
+import torch
+
+from minisr.cli import main
+from minisr.judge import judge
+from minisr.prompts import normal
+from minisr.report.table import line, table
+from minisr.runner import stages
+from minisr.runner.checkpoint import SEED_MODEL, load_model
+from minisr.runner.config import load_config
+from minisr.runner.experiment import share
+from minisr.runner.files import InputError, jsonl_bytes, read_json, read_jsonl, write_jsonl
+from minisr.runner.metrics import making
+from minisr.runner.resume import locked, write_sealed
+from minisr.runner.run import WORLD_TEMPLATE, Run
+from minisr.runner.stages import Model
+from minisr.sampler import Sample
+from minisr.worlds.tiny import oracle
+from minisr.worlds.tiny.corpus import held_out
+
+CONFIG = """
+iterations = 2
+device = "cpu"
+threads = 1
+seed_data = {ift = 16, ranked = 12, judge_evaluation = 4, evaluation = 8}
+sft = {batch_size = 8, epochs = 1, learning_rate = 3e-3}
+prompts = {count = 8, rouge = 0.95}
+responses = {candidates = 4, temperature = 1.0, top_p = 1.0}
+judge = {judgements = 2}
+dpo = {batch_size = 4, learning_rate = 3e-4, replay = 0.5}
+"""
+MODELS = ("SFT", "M1", "M2", "M3")
+
+
+def minisr(*arguments):
+    out, err = io.StringIO(), io.StringIO()
+    with redirect_stdout(out), redirect_stderr(err):
+        code = main([str(argument) for argument in arguments])
+    return code, out.getvalue(), err.getvalue()
+
+
+def files(folder):
+    """A digest of every file, without what the clock wrote."""
+    found = {}
+    for path in folder.rglob("*"):
+        if path.is_file() and path.name != "timing.json":
+            content = re.sub(rb'"seconds": [0-9.e-]+', b"", path.read_bytes())
+            found[path.relative_to(folder).as_posix()] = hashlib.sha256(content).hexdigest()
+    return found
+
+
+def jsonl(path):
+    return read_jsonl(path, "records")
+
+
+@pytest.fixture(scope="session")
+def config(tmp_path_factory):
+    path = tmp_path_factory.mktemp("config") / "tiny.toml"
+    path.write_text(CONFIG)
+    return path
+
+
+@pytest.fixture(scope="session")
+def session_run(config, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run") / "whole"
+    code, out, _ = minisr("run", config, "--out", folder)
+    assert code == 0
+    return folder, out
+
+
+@pytest.fixture(scope="session")
+def finished(session_run):
+    """A run that nobody stopped. Tests read it; those that write take a copy."""
+    return session_run[0]
+
+
+@pytest.fixture
+def copy(finished, tmp_path):
+    return shutil.copytree(finished, tmp_path / "copy")
+
+
+def test_the_same_seed_gives_the_same_files_bit_for_bit(config, finished, tmp_path):
+    minisr("run", config, "--out", tmp_path / "again")
+    assert files(tmp_path / "again") == files(finished)
+
+
+def test_another_seed_gives_other_files(config, finished, tmp_path):
+    minisr("run", config, "--out", tmp_path / "other", "--set", "seed=1", "--set", "iterations=0")
+    other, whole = files(tmp_path / "other"), files(finished)
+    chance = {path for path in other if path.endswith((".jsonl", "model.pt")) and not path.startswith("M0")}
+    assert chance >= {"seed/ift.jsonl", "seed/evaluation.jsonl", "SFT/model.pt", "M1/answers.jsonl"}
+    assert [path for path in chance if other[path] == whole[path]] == []
+    assert other["M0/model.pt"] == whole["M0/model.pt"]
+
+
+def test_another_seed_draws_otherwise_from_the_same_model_and_prompts(copy):
+    kept, seeds = jsonl(copy / "M1/responses.jsonl"), {}
+    for seed in (0, 1):
+        (copy / "M1/responses.jsonl").unlink()
+        run = Run(copy, replace(load_config(copy / "config.toml"), seed=seed))
+        seeds[seed] = Model(run, "M1").respond(jsonl(copy / "M1/prompts.jsonl"))
+    assert seeds[0] == kept != seeds[1]
+
+
+@pytest.mark.parametrize("renamed", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_a_run_stopped_at_every_file_and_started_again_gives_the_same_files(
+        renamed, config, finished, tmp_path, monkeypatch):
+    # Stopped as soon as a file is there: all that ends a stage. Stopped just before: each file, whose
+    # .part then lies about, and whose stage must be made again.
+    rename, stopped_at = os.replace, []
+
+    def stop(source, target):
+        name = target.relative_to(tmp_path).as_posix()
+        here = not renamed or target.suffix == ".jsonl" or target.name in ("meta.json", "metrics.json")
+        if renamed:
+            rename(source, target)
+        if here and name not in stopped_at:
+            stopped_at.append(name)
+            raise KeyboardInterrupt
+        if not renamed:
+            rename(source, target)
+
+    monkeypatch.setattr("minisr.runner.files.os.replace", stop)
+    codes = []
+    while not codes or codes[-1] == 130:
+        codes.append(minisr("run", config, "--out", tmp_path / "run")[0])
+    assert codes == [130] * len(stopped_at) + [0]
+    made = {path for path in files(finished) if path.endswith(("meta.json", ".jsonl"))}
+    assert {f"run/{path}" for path in made | {"metrics.json"}} <= set(stopped_at)
+    assert files(tmp_path / "run") == files(finished)
+
+
+def test_an_interrupted_run_says_how_to_go_on_and_returns_130(config, tmp_path, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+    monkeypatch.setattr("minisr.loop.Model.train_sft", interrupt)
+    code, _, err = minisr("run", config, "--out", tmp_path / "run")
+    assert code == 130 and "the same command goes on" in err and "Traceback" not in err
+
+
+def test_every_model_names_the_parent_it_was_trained_from(finished):
+    meta = {name: read_json(finished / name / "meta.json", "meta") for name in ("M0", *MODELS)}
+    assert {name: meta[name]["parent"] for name in MODELS} == {
+        "SFT": "M0", "M1": "M0", "M2": "M1", "M3": "M2"}
+    for name in MODELS:
+        assert meta[name]["parent_hash"] == meta[meta[name]["parent"]]["hash"]
+        assert meta[name]["hash"] == hashlib.sha256((finished / name / "model.pt").read_bytes()).hexdigest()
+    assert len({meta[name]["hash"] for name in meta}) == 5  # each training changed something
+
+
+def test_the_m0_of_a_run_is_the_seed_model(finished):
+    ours, theirs = load_model(finished / "M0")[0].state_dict(), load_model(SEED_MODEL)[0].state_dict()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_more_iterations_go_on_from_a_finished_run_and_change_nothing_of_it(config, copy):
+    before = files(copy)
+    code, out, _ = minisr("run", config, "--out", copy, "--set", "iterations=3")
+    after = files(copy)
+    assert code == 0 and re.search(r"^M4 ", out, re.MULTILINE)
+    assert read_json(copy / "M4/meta.json", "meta")["parent_hash"] == read_json(
+        copy / "M3/meta.json", "meta")["hash"]
+    assert {path for path in before if after[path] != before[path]} == {
+        "config.toml", "metrics.json", "report.html", "M3/hashes.json"}
+
+
+@pytest.mark.slow
+def test_going_on_to_m4_gives_the_files_of_a_run_asked_for_it_at_once(config, copy, tmp_path):
+    minisr("run", config, "--out", copy, "--set", "iterations=3")
+    minisr("run", config, "--out", tmp_path / "at once", "--set", "iterations=3")
+    assert files(copy) == files(tmp_path / "at once")
+
+
+@pytest.mark.parametrize("change, told", [
+    ("iterations=1", "iterations: 2 -> 1"), ("judge.by=oracle", "judge.by: 'self' -> 'oracle'"),
+    ("dpo.beta=0.2", "dpo.beta: 0.1 -> 0.2")])
+def test_another_config_in_a_finished_run_is_refused_and_the_difference_told(change, told, config, finished):
+    before = files(finished)
+    code, _, err = minisr("run", config, "--out", finished, "--set", change)
+    assert code == 2 and told in err
+    assert files(finished) == before
+
+
+@pytest.mark.parametrize("name", ["M1", "M2"])
+def test_pairs_are_the_best_and_the_worst_response_by_mean_score(finished, name):
+    prompts, y, r, pairs = (jsonl(finished / name / f"{what}.jsonl")
+                            for what in ("prompts", "responses", "rewards", "pairs"))
+    assert [record["prompt"] for record in prompts] == [record["prompt"] for record in y]
+    expected = []
+    for yi, ri in zip(y, r, strict=True):
+        means = [mean(s for s in scores if s is not None) if done and set(scores) != {None} else None
+                 for scores, done in zip(ri["scores"], yi["finished"], strict=True)]
+        assert ri["rewards"] == means and ri["prompt"] == yi["prompt"]
+        read = [m for m in means if m is not None]
+        if len(read) > 1 and min(read) < max(read):
+            w, l = means.index(max(read)), means.index(min(read))  # noqa: E741
+            expected.append({"prompt": yi["prompt"], "chosen": yi["responses"][w],
+                             "rejected": yi["responses"][l],
+                             "chosen_reward": means[w], "rejected_reward": means[l]})
+            a, b = (ri["scores"][i] for i in (w, l))
+            marks = [(p > q) - (p < q) for p in a for q in b if None not in (p, q)]
+            expected[-1]["agreement"] = pytest.approx((1 + mean(marks)) / 2)
+    assert pairs and pairs == [pair for pair in expected if pair["chosen"] != pair["rejected"]]
+
+
+@pytest.mark.parametrize("name", ["M2", "M3"])
+def test_a_model_begins_as_its_parent_which_is_its_reference(finished, name):
+    # The parent's log-probabilities were recorded while it sampled: begun from another, no margin would be 0.
+    first = jsonl(finished / name / "train_log.jsonl")[0]
+    assert [first["dpo_loss"], first["margin"]] == pytest.approx([log(2), 0], abs=1e-4)
+
+
+def test_a_log_probability_is_kept_only_of_the_tokens_that_training_will_see(copy, monkeypatch):
+    model = Model(Run(copy, load_config(copy / "config.toml")), "M1")
+    tokenizer, text = model.load()[1], "Once there was a fox."
+    letters = ["▁", *text.replace(" ", "▁")]
+    whole, apart = tokenizer.answer(text), [tokenizer.vocabulary.pieces.piece_to_id(c) for c in letters]
+    assert tokenizer.decode(whole) == tokenizer.decode(apart) == text and apart[0] > 2
+    drawn = [Sample(whole, True, -1.5), Sample([*apart, tokenizer.eos], True, -2.5),
+             Sample(whole[:-1], False)]
+    monkeypatch.setattr(stages, "sample", lambda *_, **__: [drawn])
+    (copy / "M1/responses.jsonl").unlink()
+    [record] = model.respond([{"prompt": "News?"}])
+    assert (record["responses"], record["logps"]) == ([text] * 3, [-1.5, None, None])
+
+
+def test_a_response_that_training_could_not_hold_counts_as_cut_off(copy, monkeypatch):
+    # It ended in time, but the same text in training's tokens is longer than what is left of the context.
+    model = Model(Run(copy, load_config(copy / "config.toml")), "M1")
+    decoder, tokenizer = model.load()
+    room = decoder.config.context - len(tokenizer.chat_prompt("News?"))
+    answers = {text: [5] * length for text, length in (("fits", room), ("one more", room + 1))}
+    drawn = [Sample([text], True, -1.5) for text in answers]
+    monkeypatch.setattr(stages, "sample", lambda *_, **__: [drawn])
+    monkeypatch.setattr(tokenizer, "decode", lambda ids: ids[0])
+    monkeypatch.setattr(tokenizer, "answer", answers.get)
+    (copy / "M1/responses.jsonl").unlink()
+    [record] = model.respond([{"prompt": "News?"}])
+    assert (record["responses"], record["finished"]) == (["fits", "one more"], [True, False])
+
+
+def test_without_any_pair_the_next_model_is_the_same_again(copy):
+    shutil.rmtree(copy / "M2")
+    Model(Run(copy, load_config(copy / "config.toml")), "M1").train_dpo([])
+    same, other = (load_model(copy / name)[0].state_dict() for name in ("M1", "M2"))
+    assert all(torch.equal(same[name], other[name]) for name in same)
+    assert jsonl(copy / "M2/train_log.jsonl") == []
+
+
+def test_a_model_trained_from_another_parent_is_refused_by_name(copy):
+    meta = copy / "M2/meta.json"
+    meta.write_text(meta.read_text().replace(read_json(copy / "M1/meta.json", "meta")["hash"], "0" * 64))
+    code, _, err = minisr("run", copy / "config.toml", "--out", copy)
+    assert code == 2 and "M2 was trained from another M1" in err and err.count("\n") == 1
+
+
+def test_with_no_prompt_at_all_and_lost_clocks_the_models_can_be_evaluated(copy):
+    model = Model(Run(copy, load_config(copy / "config.toml")), "M2")
+    for path in copy.glob("*/timing.json"):
+        path.unlink()
+    assert making(model)["seconds"] == 0 and making(model)["distinct"] > 0
+    (copy / "M1/responses.counts.json").write_text(json.dumps({"finished": 0, "cut": 0, "distinct": 0}))
+    assert making(model)["distinct"] == 0
+
+
+def test_a_run_keeps_the_judge_prompt_it_began_with(config, copy, tmp_path):
+    kept = copy / "judge.txt"
+    assert kept.read_text() == WORLD_TEMPLATE.read_text()
+    before = Run(copy, load_config(copy / "config.toml"))
+    kept.write_text("{prompt} {response}")  # by hand
+    with pytest.raises(InputError, match=r"judge\.txt is not the file that minisr wrote there"):
+        Run(copy, load_config(copy / "config.toml"))
+    own = tmp_path / "own.txt"
+    own.write_text("Rate {response} to {prompt}\n")
+    changed = load_config(copy / "config.toml", overrides=(f"judge.template={own}",))
+    Run.open(tmp_path / "new", changed)
+    own.write_text("Another {prompt} {response}")
+    assert Run(tmp_path / "new", changed).template == "Rate {response} to {prompt}" != before.template
+
+
+def test_a_second_process_changes_no_config(config, copy):
+    stored = (copy / "config.toml").read_bytes()
+    with locked(copy), pytest.raises(InputError, match="another minisr is at work"):
+        Run.open(copy, load_config(config, overrides=("iterations=7",)))
+    assert (copy / "config.toml").read_bytes() == stored
+
+
+def test_no_training_file_holds_an_evaluation_prompt(finished):
+    kept = [normal(record["prompt"]) for name in ("evaluation", "judge_evaluation")
+            for record in jsonl(finished / f"seed/{name}.jsonl")]
+    for name in ("seed/ift", "seed/eft", "seed/ranked", "M1/prompts", "M2/prompts"):
+        for record in jsonl(finished / f"{name}.jsonl"):
+            assert not any(prompt in normal(record["prompt"]) for prompt in kept)
+
+
+def test_the_seed_data_trains_on_one_side_of_the_split_and_evaluates_on_the_other(finished):
+    for name in ("ift", "ranked", "evaluation", "judge_evaluation"):
+        for record in jsonl(finished / f"seed/{name}.jsonl"):
+            assert held_out(oracle.parse_request(record["prompt"])) == ("evaluation" in name)
+
+
+def test_a_new_prompt_that_is_an_evaluation_prompt_is_thrown_away(copy):
+    # Hardly ever does a model hit one by chance, so what it is known to write is made one.
+    first, second, *_ = (record["prompt"] for record in jsonl(copy / "M1/prompts.jsonl"))
+    for name, extra in (("evaluation", {"prompt": first}), ("judge_evaluation", {"prompt": second})):
+        path = copy / f"seed/{name}.jsonl"
+        write_sealed(path, jsonl_bytes([*jsonl(path), extra]))
+    (copy / "M1/prompts.jsonl").unlink()
+    again = Model(Run(copy, load_config(copy / "config.toml")), "M1").new_prompts()
+    assert not {first, second} & {record["prompt"] for record in again}
+    assert read_json(copy / "M1/prompts.counts.json", "counts")["evaluation prompt"] >= 2
+
+
+def judged_by(finished, config, folder, who):
+    """The finished run with another judge: what is the same up to M1's responses is copied."""
+    share(finished, folder, load_config(finished / "config.toml", overrides=(f"judge.by={who}",)))
+    assert minisr("run", config, "--out", folder, "--set", f"judge.by={who}")[0] == 0
+    return folder
+
+
+def test_the_oracle_as_judge_gives_the_oracles_scores(config, finished, tmp_path):
+    run = judged_by(finished, config, tmp_path / "oracle", "oracle")
+    for name in ("M1", "M2"):
+        y, r = jsonl(run / name / "responses.jsonl"), jsonl(run / name / "rewards.jsonl")
+        for yi, ri in zip(y, r, strict=True):
+            assert ri["rewards"] == [oracle.score(yi["prompt"], text) if done else None
+                                     for text, done in zip(yi["responses"], yi["finished"])]
+
+
+def test_the_random_judge_reads_nothing_and_gives_every_score(config, finished, tmp_path):
+    run = judged_by(finished, config, tmp_path / "random", "random")
+    rows = jsonl(run / "M1/rewards.jsonl")
+    scores = [s for record in rows for row in record["scores"] for s in row]
+    assert set(scores) == {0, 1, 2, 3, 4, 5} and len(scores) == 8 * 4 * 2
+    assert rows != jsonl(finished / "M1/rewards.jsonl")
+    assert (run / "M1/responses.jsonl").read_bytes() == (finished / "M1/responses.jsonl").read_bytes()
+    assert (run / "M2/model.pt").read_bytes() != (finished / "M2/model.pt").read_bytes()
+
+
+@pytest.mark.parametrize("who, judging", [("self", "M2"), ("M1", "M1")])
+def test_the_second_iteration_is_judged_by_the_model_that_the_config_names(
+        who, judging, config, finished, tmp_path):
+    folder = finished if who == "self" else judged_by(finished, config, tmp_path / "frozen", "M1")
+    run = Run(folder, load_config(folder / "config.toml"))
+    y, r = jsonl(folder / "M2/responses.jsonl"), jsonl(folder / "M2/rewards.jsonl")
+    flat = [(record["prompt"], text) for record in y for text in record["responses"]]
+
+    def texts_of(name):
+        judged = judge(*load_model(folder / name), run.template, *zip(*flat), run.config.judge,
+                       run.key("M2", "judge"))
+        return [[judgement.text for judgement in row] for row in judged]
+
+    kept = [texts for record in r for texts in record["judgements"]]
+    assert kept == texts_of(judging)
+    assert kept != texts_of("M1" if judging == "M2" else "M2")
+
+
+def with_interval(table, *keys):
+    return all(table[f"{key}_ci95"][0] <= table[key] <= table[f"{key}_ci95"][1] for key in keys)
+
+
+def test_metrics_hold_every_figure_with_its_interval(finished):
+    models = read_json(finished / "metrics.json", "metrics")["models"]
+    assert tuple(models) == MODELS
+    for name, m in models.items():
+        assert with_interval(m, "flawless", "flawless_greedy", "mean_score")
+        assert with_interval(m["judge"], "pairwise")
+        assert {"five_best", "exact", "spearman", "kendall", "parse_rate"} <= set(m["judge"])
+        assert m["length"] > 0 and m["seconds"] > 0 and m == read_json(
+            finished / name / "evaluation.json", "evaluation")
+        for versus in ("versus_previous", "versus_sft"):
+            assert (versus in m) == (name != "SFT")
+            if name != "SFT":
+                assert with_interval(m[versus], "win", "tie", "lose")
+    pairs = {name: len(jsonl(finished / name / "pairs.jsonl")) for name in ("M1", "M2")}
+    assert {name: m["pairs"] for name, m in models.items()} == {
+        "SFT": 0, "M1": 0, "M2": pairs["M1"], "M3": pairs["M2"]}
+
+
+def test_scores_and_wins_are_the_oracles_of_the_answers_on_disk(finished):
+    models = read_json(finished / "metrics.json", "metrics")["models"]
+    answers = {name: jsonl(finished / name / "answers.jsonl") for name in MODELS}
+    score = {name: [oracle.score(a["prompt"], a["sampled"]) for a in rows] for name, rows in answers.items()}
+    for before, name in zip(("SFT", *MODELS), MODELS):
+        m = models[name]
+        assert m["mean_score"] == pytest.approx(mean(score[name]))
+        assert m["flawless"] == mean(s == 5 for s in score[name])
+        assert m["flawless_greedy"] == mean(
+            oracle.score(a["prompt"], a["greedy"]) == 5 for a in answers[name])
+        for versus, other in (("versus_previous", before), ("versus_sft", "SFT")) if name != "SFT" else ():
+            assert m[versus]["win"] == mean(a > b for a, b in zip(score[name], score[other]))
+            assert m[versus]["lose"] == mean(a < b for a, b in zip(score[name], score[other]))
+
+
+def test_a_run_ends_in_a_table_and_eval_makes_it_again(session_run, copy):
+    table = re.findall(r"^(SFT|M\d)  .*$", session_run[1], re.MULTILINE)
+    assert tuple(table) == MODELS
+    (copy / "metrics.json").unlink()
+    code, out, _ = minisr("eval", copy)
+    assert code == 0 and out.split("\n\n")[0] in session_run[1]
+    assert files(copy) == files(session_run[0])
+
+
+def test_a_model_that_no_pair_trained_is_told_to_be_the_one_before(finished):
+    metrics = read_json(finished / "metrics.json", "metrics")
+    name, last = list(metrics["models"].items())[-1]
+    assert "not a single pair" not in line(metrics)
+    last["pairs"] = 0
+    assert "not a single pair was to learn from" in line(metrics)
+    row = next(row for row in table(metrics).splitlines() if row.startswith(name))
+    assert row.split()[-2] == "0"  # pairs, before seconds
+
+
+def test_show_prints_the_way_of_a_prompt_from_responses_to_log_probabilities(finished):
+    pair = jsonl(finished / "M1/pairs.jsonl")[0]
+    y, r = jsonl(finished / "M1/responses.jsonl"), jsonl(finished / "M1/rewards.jsonl")
+    number = [record["prompt"] for record in y].index(pair["prompt"])
+    code, out, _ = minisr("show", finished, "--model", "M1", "--prompt", number)
+    assert code == 0 and f"\nx  {pair['prompt']}\n" in out
+    for n, text in enumerate(y[number]["responses"]):
+        assert f"y^{n + 1}  {text}\n" in out
+        assert r[number]["judgements"][n][0].split("\n")[0] in out
+    assert f"y_w  {pair['chosen']}\n" in out and f"y_l  {pair['rejected']}\n" in out
+    rows = [[float(v) for v in row] for row in re.findall(r"^M[12] +(\S+) +(\S+) +(\S+)$", out, re.MULTILINE)]
+    assert len(rows) == 2 and rows[0] != rows[1]
+    assert all(chosen - rejected == pytest.approx(gap, abs=0.02) for chosen, rejected, gap in rows)
+
+
+def test_show_says_why_there_is_no_pair_and_paints_the_loss_in_a_terminal(copy):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    pair = jsonl(copy / "M1/pairs.jsonl")[0]
+    number = [r["prompt"] for r in jsonl(copy / "M1/responses.jsonl")].index(pair["prompt"])
+    with redirect_stdout(Terminal()) as out:
+        assert main(["show", str(copy), "--model", "M1", "--prompt", str(number)]) == 0
+    told, painted = out.getvalue().split("what bears loss (green):")
+    grey, green = (re.findall(rf"\033\[{colour}m(.*?)\033\[0m", painted, re.DOTALL) for colour in (90, 32))
+    assert "\033" not in told and pair["prompt"] in "".join(grey)
+    assert pair["chosen"] in "".join(green) and pair["rejected"] in "".join(green)
+    write_jsonl(copy / "M1/pairs.jsonl", [])
+    out = minisr("show", copy, "--model", "M1", "--prompt", number)[1]
+    assert "no pair: equal rewards" in out and "y_w" not in out
+
+
+def test_show_prints_every_models_answers_with_their_points(finished):
+    code, out, _ = minisr("show", finished, "--answers", "2")
+    assert code == 0 and out.count("x    ") == 2
+    for name in MODELS:
+        for record in jsonl(finished / name / "answers.jsonl")[:2]:
+            said = record["sampled"].replace("\n", "\n     ")
+            assert f"{name:4} {said}  ({sum(record['sampled_points'])} points)\n" in out
+
+
+def test_answers_for_an_outside_judge_are_one_file_a_model_in_alpacaevals_format(copy, tmp_path):
+    before, asked = files(copy), ["News?", "Write a story about a sad pig at the river."]
+    write_jsonl(tmp_path / "asked.jsonl", [{"instruction": prompt} for prompt in asked])
+    code, out, _ = minisr("eval", copy, "--export", tmp_path / "a", "--prompts", tmp_path / "asked.jsonl")
+    assert code == 0 and "SFT, M1, M2, M3 to 2 prompts" in out and files(copy) == before
+    said = {name: read_json(tmp_path / f"a/{name}.json", "answers") for name in MODELS}
+    for name, records in said.items():
+        assert [record["instruction"] for record in records] == asked
+        assert {record["generator"] for record in records} == {f"minisr copy {name}"}
+        assert all(record["output"] for record in records)
+    assert len({str([record["output"] for record in records]) for records in said.values()}) > 1
+
+
+def test_a_reader_that_hangs_up_is_no_error(finished, monkeypatch):
+    def hang_up(*_):
+        raise BrokenPipeError
+    monkeypatch.setattr("minisr.report.show.show_way", hang_up)
+    with redirect_stderr(io.StringIO()) as err:
+        assert main(["show", str(finished)]) == 0
+    assert err.closed  # or Python would complain when it flushes
+
+
+def test_a_disk_that_fails_where_no_one_looked_is_one_line(finished, monkeypatch):
+    def fail(*_):
+        raise OSError(28, "No space left on device", "some/file")
+    monkeypatch.setattr("minisr.report.show.show_way", fail)
+    code, _, err = minisr("show", finished)
+    assert code == 2 and re.fullmatch(r"minisr: .*No space left on device: 'some/file'; mend it.*\n", err)
+
+
+def test_a_question_too_long_does_not_end_the_chat(finished, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Write a story. " * 200 + "\n\nNews?\n"))
+    code, out, err = minisr("chat", finished / "M1", "-n", "1")
+    assert code == 0 and "context" in err and out.count("judgements could be read") == 1
+
+
+def test_chat_prints_n_answers_the_best_first_each_with_its_judgement(finished, monkeypatch):
+    question = "Write a story about a sad pig at the river."
+    code, out, _ = minisr("chat", finished / "M3", "--ask", question, "-n", "5")
+    rewards = re.findall(r"^(unread| +[0-9.]+)  ", out, re.MULTILINE)[:5]
+    numbers = [-1 if reward == "unread" else float(reward) for reward in rewards]
+    assert code == 0 and len(numbers) == 5 and numbers == sorted(numbers, reverse=True)
+    assert len(re.findall(r"^        \| ", out, re.MULTILINE)) >= 5
+    monkeypatch.setattr(sys, "stdin", io.StringIO(f"{question}\n\n"))
+    assert minisr("chat", finished / "M3", "-n", "5")[1] == out  # asked at the terminal

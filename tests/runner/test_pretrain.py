@@ -1,0 +1,75 @@
+"""A seed model from the world's text: what it is trained on, what comes out, and going on."""
+
+import json
+
+import pytest
+
+from minisr import train
+from minisr.cli import main
+from minisr.runner.checkpoint import load_model
+from minisr.runner.config import PretrainConfig, load_config
+from minisr.runner.pretrain import _documents
+from minisr.runner.stop import Stop
+
+CONFIG = """threads = 1
+tokens = 4_000
+tokenizer_documents = 80
+model = {vocab_size = 420, width = 16, layers = 1, heads = 2, kv_heads = 1, hidden = 24, context = 64}
+train = {batch_size = 8, learning_rate = 2e-2, save_every = 5}
+"""
+
+
+@pytest.fixture
+def config(tmp_path):
+    (tmp_path / "pretrain.toml").write_text(CONFIG)
+    return tmp_path / "pretrain.toml"
+
+
+def pretrain(config, out, *changes):
+    settings = [part for change in changes for part in ("--set", change)]
+    return main(["pretrain", str(config), "--out", str(out), *settings])
+
+
+def test_the_text_is_whole_documents_with_an_end_as_many_as_asked_for(tokenizer, config):
+    config = load_config(config, PretrainConfig, ("seed=3",))
+    documents = _documents(tokenizer, config)
+    lengths = [len(ids) for ids, _ in documents]
+    assert sum(lengths[:-1]) < 4_000 <= sum(lengths) and max(lengths) == 64
+    for ids, mask in documents:
+        assert mask == [True] * len(ids) and ids[0] == tokenizer.begin[0]
+        assert tokenizer.eos not in ids[:-1] and (ids[-1] == tokenizer.eos or len(ids) == 64)
+    assert documents == _documents(tokenizer, config)
+
+
+def test_pretraining_stopped_and_gone_on_with_gives_the_same_model_which_has_learned(
+        config, tmp_path, monkeypatch, capsys):
+    assert pretrain(config, tmp_path / "whole") == 0
+    model, tokenizer = load_model(tmp_path / "whole")
+    assert model.config.width == 16 and len(tokenizer) == 420
+    log = [json.loads(line) for line in (tmp_path / "whole/train_log.jsonl").read_text().splitlines()]
+    assert log[0]["loss"] == pytest.approx(6.04, abs=0.1)  # log 420: it knows nothing
+    assert log[-1]["loss"] < 5.5
+
+    def stop_at_7(model, masters, chosen, rate, update=train.update):
+        update(model, masters, chosen, rate)
+        Stop.asked = rate == log[6]["learning_rate"]
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "update", stop_at_7)
+        patch.setattr(Stop, "asked", False)  # and so it is again afterwards
+        assert pretrain(config, tmp_path / "stopped") == 130
+    assert (tmp_path / "stopped/training-7.pt").exists()
+    assert pretrain(config, tmp_path / "stopped") == 0
+    for name in ("model.pt", "tokenizer.model", "train_log.jsonl"):
+        assert (tmp_path / "stopped" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert not list((tmp_path / "stopped").glob("training*"))
+    capsys.readouterr()
+    assert pretrain(config, tmp_path / "stopped", "seed=1") == 2  # a model is not written over
+    assert "holds a model already" in capsys.readouterr().err
+    assert (tmp_path / "stopped/model.pt").read_bytes() == (tmp_path / "whole/model.pt").read_bytes()
+
+
+def test_a_shape_that_does_not_go_together_ends_in_one_line(config, tmp_path, capsys):
+    assert pretrain(config, tmp_path / "M0", "model.heads=3") == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and "[model]: width must be an even multiple of heads" in err
+    assert not (tmp_path / "M0").exists()

@@ -1,0 +1,335 @@
+import io
+import json
+import os
+import pickle
+import subprocess
+import sys
+from contextlib import redirect_stderr, redirect_stdout
+
+import pytest
+import torch
+from tiny import tiny_model, tiny_tokenizer
+
+from minisr.cli import main
+from minisr.runner.checkpoint import digest, save_model
+from minisr.runner.config import load_config
+from minisr.runner.files import InputError, write_jsonl
+from minisr.runner.run import Run
+from minisr.tokenizer import train_tokenizer
+
+CONFIG = """threads = 1
+device = "cpu"
+seed_model = "{}"
+seed_data = {{ift = 4, ranked = 4, judge_evaluation = 2, evaluation = 2}}
+"""
+
+
+@pytest.fixture
+def at(tmp_path):
+    """A folder with run.toml, the seed model M0 that it names, and a run with its seed data."""
+    save_model(tmp_path / "M0", tiny_model(), tiny_tokenizer(), {"made_by": "test"})
+    (tmp_path / "run.toml").write_text(CONFIG.format(tmp_path / "M0"))
+    run = Run.open(tmp_path / "run", load_config(tmp_path / "run.toml"))
+    run.ift()
+    return tmp_path
+
+
+CASES = []
+
+
+def case(*named, marks=()):
+    """What the one line must say; the function breaks something and returns the command."""
+    def wrap(broken):
+        CASES.append(pytest.param(broken, named, id=broken.__name__, marks=marks))
+        return broken
+    return wrap
+
+
+def run(at, *changes, out="run"):
+    settings = [part for change in changes for part in ("--set", change)]
+    return ["run", at / "run.toml", "--out", at / out, *settings]
+
+
+def chat(at, question="News?"):
+    return ["chat", at / "M0", "--ask", question, "-n", "1"]
+
+
+def stored(at, content):
+    """Put content in model.pt, with the hash that makes it look genuine."""
+    (at / "M0/model.pt").write_bytes(content)
+    (at / "M0/meta.json").write_text(json.dumps({"hash": digest(content)}))
+    return chat(at)
+
+
+SETTINGS = [  # what is set, and what the one line must say
+    ("judge.judgments=2", "[judge]", "unknown key 'judgments'", "judgements", "template"),  # the known ones
+    ("reward.by=oracle", "unknown key 'reward'", "judge", "dpo"),
+    ("judge=3", "judge must be a section [judge]"),
+    ("dpo.beta=much", "[dpo]", "beta must be a number", "'much'"),
+    ("iterations=2.5", "iterations must be a whole number", "2.5"),
+    ("prompts.keywords=3", "keywords must be a list, each a text"),
+    ("responses.top_p=1.5", "[responses]", "top_p must lie between 0 and 1", "1.5"),
+    ("dpo.beta=nan", "[dpo]", "beta must lie between", "nan"),
+    ("judge.by=human", "[judge]", "by must be one of self, M1, oracle, random", "'human'"),
+    ("judge.by", "--set judge.by", "section.key=value"),
+    ("seed=7", "another config", "seed: 0 -> 7", "--out"),
+    ("iterations=1", "another config", "iterations: 2 -> 1"),
+]
+
+
+COMMANDS = {  # what is given wrongly: the command, and what the one line must say
+    "no config": (lambda at: ["run", at / "no.toml", "--out", at / "run"], "cannot read config", "no.toml"),
+    "no seed model": (lambda at: run(at, f"seed_model={at}/no", out="new"), f"{os.sep}no", "no model folder"),
+    "no judge prompt": (lambda at: [*chat(at), "--template", at / "no.txt"], "judge prompt", "no.txt"),
+    # The tests may run as root, whom no permission stops: the folder is a file, or would lie in one.
+    "file as folder": (lambda at: run(at, out="run.toml"), "cannot write", "choose another folder"),
+    "folder in a file": (lambda at: run(at, out="run.toml/new"), "cannot write", "run.toml/new"),
+    "long question": (lambda at: chat(at, "Write a story. " * 40), "tokens", "context is 96"),
+    "question of spaces": (lambda at: chat(at, "  "), "a question that is not empty"),
+    "chat with a run": (lambda at: ["chat", at / "run", "--ask", "News?"], "is a run", "one of its models"),
+    "no answers to show": (lambda at: ["show", at / "run", "--answers", "2"], "no evaluated model yet"),
+    "zero answers to show": (lambda at: ["show", at / "run", "--answers", "0"], "--answers takes 1 or more"),
+    "fewer answers than none": (lambda at: ["show", at / "run", "--answers", "-3"], "takes 1 or more"),
+    "no run to show": (lambda at: ["show", at / "no"], "there is no folder", f"{os.sep}no"),
+    "prompts for nobody": (lambda at: ["eval", at / "run", "--prompts", at / "p"], "say where with --export"),
+    "import over a model": (lambda at: ["import", at / "M0", "--out", at / "M0"], "holds a model already"),
+    "nothing to show": (lambda at: ["show", at / "run"], "no judged iteration", "models that do: none"),
+    "eval of no run": (lambda at: ["eval", at / "M0"], "cannot read config", "config.toml"),
+    "eval of no model": (lambda at: ["eval", at / "run"], "no trained model yet", "minisr run"),
+}
+
+
+@case("run.toml", "not valid TOML", "line 1")
+def config_that_is_no_toml(at):
+    (at / "run.toml").write_text("threads = = 1\n")
+    return run(at)
+
+
+@case("--set seed.x=1", "seed is no section")
+def set_of_a_key_in_a_key(at):
+    (at / "run.toml").write_text("seed = 1\n")
+    return run(at, "seed.x=1")
+
+
+@case("model.pt", "truncated or changed", "remove meta.json")
+def truncated_weights(at):
+    content = (at / "M0/model.pt").read_bytes()
+    (at / "M0/model.pt").write_bytes(content[:-100])
+    return run(at)
+
+
+@case("model.pt", "truncated or changed", "remove meta.json")
+def weights_with_a_flipped_byte(at):
+    content = bytearray((at / "M0/model.pt").read_bytes())
+    content[len(content) // 2] ^= 1
+    (at / "M0/model.pt").write_bytes(content)
+    return chat(at)
+
+
+class Evil:
+    """Makes a folder when it is unpickled."""
+
+    def __init__(self, folder):
+        self.folder = str(folder)
+
+    def __reduce__(self):
+        return os.mkdir, (self.folder,)
+
+
+@case("M0", "no minisr model")
+def weights_that_are_a_program(at):
+    buffer = io.BytesIO()
+    torch.save({"config": Evil(at / "executed"), "weights": {}}, buffer)
+    return stored(at, buffer.getvalue())
+
+
+@case("M0", "no minisr model")
+def weights_that_are_a_program_in_a_bare_pickle(at):
+    return stored(at, pickle.dumps(Evil(at / "executed")))
+
+
+@case("M0", "no minisr model")
+def weights_of_another_shape_than_their_config(at):
+    content = torch.load(at / "M0/model.pt")
+    content["config"]["hidden"] += 8
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    return stored(at, buffer.getvalue())
+
+
+@case("M0", "no minisr model")
+def weights_that_are_something_else(at):
+    buffer = io.BytesIO()
+    torch.save(torch.zeros(3), buffer)
+    return stored(at, buffer.getvalue())
+
+
+def unsealed(at):
+    """Without the hashes that minisr keeps: files as of before there were any, or of other make."""
+    (at / "run/seed/hashes.json").unlink(missing_ok=True)
+    meta = json.loads((at / "M0/meta.json").read_text())
+    (at / "M0/meta.json").write_text(json.dumps({**meta, "files": {}}))
+
+
+@case("ift.jsonl", "damaged or edited", "remove it")
+def seed_data_that_was_edited(at):
+    text = (at / "run/seed/ift.jsonl").read_text()
+    (at / "run/seed/ift.jsonl").write_text(text.replace("e", "a", 1))
+    return run(at)
+
+
+@case("tokenizer.model", "not the file that meta.json describes")
+def tokenizer_that_was_exchanged(at):
+    (at / "M0/tokenizer.model").write_bytes(b"none")
+    return chat(at)
+
+
+@case("hashes.json", "not valid JSON")
+def broken_hashes(at):
+    (at / "run/seed/hashes.json").write_text("{")
+    return run(at)
+
+
+@case("tokenizer.model has 310 pieces", "the model 500", "do not belong together")
+def tokenizer_of_another_size(at):
+    unsealed(at)
+    other = train_tokenizer(["Once there was a fox. It felt sad. The end."] * 9, 310)
+    assert len(other) != len(tiny_tokenizer())
+    (at / "M0/tokenizer.model").write_bytes(other.vocabulary.content)
+    return chat(at)
+
+
+@case("M0", "no minisr model")
+def tokenizer_that_is_none(at):
+    unsealed(at)
+    (at / "M0/tokenizer.model").write_bytes(b"none")
+    return chat(at)
+
+
+@case("meta.json", "not valid JSON", "line 1")
+def broken_meta(at):
+    (at / "M0/meta.json").write_text('{"hash": ')
+    return chat(at)
+
+
+@case("meta.json", "hash")
+def meta_without_a_hash(at):
+    (at / "M0/meta.json").write_text('{"made_by": "test"}')
+    return chat(at)
+
+
+@case("ift.jsonl", "line 2", "not valid JSON")
+def broken_line_in_the_seed_data(at):
+    unsealed(at)
+    lines = (at / "run/seed/ift.jsonl").read_text().split("\n")
+    (at / "run/seed/ift.jsonl").write_text("\n".join([lines[0], lines[1][:-5], *lines[2:]]))
+    return run(at)
+
+
+@case("ift.jsonl", "line 3", "not a JSON object")
+def line_in_the_seed_data_that_is_no_object(at):
+    unsealed(at)
+    lines = (at / "run/seed/ift.jsonl").read_text().split("\n")
+    (at / "run/seed/ift.jsonl").write_text("\n".join([*lines[:2], "[1, 2]", *lines[3:]]))
+    return run(at)
+
+
+@case("ift.jsonl", "response")
+def record_in_the_seed_data_without_its_response(at):
+    unsealed(at)
+    write_jsonl(at / "run/seed/ift.jsonl", [{"prompt": "News?"}])
+    return run(at)
+
+
+@case("judge.txt", "{response}", "exactly once", "0 times")
+def judge_prompt_without_its_field(at):
+    (at / "judge.txt").write_text("Is this an answer to {prompt}?")
+    return run(at, f"judge.template={at}/judge.txt", out="new")
+
+
+@case("holds a model already", "--out")
+def export_over_a_model(at):
+    (at / "M0/config.json").write_text("{}")
+    return ["export", at / "M0", "--out", at / "M0"]
+
+
+@case("prompts 0 to 1", "no 2")
+def show_of_a_prompt_that_is_not_there(at):
+    for name in ("responses", "rewards"):
+        write_jsonl(at / f"run/M1/{name}.jsonl", [{"prompt": "a"}, {"prompt": "b"}])
+    return ["show", at / "run", "--prompt", "2"]
+
+
+def one_line(code, out, err, *named):
+    assert code == 2 and "Traceback" not in out + err
+    assert err.startswith("minisr: ") and err.count("\n") == 1 and err.endswith("\n")
+    assert [words for words in named if words not in err] == []
+
+
+def in_process(command):
+    out, err = io.StringIO(), io.StringIO()
+    with redirect_stdout(out), redirect_stderr(err):
+        code = main([str(part) for part in command])
+    return code, out.getvalue(), err.getvalue()
+
+
+def snapshot(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("change, named", [(c, n) for c, *n in SETTINGS])
+def test_a_wrong_setting_ends_in_one_line_and_leaves_the_run_as_it_was(change, named, at):
+    before = snapshot(at)
+    one_line(*in_process(run(at, change)), *named)
+    assert snapshot(at) == before
+
+
+@pytest.mark.parametrize("wrong", COMMANDS)
+def test_a_wrong_command_ends_in_one_line_and_leaves_everything_as_it_was(wrong, at):
+    command, *named = COMMANDS[wrong]
+    before = snapshot(at)
+    one_line(*in_process(command(at)), *named)
+    after = snapshot(at)
+    assert [path for path in before if after.get(path) != before[path]] == []
+
+
+@pytest.mark.parametrize("broken, named", CASES)
+def test_wrong_input_ends_in_one_line_that_names_it_and_harms_nothing(broken, named, at):
+    command = broken(at)
+    before = snapshot(at)
+    one_line(*in_process(command), *named)
+    after = snapshot(at)
+    assert [path for path in before if after.get(path) != before[path]] == []
+    assert not list(at.rglob("*.part")) and not (at / "executed").exists()
+
+
+def test_an_evil_model_would_do_harm_if_it_were_trusted(at):
+    # Else the tests above would pass with a harmless one.
+    weights_that_are_a_program(at)
+    torch.load(at / "M0/model.pt", weights_only=False)
+    assert (at / "executed").is_dir()
+
+
+@pytest.mark.parametrize("size, named", [(60, "vocab_size 60"), (9000, "vocab_size 9000")])
+def test_a_vocabulary_that_does_not_suit_the_text_ends_in_one_line(size, named, tmp_path):
+    # In a process of its own: the tokenizer's library writes to stderr behind Python's back.
+    (tmp_path / "pretrain.toml").write_text(f"tokenizer_documents = 20\nmodel = {{vocab_size = {size}}}\n")
+    done = subprocess.run([sys.executable, "-m", "minisr", "pretrain", tmp_path / "pretrain.toml",
+                           "--out", tmp_path / "M0"], capture_output=True, text=True)
+    one_line(done.returncode, done.stdout, done.stderr, named)
+    assert not (tmp_path / "M0").exists()
+
+
+@pytest.mark.parametrize("error, told", [
+    (OSError(28, "No space left on device"), "No space left"),
+    (RuntimeError("[enforce fail] unexpected pos 9"), "disk may be full")])  # what torch.save raises then
+def test_a_checkpoint_on_a_full_disk_is_told_in_one_line_and_leaves_nothing_half_written(
+        error, told, tmp_path, monkeypatch):
+    def save(value, file):
+        file.write(b"half")
+        raise error
+
+    monkeypatch.setattr(torch, "save", save)
+    with pytest.raises(InputError, match=told):
+        save_model(tmp_path / "M0", tiny_model(), tiny_tokenizer(), {})
+    assert list((tmp_path / "M0").iterdir()) == []
