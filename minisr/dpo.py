@@ -156,7 +156,7 @@ def train_dpo(model, tokenizer, pairs: list[dict], replay: list[dict], config: D
 
     `known` are log-probabilities of (prompt, response) under the reference, e.g. recorded when it wrote
     them; those of others are computed with M_t as it is."""
-    encoded = encode_pairs(tokenizer, pairs, model.config.context)
+    encoded = encode_pairs(tokenizer, pairs, model.config.max_seq_len)
     ref_chosen, ref_rejected = _reference(model, pairs, encoded, known or {}, config)
     smoothing = 1 - sum(p["agreement"] for p in pairs) / len(pairs) if config.consistency else 0.0
     batches = schedule([sum(map(len, pair)) for pair in encoded], config.batch_size, config.epochs, key)
@@ -183,7 +183,7 @@ def train_dpo(model, tokenizer, pairs: list[dict], replay: list[dict], config: D
 
 def known_logps(model, tokenizer, pairs: list[dict], batch_size: int) -> dict:
     """{(prompt, response): log p under this model}, of each pair's two responses."""
-    logps = reference_logps(model, encode_pairs(tokenizer, pairs, model.config.context), batch_size)
+    logps = reference_logps(model, encode_pairs(tokenizer, pairs, model.config.max_seq_len), batch_size)
     return {(pair["prompt"], pair[side]): logp for side, values in zip(("chosen", "rejected"), logps)
             for pair, logp in zip(pairs, values.tolist())}
 
@@ -203,7 +203,7 @@ def _replay_batches(tokenizer, replay, batches, model, config, key) -> list[list
     """As many EFT batches as there are pair batches, of the same size."""
     if not config.replay:
         return []
-    encoded = encode_examples(tokenizer, replay, model.config.context)
+    encoded = encode_examples(tokenizer, replay, model.config.max_seq_len)
     epochs = 1 + len(batches) * config.batch_size // len(encoded)
     order = schedule([len(ids) for ids, _ in encoded], config.batch_size, epochs,
                      coordinates(key, "replay"))

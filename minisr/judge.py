@@ -72,7 +72,7 @@ def judge(model, tokenizer, template: str, prompts: list[str], responses: list[s
           config: JudgeConfig, key: int, journal=UNKEPT) -> list[list[Judgement]]:
     """J judgements of each (prompt, response). Cut off or too long for the context: unread."""
     asked = [tokenizer.chat_prompt(judge_prompt(template, x, y)) for x, y in zip(prompts, responses)]
-    fits = [i for i, ids in enumerate(asked) if len(ids) < model.config.context]
+    fits = [i for i, ids in enumerate(asked) if len(ids) < model.config.max_seq_len]
     drawn = sample(model, [asked[i] for i in fits], config.judgements, config,
                    key=key, stop=tokenizer.stops, title="judge", journal=journal)
     unread = [Judgement("", None)] * config.judgements

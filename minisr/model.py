@@ -4,7 +4,7 @@ Shape legend, used in every module:
     B  rows of a batch        H  query heads           V  vocabulary
     T  new tokens             G  key/value heads       L  layers
     S  tokens seen so far     R  = H / G queries that share one key/value head
-    C  width                  D  width of one head
+    C  dim                    D  head_dim
 
 Differs from Llama in nothing but size. Read from the top; stop when satisfied.
 """
@@ -27,34 +27,34 @@ class ModelConfig:
     """The shape of a decoder."""
 
     vocab_size: int = 1152
-    width: int = 128
-    layers: int = 4
-    heads: int = 4
-    kv_heads: int = 2
-    hidden: int = 344  # inner width of the SwiGLU feed-forward
-    context: int = 256  # the longest sequence, prompt and response together
-    head_width: int = 0  # 0: width / heads
+    dim: int = 128
+    n_layers: int = 4
+    n_heads: int = 4
+    n_kv_heads: int = 2
+    ffn_dim: int = 344  # inner dimension of the SwiGLU feed-forward
+    max_seq_len: int = 256  # the longest sequence, prompt and response together
+    head_dim: int = 0  # 0: dim / n_heads
     rope_theta: float = 10000.0
     rope_scaling: tuple[float, ...] = ()  # (factor,), or Llama 3's (factor, low, high, original context)
     norm_eps: float = 1e-5
-    tied: bool = True  # one matrix for the embedding and the head
+    tie_embeddings: bool = True  # one matrix for the embedding and the head
 
     def __post_init__(self):
         for field in fields(self):
             value = getattr(self, field.name)
             if field.type is int:
-                if type(value) is not int or value < (field.name not in ("layers", "head_width")):
+                if type(value) is not int or value < (field.name not in ("n_layers", "head_dim")):
                     raise ValueError(f"{field.name} must be a whole number of 1 or more, not {value!r}")
                 if value > 2**24:  # told before memory is taken
                     raise ValueError(f"{field.name} cannot be {value}")
             elif field.type is float and not (type(value) in (int, float) and 0 <= value < math.inf):
                 raise ValueError(f"{field.name} must be a number, not negative, not {value!r}")
-        if not self.head_width and self.width % (2 * self.heads) or self.heads % self.kv_heads:
-            raise ValueError("width must be an even multiple of heads, and heads a multiple of kv_heads")
-        object.__setattr__(self, "head_width", self.head_width or self.width // self.heads)
+        if not self.head_dim and self.dim % (2 * self.n_heads) or self.n_heads % self.n_kv_heads:
+            raise ValueError("dim must be an even multiple of n_heads, and n_heads a multiple of n_kv_heads")
+        object.__setattr__(self, "head_dim", self.head_dim or self.dim // self.n_heads)
         object.__setattr__(self, "rope_scaling", tuple(self.rope_scaling))
-        if self.head_width % 2 or len(self.rope_scaling) not in (0, 1, 4) or 0 in self.rope_scaling:
-            raise ValueError("head_width must be even, and rope_scaling have 0, 1 or 4 numbers, none 0")
+        if self.head_dim % 2 or len(self.rope_scaling) not in (0, 1, 4) or 0 in self.rope_scaling:
+            raise ValueError("head_dim must be even, and rope_scaling have 0, 1 or 4 numbers, none 0")
 
 
 class Decoder(nn.Module):
@@ -63,17 +63,17 @@ class Decoder(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
-        self.embed = nn.Embedding(config.vocab_size, config.width)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.embed = nn.Embedding(config.vocab_size, config.dim)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
         self.norm = RMSNorm(config)
-        self.head = nn.Linear(config.width, config.vocab_size, bias=False)
+        self.head = nn.Linear(config.dim, config.vocab_size, bias=False)
         self.dropout = nn.Dropout(0.0)  # a training sets it
         self.recompute = False  # activations in the backward pass: a third slower, far less memory
         self.tie()
 
     def tie(self) -> None:
         """One matrix for embedding and head, if the config says so; again after weights were replaced."""
-        if self.config.tied:
+        if self.config.tie_embeddings:
             self.head.weight = self.embed.weight
 
     def forward(self, ids: Tensor, cache: KVCache | None = None) -> Tensor:
@@ -89,7 +89,7 @@ class Decoder(nn.Module):
         for layer, block in enumerate(self.blocks):
             # Without a cache (training) there is no padding on the left, so causal is all it takes.
             attend = causal if cache is None else partial(cache.attend, layer)
-            rest = (rotation, attend, wanted if layer == self.config.layers - 1 else None)
+            rest = (rotation, attend, wanted if layer == self.config.n_layers - 1 else None)
             if self.recompute and self.training:
                 x = checkpoint(block, x, *rest, use_reentrant=False)
             else:
@@ -128,7 +128,7 @@ class RMSNorm(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.eps, self.weight = config.norm_eps, nn.Parameter(torch.ones(config.width))
+        self.eps, self.weight = config.norm_eps, nn.Parameter(torch.ones(config.dim))
 
     def forward(self, x):
         if x.is_cuda:
@@ -141,16 +141,16 @@ class Attention(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.heads, self.kv_heads, self.head_width = config.heads, config.kv_heads, config.head_width
-        heads = config.heads + 2 * config.kv_heads
-        self.qkv_proj = nn.Linear(config.width, heads * self.head_width, bias=False)  # one product for all
-        self.out_proj = nn.Linear(self.heads * self.head_width, config.width, bias=False)
+        self.n_heads, self.n_kv_heads, self.head_dim = config.n_heads, config.n_kv_heads, config.head_dim
+        heads = config.n_heads + 2 * config.n_kv_heads
+        self.qkv_proj = nn.Linear(config.dim, heads * self.head_dim, bias=False)  # one product for all
+        self.out_proj = nn.Linear(self.n_heads * self.head_dim, config.dim, bias=False)
 
     def forward(self, x, rotation, attend):
         B, T, _ = x.shape
-        heads = self.qkv_proj(x).view(B, T, -1, self.head_width).transpose(1, 2)  # (B, H + 2 G, T, D)
-        turning, v = heads.split((self.heads + self.kv_heads, self.kv_heads), 1)
-        q, k = rotate(turning, rotation).split((self.heads, self.kv_heads), 1)
+        heads = self.qkv_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, H + 2 G, T, D)
+        turning, v = heads.split((self.n_heads + self.n_kv_heads, self.n_kv_heads), 1)
+        q, k = rotate(turning, rotation).split((self.n_heads, self.n_kv_heads), 1)
         y = attend(q, k, v)  # (B, H, T, D)
         return self.out_proj(y.transpose(1, 2).reshape(B, T, -1))
 
@@ -165,8 +165,8 @@ class FeedForward(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.gate_up_proj = nn.Linear(config.width, 2 * config.hidden, bias=False)
-        self.down_proj = nn.Linear(config.hidden, config.width, bias=False)
+        self.gate_up_proj = nn.Linear(config.dim, 2 * config.ffn_dim, bias=False)
+        self.down_proj = nn.Linear(config.ffn_dim, config.dim, bias=False)
 
     def forward(self, x):
         return SwiGLU.apply(self.gate_up_proj(x), self.down_proj.weight)
@@ -185,7 +185,7 @@ def frequencies(config: ModelConfig, device) -> Tensor:
 
     Linear scaling divides all by a factor. Llama 3 does so where a turn is longer than context / low,
     not where it is shorter than context / high, and in between a share of it."""
-    D = config.head_width
+    D = config.head_dim
     exponent = torch.arange(0, D, 2, device=device, dtype=torch.float32) / D
     frequency = 1.0 / config.rope_theta**exponent  # Llama's own rounding: at position 8000 the last bit shows
     if not config.rope_scaling:
@@ -207,8 +207,8 @@ def rotate(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
 
 def part_rows(name: str, config: ModelConfig) -> list[int]:
     """How many rows of a weight each matrix has that it is made of; [] if it is one."""
-    q, k = config.heads * config.head_width, config.kv_heads * config.head_width
-    return [q, k, k] if "qkv_proj" in name else [config.hidden] * 2 if "gate_up_proj" in name else []
+    q, k = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
+    return [q, k, k] if "qkv_proj" in name else [config.ffn_dim] * 2 if "gate_up_proj" in name else []
 
 
 def init_weights(model: Decoder, generator: torch.Generator) -> None:
@@ -217,7 +217,7 @@ def init_weights(model: Decoder, generator: torch.Generator) -> None:
         if weight.dim() < 2:
             continue
         writes = name.endswith(("out_proj.weight", "down_proj.weight"))
-        std = 0.02 / math.sqrt(2 * model.config.layers) if writes else 0.02
+        std = 0.02 / math.sqrt(2 * model.config.n_layers) if writes else 0.02
         nn.init.normal_(weight, std=std, generator=generator)
 
 

@@ -42,7 +42,7 @@ def new_prompts(model, tokenizer, seeds: list[str], forbidden: set[str], config:
     """Up to config.count new prompts, none of them a seed or forbidden, and counts by reason."""
     pool = Pool(seeds, forbidden, config)
     asked, limit, wave = 0, int(config.count * config.attempts), 0
-    room = model.config.context - config.max_new_tokens - len(tokenizer.begin)
+    room = model.config.max_seq_len - config.max_new_tokens - len(tokenizer.begin)
 
     def fits(text):
         return len(tokenizer.encode(text)) <= room

@@ -55,9 +55,9 @@ def sample(model: Decoder, prompts: list[list[int]], n: int, config: SampleConfi
 
     Raises InputError if a prompt leaves no room for a single new token in the model's context."""
     for i, prompt in enumerate(prompts):
-        if not 0 < len(prompt) < model.config.context:
+        if not 0 < len(prompt) < model.config.max_seq_len:
             raise InputError(f"{title}: prompt {i} has {len(prompt)} tokens; the model's context is "
-                             f"{model.config.context}, so 1 to {model.config.context - 1} fit")
+                             f"{model.config.max_seq_len}, so 1 to {model.config.max_seq_len - 1} fit")
     results: list[list[Sample]] = [[] for _ in prompts]
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # like lengths, less padding
     per_wave = max(1, config.rows // n)
@@ -93,14 +93,14 @@ def _wave_or_halves(model, prompts, numbers, *how) -> list[list[Sample]]:
 
 def _wave(model, prompts, numbers, n, config, key, stop, with_logps) -> list[list[Sample]]:
     """Prefill these prompts, fan out to n rows each, decode until all rows are done."""
-    limit = min(config.max_new_tokens, model.config.context - min(map(len, prompts)))
+    limit = min(config.max_new_tokens, model.config.max_seq_len - min(map(len, prompts)))
     logits, cache = prefill(model, prompts, n, limit)
     logits = logits.repeat_interleave(n, 0)  # (B, V)
     keys = torch.tensor([row_key(key, i, j) for i in numbers for j in range(n)])
     tokens, logps = decode(model, logits, cache, keys.to(model.device), limit, config, stop, with_logps)
     samples = []
     for number, (row, logp) in enumerate(zip(tokens.tolist(), logps.tolist())):
-        row = row[:model.config.context - len(prompts[number // n])]  # each has its own room
+        row = row[:model.config.max_seq_len - len(prompts[number // n])]  # each has its own room
         end = next((i for i, token in enumerate(row) if token in stop), None)
         samples.append(Sample(row, False) if end is None else Sample(row[:end + 1], True, logp))
     return [samples[i:i + n] for i in range(0, len(samples), n)]

@@ -84,7 +84,7 @@ def target_loss_parts(model, batch: list[tuple], config: OptimConfig):
 def train_sft(model, tokenizer, examples: list[dict], config: OptimConfig, key: int,
               title: str, log_file=None, made_from=None):
     """Fine-tune model in place on {prompt, response} records; returns it. made_from as in train.fit."""
-    encoded = encode_examples(tokenizer, examples, model.config.context)
+    encoded = encode_examples(tokenizer, examples, model.config.max_seq_len)
     batches = schedule([len(ids) for ids, _ in encoded], config.batch_size, config.epochs, key)
     torch.manual_seed(coordinates(key, "dropout"))
 

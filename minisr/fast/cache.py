@@ -24,7 +24,7 @@ class KVCache:
         self._own(capacity, like)
 
     def _own(self, capacity: int, like: Tensor) -> None:
-        shape = (self.config.layers, len(self.seen), self.config.kv_heads, capacity, self.config.head_width)
+        shape = (self.config.n_layers, len(self.seen), self.config.n_kv_heads, capacity, self.config.head_dim)
         self.k, self.v = like.new_empty(shape), like.new_empty(shape)
         self.length = 0  # columns in use
         self.pad = self.seen.new_zeros(len(self.seen))  # (B,) how many of them are padding, on the left

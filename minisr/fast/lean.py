@@ -1,7 +1,7 @@
 """Three operations of the decoder with their derivatives written out: less memory and time in training.
 
 Left to autograd, the first two keep what is cheap to compute again, and the third takes twice as many
-operations. Legend as in model.py; F is the inner width of the feed-forward.
+operations. Legend as in model.py; F is ffn_dim.
 """
 
 import torch

@@ -23,7 +23,7 @@ class Step:
         rotation = rotary(torch.arange(longest, device=model.device)[None], model.config)
         self.cos, self.sin = (x[0, 0] for x in rotation)  # (longest, D) each
         self.config, self.embed = model.config, model.embed.weight.detach()
-        self.scale = model.config.width**0.5
+        self.scale = model.config.dim**0.5
         self.eps = torch.tensor(self.scale * model.config.norm_eps**0.5, device=model.device)
         self.blocks = [(self._norm(block.attention_norm), Product(block.attention.qkv_proj),
                         Product(block.attention.out_proj), self._norm(block.feed_forward_norm),
@@ -35,7 +35,7 @@ class Step:
         return norm.weight.detach().float() * self.scale
 
     def __call__(self, ids: Tensor, cache: KVCache) -> Tensor:
-        H, G, D = self.config.heads, self.config.kv_heads, self.config.head_width
+        H, G, D = self.config.n_heads, self.config.n_kv_heads, self.config.head_dim
         cos, sin = self.cos[cache.seen][:, None], self.sin[cache.seen][:, None]  # (B, 1, D)
         x = F.embedding(ids, self.embed)  # (B, C)
         for layer, (norm, qkv, out, second_norm, gate_up, down) in enumerate(self.blocks):
