@@ -41,7 +41,7 @@ def works(name: str) -> dict[str, dict[int, object]]:
               for r in data["ranked"] for y in r["responses"]]
     columns = ([r[field] for r in data["ranked"]] for field in ("prompt", "responses", "scores"))
     pairs, _ = select_pairs(*columns)
-    encoded = encode_pairs(tokenizer, pairs, model.config.context)
+    encoded = encode_pairs(tokenizer, pairs, model.config.max_seq_len)
     trainer = Trainer(model, OptimConfig())
 
     def step(batch):
@@ -56,7 +56,7 @@ def works(name: str) -> dict[str, dict[int, object]]:
 
     few, tokens = (32, 32) if tiny else (4, 8)
     sizes = [2**i for i in range(DOUBLINGS[name] + 1)]
-    room = model.config.context - max(map(len, asked[:few]))
+    room = model.config.max_seq_len - max(map(len, asked[:few]))
     return {
         "responses over N": {n: run(asked[:few], n, tokens) for n in sizes},
         "responses over prompts, N = 4": {8 * p: run(asked[:8 * p], 4, tokens) for p in sizes},

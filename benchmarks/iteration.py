@@ -52,7 +52,7 @@ class Peers:
         self.generator.eos = list(stop)
         for start in tqdm(range(0, len(order), wave), f"generate {title}", leave=False):
             chosen = order[start:start + wave]
-            room = model.config.context - max(len(asked[i]) for i in chosen)
+            room = model.config.max_seq_len - max(len(asked[i]) for i in chosen)
             job = {"prompts": [asked[i] for i in chosen], "n": n, "temperature": config.temperature,
                    "top_p": config.top_p, "new_tokens": min(config.max_new_tokens, room), "forced": False}
             rows = self.generator.sample(job, (key + start) % 2**63)
@@ -84,7 +84,7 @@ class Peers:
             trl.DPOTrainer(theirs, None, settings, train_dataset=datasets.Dataset.from_list(chats),
                            processing_class=transformers.AutoTokenizer.from_pretrained(self.folder)).train()
         model.load_state_dict(weights_from(model.config, dict(theirs.state_dict()), "TRL"),
-                              strict=not model.config.tied)
+                              strict=not model.config.tie_embeddings)
         return model
 
 

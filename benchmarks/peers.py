@@ -72,7 +72,7 @@ def prepare(name: str, size: Size, folder: Path) -> tuple[dict, list[dict]]:
     """Export the model to folder; the sampling jobs by (work, detail), and the pairs of the DPO step."""
     model, tokenizer = load_source(MODELS[name])
     # Room for a judge prompt of 250 tokens also in the tiny world; its judgements mean nothing then.
-    model.config = replace(model.config, context=max(1024, model.config.context))
+    model.config = replace(model.config, max_seq_len=max(1024, model.config.max_seq_len))
     hf.export(model, tokenizer, folder)
     data = held_out_and_seeds(SeedConfig("world" if name == "tiny" else "english", judge_evaluation=12), 0)
     prompts = dict.fromkeys(record["prompt"] for record in data["evaluation"] + data["ift"])  # distinct

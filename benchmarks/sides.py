@@ -159,7 +159,7 @@ class MinisrDPO(Side):
     def __init__(self, threads: int, folder, pairs: list[dict], reference: str):
         super().__init__(threads)
         self.model, tokenizer = hf.load(folder)
-        self.pairs = encode_pairs(tokenizer, pairs, self.model.config.context)
+        self.pairs = encode_pairs(tokenizer, pairs, self.model.config.max_seq_len)
         self.reference = reference_logps(self.model, self.pairs, len(pairs))
         nudge(block.parameters() for block in self.model.blocks)
         self.trainer = Trainer(self.model, OptimConfig())

@@ -79,7 +79,7 @@ def sampling_cost(model, prompts: list[list[int]], drawn: list[list[sampler.Samp
     # A row's last token is drawn, never computed. Its n-th step reads n keys of its own.
     keys = (shared * (steps - 1) + sum(rest * (max(row) - 1) for rest, row in zip(rests, lengths))
             + sum(n * (n - 1) // 2 for row in lengths for n in row))
-    key_value = 2 * config.layers * config.kv_heads * config.head_width * model.embed.weight.element_size()
+    key_value = 2 * config.n_layers * config.n_kv_heads * config.head_dim * model.embed.weight.element_size()
     computed, predicted = shared + sum(rests) + tokens - rows, len(prompts) + tokens - rows
     return Cost(tokens, forward_flops(model, computed, predicted),
                 steps * weight_bytes(model) + keys * key_value)
@@ -138,9 +138,9 @@ def works(model, tokenizer, size: Size | None = None) -> dict[str, tuple]:
 
 def _training(model, tokenizer, data: dict, template: str, size: int) -> dict[str, tuple]:
     best, _ = select_pairs(*([r[name] for r in data["ranked"]] for name in ("prompt", "responses", "scores")))
-    pairs = dpo.encode_pairs(tokenizer, best[:2 * size], model.config.context)
+    pairs = dpo.encode_pairs(tokenizer, best[:2 * size], model.config.max_seq_len)
     records = data["ift"][:size // 2] + eft_by_annotator(data["ranked"], template)[:size - size // 2]
-    examples = encode_examples(tokenizer, records, model.config.context)
+    examples = encode_examples(tokenizer, records, model.config.max_seq_len)
     trainer = Trainer(model, OptimConfig(micro_batch=size // 2))  # like lengths together, as in training
 
     def losses():

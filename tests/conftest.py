@@ -28,8 +28,8 @@ def tokenizer(world_lines):
 @pytest.fixture(scope="session")
 def random_decoder():
     def make(seed=0, std=0.3, **shape):
-        model = Decoder(ModelConfig(**{**dict(vocab_size=60, width=32, layers=2, heads=4, kv_heads=2,
-                                              hidden=64, context=128, tied=False), **shape}))
+        model = Decoder(ModelConfig(**{**dict(vocab_size=60, dim=32, n_layers=2, n_heads=4, n_kv_heads=2,
+                                              ffn_dim=64, max_seq_len=128, tie_embeddings=False), **shape}))
         generator = torch.Generator().manual_seed(seed)
         for weight in model.parameters():
             centre = 1.0 if weight.dim() == 1 else 0.0  # norm weights too, or nothing would test them
@@ -48,8 +48,8 @@ def decoder(random_decoder, tokenizer):
 def SuccessorLM():
     # After token k comes k + 1, whatever came before: what a sampler must return is known by hand.
     def make(vocab_size=32, context=64):
-        model = Decoder(ModelConfig(vocab_size, width=vocab_size, layers=1, heads=2, kv_heads=1,
-                                    hidden=8, context=context, tied=False))
+        model = Decoder(ModelConfig(vocab_size, dim=vocab_size, n_layers=1, n_heads=2, n_kv_heads=1,
+                                    ffn_dim=8, max_seq_len=context, tie_embeddings=False))
         model.embed.weight.data = torch.eye(vocab_size)
         model.head.weight.data = 20 * torch.eye(vocab_size).roll(1, 0)  # row k + 1 answers to k
         for block in model.blocks:

@@ -27,8 +27,8 @@ def tiny_tokenizer() -> Tokenizer:
 def tiny_model(vocab_size: int | None = None, context: int = 96, seed: int = 0) -> Decoder:
     """A random decoder in eval mode."""
     torch.manual_seed(seed)
-    model = Decoder(ModelConfig(vocab_size=vocab_size or len(tiny_tokenizer()), width=16, layers=2, heads=2,
-                                kv_heads=1, hidden=24, context=context)).eval()
+    model = Decoder(ModelConfig(vocab_size=vocab_size or len(tiny_tokenizer()), dim=16, n_layers=2, n_heads=2,
+                                n_kv_heads=1, ffn_dim=24, max_seq_len=context)).eval()
     with torch.no_grad():
         model.embed.weight.mul_(0.3)  # tied to the head: keeps probabilities away from 0 and 1
     return model
@@ -36,8 +36,8 @@ def tiny_model(vocab_size: int | None = None, context: int = 96, seed: int = 0) 
 
 def bigram(follows: dict[int, int], vocab_size: int, context: int = 96) -> Decoder:
     """A decoder without blocks: after token a comes follows[a], with probability 1 to 30 digits."""
-    model = Decoder(ModelConfig(vocab_size=vocab_size, width=vocab_size, layers=0, heads=1, kv_heads=1,
-                                context=context, tied=False)).eval()
+    model = Decoder(ModelConfig(vocab_size=vocab_size, dim=vocab_size, n_layers=0, n_heads=1, n_kv_heads=1,
+                                max_seq_len=context, tie_embeddings=False)).eval()
     with torch.no_grad():
         model.embed.weight.copy_(torch.eye(vocab_size))
         model.head.weight.zero_()
@@ -56,16 +56,16 @@ def speaker(text: str, context: int = 96) -> Decoder:
 
 def llama_weights(c: ModelConfig, ours: dict) -> dict:
     """Weights of ours, or their gradients, by transformers' names, and apart."""
-    D, theirs = c.head_width, {}
-    for i in range(c.layers):
+    D, theirs = c.head_dim, {}
+    for i in range(c.n_layers):
         layer, block = f"model.layers.{i}", f"blocks.{i}"
         qkv = ours[f"{block}.attention.qkv_proj.weight"]
-        q, k, v = qkv[:c.heads * D], qkv[c.heads * D:-c.kv_heads * D], qkv[-c.kv_heads * D:]
+        q, k, v = qkv[:c.n_heads * D], qkv[c.n_heads * D:-c.n_kv_heads * D], qkv[-c.n_kv_heads * D:]
         gate_up = ours[f"{block}.feed_forward.gate_up_proj.weight"]
         theirs |= {f"{layer}.self_attn.q_proj": q, f"{layer}.self_attn.k_proj": k,
                    f"{layer}.self_attn.v_proj": v,
                    f"{layer}.self_attn.o_proj": ours[f"{block}.attention.out_proj.weight"],
-                   f"{layer}.mlp.gate_proj": gate_up[:c.hidden], f"{layer}.mlp.up_proj": gate_up[c.hidden:],
+                   f"{layer}.mlp.gate_proj": gate_up[:c.ffn_dim], f"{layer}.mlp.up_proj": gate_up[c.ffn_dim:],
                    f"{layer}.mlp.down_proj": ours[f"{block}.feed_forward.down_proj.weight"],
                    f"{layer}.input_layernorm": ours[f"{block}.attention_norm.weight"],
                    f"{layer}.post_attention_layernorm": ours[f"{block}.feed_forward_norm.weight"]}
@@ -80,9 +80,9 @@ def as_llama(model: Decoder):
     transformers = pytest.importorskip("transformers")
     c = model.config
     llama = transformers.LlamaForCausalLM(transformers.LlamaConfig(
-        vocab_size=c.vocab_size, hidden_size=c.width, intermediate_size=c.hidden, num_hidden_layers=c.layers,
-        num_attention_heads=c.heads, num_key_value_heads=c.kv_heads, rms_norm_eps=c.norm_eps, pad_token_id=0,
-        max_position_embeddings=c.context, tie_word_embeddings=c.tied,
+        vocab_size=c.vocab_size, hidden_size=c.dim, intermediate_size=c.ffn_dim, num_hidden_layers=c.n_layers,
+        num_attention_heads=c.n_heads, num_key_value_heads=c.n_kv_heads, rms_norm_eps=c.norm_eps,
+        max_position_embeddings=c.max_seq_len, tie_word_embeddings=c.tie_embeddings, pad_token_id=0,
         rope_parameters={"rope_type": "default", "rope_theta": c.rope_theta})).eval()
     llama.load_state_dict(llama_weights(c, model.state_dict()))
     return llama

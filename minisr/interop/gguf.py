@@ -74,13 +74,18 @@ def read_config(about: dict, tensors: dict, path: Path) -> ModelConfig:
     if about.get("llama.attention.key_length", 0) > about.get("llama.rope.dimension_count", 0):
         raise InputError(f"{path}: partial rotary embedding is not what minisr computes")
     try:
-        heads, width = about["llama.attention.head_count"], about["llama.embedding_length"]
+        n_heads = about["llama.attention.head_count"]
         linear = about.get("llama.rope.scaling.factor", 1.0)
         config = ModelConfig(
-            vocab_size=int(tensors["token_embd.weight"].shape[1]), width=width, heads=heads,
-            layers=about["llama.block_count"], kv_heads=about.get("llama.attention.head_count_kv", heads),
-            hidden=about["llama.feed_forward_length"], context=about["llama.context_length"],
-            head_width=about.get("llama.rope.dimension_count", 0), tied="output.weight" not in tensors,
+            vocab_size=int(tensors["token_embd.weight"].shape[1]),
+            dim=about["llama.embedding_length"],
+            n_layers=about["llama.block_count"],
+            n_heads=n_heads,
+            n_kv_heads=about.get("llama.attention.head_count_kv", n_heads),
+            ffn_dim=about["llama.feed_forward_length"],
+            max_seq_len=about["llama.context_length"],
+            head_dim=about.get("llama.rope.dimension_count", 0),
+            tie_embeddings="output.weight" not in tensors,
             rope_theta=float(about.get("llama.rope.freq_base", 10000.0)),
             rope_scaling=() if linear == 1 else (float(linear),),
             norm_eps=float(f"{about['llama.attention.layer_norm_rms_epsilon']:.6g}"))
@@ -109,7 +114,7 @@ def read_weights(library, tensors: dict, config: ModelConfig, path: Path) -> dic
     for name, weight in weights.items():
         if "qkv_proj" in name:
             q, k, v = weight.split(part_rows(name, config))
-            weights[name] = torch.cat([*(neighbours_to_halves(x, config.head_width) for x in (q, k)), v])
+            weights[name] = torch.cat([*(neighbours_to_halves(x, config.head_dim) for x in (q, k)), v])
     return weights
 
 

@@ -28,7 +28,7 @@ def load(folder: Path, device: str = "cpu", chat: str = ""):
     # Copies, because a tensor read is a view of the file: all of it would stay in memory with one of them.
     weights = names.weights_from(config, stored, folder, read=torch.clone)
     odd = sorted(name for name in stored if not name.endswith("rotary_emb.inv_freq")
-                 and not (config.tied and name == "lm_head.weight"))
+                 and not (config.tie_embeddings and name == "lm_head.weight"))
     if odd:
         raise InputError(f"{folder}: minisr has no place for the weight {odd[0]}")
     try:
@@ -133,7 +133,7 @@ def export(model, tokenizer: Tokenizer, folder: Path) -> None:
     files["model.safetensors"] = safetensors.save(named, metadata={"format": "pt"})
     for name, content in files.items():
         write_bytes(folder / name, content)
-    write_json(folder / "tokenizer_config.json", _tokenizer_config(tokenizer, model.config.context))
+    write_json(folder / "tokenizer_config.json", _tokenizer_config(tokenizer, model.config.max_seq_len))
     write_json(folder / "generation_config.json",
                {**ids, "do_sample": True, "temperature": 0.7, "top_p": 0.9})
     write_json(folder / CONFIG, {**names.config_to_hf(model.config), "dtype": dtype, **ids})

@@ -26,18 +26,19 @@ WEIGHTS = {
 }
 # Hugging Face's -> ours, for the keys of config.json that are a matter of shape.
 SHAPE = {
-    "vocab_size": "vocab_size", "hidden_size": "width", "num_hidden_layers": "layers",
-    "num_attention_heads": "heads", "num_key_value_heads": "kv_heads", "intermediate_size": "hidden",
-    "max_position_embeddings": "context", "rms_norm_eps": "norm_eps",
+    "vocab_size": "vocab_size", "hidden_size": "dim", "num_hidden_layers": "n_layers",
+    "num_attention_heads": "n_heads", "num_key_value_heads": "n_kv_heads", "intermediate_size": "ffn_dim",
+    "max_position_embeddings": "max_seq_len", "rms_norm_eps": "norm_eps",
 }
 ARCHITECTURES = ("llama", "mistral")
 
 
 def weight_names(config: ModelConfig, weights: dict = WEIGHTS) -> dict[str, tuple[str, ...]]:
     """Their names for the parts of each of our weights; a tied head has none of its own."""
-    numbers = range(config.layers)
+    numbers = range(config.n_layers)
     return {ours.format(i): tuple(part.format(i) for part in theirs) for ours, theirs in weights.items()
-            for i in (numbers if "{}" in ours else [0]) if not (config.tied and ours == "head.weight")}
+            for i in (numbers if "{}" in ours else [0])
+            if not (config.tie_embeddings and ours == "head.weight")}
 
 
 def weights_from(config: ModelConfig, stored: dict, where, weights: dict = WEIGHTS, read=lambda part: part):
@@ -48,9 +49,9 @@ def weights_from(config: ModelConfig, stored: dict, where, weights: dict = WEIGH
             raise InputError(f"{where}: no weight {missing[0]} in its files; the checkpoint is not complete")
         parts = [read(stored.pop(part)) for part in theirs]
         for part, tensor, rows in zip(theirs, parts, part_rows(name, config)):
-            if tensor.shape != (rows, config.width) or not tensor.is_floating_point():
+            if tensor.shape != (rows, config.dim) or not tensor.is_floating_point():
                 raise InputError(f"{where}: the model's shape and weights do not agree: {part} is "
-                                 f"{tensor.dtype} {list(tensor.shape)}, not {[rows, config.width]} numbers")
+                                 f"{tensor.dtype} {list(tensor.shape)}, not {[rows, config.dim]} numbers")
         ours[name] = parts[0] if len(parts) == 1 else torch.cat(parts)
     return ours
 
@@ -73,11 +74,11 @@ def config_from_hf(theirs: dict, where) -> ModelConfig:
         if theirs.get(name) is None and name != "num_key_value_heads":
             raise InputError(f"{where} does not tell {name}")
     shape = {ours: theirs[name] for name, ours in SHAPE.items() if theirs.get(name) is not None}
-    shape.setdefault("kv_heads", shape["heads"])
+    shape.setdefault("n_kv_heads", shape["n_heads"])
     try:
-        return ModelConfig(**shape, head_width=theirs.get("head_dim") or 0,
+        return ModelConfig(**shape, head_dim=theirs.get("head_dim") or 0,
                            rope_theta=float(rope.get("rope_theta", 10000.0)), rope_scaling=_scaling(rope),
-                           tied=bool(theirs.get("tie_word_embeddings", False)))
+                           tie_embeddings=bool(theirs.get("tie_word_embeddings", False)))
     except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
         raise InputError(f"{where}: {type(error).__name__}: {error}") from error
 
@@ -129,8 +130,8 @@ def config_to_hf(config: ModelConfig) -> dict:
                    "original_max_position_embeddings": int(context)}
     return {"architectures": ["LlamaForCausalLM"], "model_type": "llama",
             **{theirs: getattr(config, ours) for theirs, ours in SHAPE.items()},
-            "head_dim": config.head_width, "rope_theta": config.rope_theta, "rope_scaling": scaling,
-            "tie_word_embeddings": config.tied, "hidden_act": "silu", "attention_bias": False,
+            "head_dim": config.head_dim, "rope_theta": config.rope_theta, "rope_scaling": scaling,
+            "tie_word_embeddings": config.tie_embeddings, "hidden_act": "silu", "attention_bias": False,
             "mlp_bias": False, "attention_dropout": 0.0, "pretraining_tp": 1, "use_cache": True}
 
 

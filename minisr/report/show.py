@@ -61,7 +61,7 @@ def _show_training(run: Path, name: str, pair: dict) -> None:
     print(f"{'log p(y|x)':14}{'chosen':>10}{'rejected':>10}{'difference':>12}")
     for which in (name, successor):
         model, tokenizer = load_model(run / which)
-        encoded = dpo.encode_pairs(tokenizer, [pair], model.config.context)
+        encoded = dpo.encode_pairs(tokenizer, [pair], model.config.max_seq_len)
         with torch.no_grad():
             chosen, rejected, _ = (value.item() for value in dpo.pair_logps(model, encoded))
         print(f"{which:14}{chosen:10.2f}{rejected:10.2f}{chosen - rejected:12.2f}")

@@ -26,12 +26,17 @@ from minisr.runner.files import (
 from minisr.tokenizer import SentencePiece, Tokenizer, TokenizerJSON, chat_template
 
 SEED_MODEL = Path(__file__).parents[1] / "worlds" / "tiny" / "M0"  # ships with minisr
+# Keys of ModelConfig as older model.pt files spell them -> their names now.
+MODEL_KEYS_RENAMED = {
+    "width": "dim", "layers": "n_layers", "heads": "n_heads", "kv_heads": "n_kv_heads", "hidden": "ffn_dim",
+    "context": "max_seq_len", "head_width": "head_dim", "tied": "tie_embeddings",
+}
 
 
 def save_model(folder: Path, model: Decoder, tokenizer: Tokenizer, meta: dict) -> None:
     """Write a model folder; meta.json comes last, so that a folder that has it is whole."""
     weights = {name: tensor.cpu() for name, tensor in model.state_dict().items()
-               if not (model.config.tied and name == "head.weight")}
+               if not (model.config.tie_embeddings and name == "head.weight")}
     with writing(folder / "model.pt") as file:
         torch.save({"config": asdict(model.config), "weights": weights}, file)
     for name, content in tokenizer.files.items():
@@ -56,12 +61,12 @@ def load_model(folder: Path, device: str = "cpu") -> tuple[Decoder, Tokenizer]:
             stored = torch.load(folder / "model.pt", weights_only=True, map_location="cpu")
         if not isinstance(stored, dict):
             raise TypeError("model.pt holds something else")
-        config = dict(stored["config"])
+        config = {MODEL_KEYS_RENAMED.get(key, key): value for key, value in stored["config"].items()}
         config.pop("dropout", None)  # of the first versions; it belongs to a training
         model = assemble(ModelConfig(**config), stored["weights"], device)
         tokenizer = load_tokenizer(folder)
     except (RuntimeError, pickle.UnpicklingError, LookupError, TypeError, ValueError,
-            ArithmeticError, EOFError) as error:
+            ArithmeticError, AttributeError, EOFError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise InputError(f"{folder} is no minisr model of this version, make it anew: {reason[:200]}"
                          ) from error
@@ -73,7 +78,7 @@ def assemble(config: ModelConfig, weights: dict[str, torch.Tensor], device: str 
     """A decoder in eval mode with these weights: float32, on a GPU bfloat16."""
     with torch.device("meta"):  # no memory, no random numbers for weights that are replaced at once
         model = Decoder(config)
-    if config.tied:
+    if config.tie_embeddings:
         weights = {**weights, "head.weight": weights["embed.weight"]}
     model.load_state_dict(weights, assign=True)
     model.tie()

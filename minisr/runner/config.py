@@ -18,6 +18,7 @@ from minisr.judge import JudgeConfig
 from minisr.model import ModelConfig
 from minisr.pairs import PairConfig
 from minisr.prompts import PromptConfig
+from minisr.runner.checkpoint import MODEL_KEYS_RENAMED
 from minisr.runner.files import InputError, read_text
 from minisr.sampler import SampleConfig
 from minisr.train import OptimConfig
@@ -85,9 +86,12 @@ LIMITS = {
     "rouge": (0, math.inf), "own_shots": (0, 100), "attempts": (1, 1000), "warmup": (0, 1),
     "weight_decay": (0, 1), "dropout": (0, 0.99), "learning_rate": (0, 10),
     "final_learning_rate": (0, 10), "clip": (0, math.inf), "beta": (0, math.inf),
-    "head_width": (0, math.inf), "micro_batch": (0, math.inf), "nll": (0, math.inf),
+    "head_dim": (0, math.inf), "micro_batch": (0, math.inf), "nll": (0, math.inf),
     "replay": (0, math.inf), "norm_eps": (0, 1), "length_control": (0, 1), "threads": (1, 1024),
 }
+
+# Old name of a key -> its name now, in the sections that have the new one.
+RENAMED = {**MODEL_KEYS_RENAMED}
 
 
 def load_config(path: Path, kind=Config, overrides: tuple[str, ...] = ()):
@@ -122,7 +126,10 @@ def build(kind, table: dict, where: str):
     """A dataclass from a TOML table; errors name the file, the section and the key."""
     hints = get_type_hints(kind)
     if unknown := sorted(set(table) - set(hints)):
-        raise InputError(f"{where}: unknown key {unknown[0]!r}; known: {', '.join(hints)}")
+        key = unknown[0]
+        if RENAMED.get(key) in hints:
+            raise InputError(f"{where}: {key!r} is now called {RENAMED[key]!r}")
+        raise InputError(f"{where}: unknown key {key!r}; known: {', '.join(hints)}")
     values = {name: _value(hints[name], value, name, where) for name, value in table.items()}
     try:
         return kind(**values)

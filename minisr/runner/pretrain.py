@@ -63,7 +63,7 @@ def _documents(tokenizer: Tokenizer, config: PretrainConfig) -> list[tuple]:
     with tqdm(total=config.tokens, desc="text", leave=False) as bar:
         while tokens < config.tokens:
             ids = [*tokenizer.begin, *tokenizer.encode(corpus.document(rng)), tokenizer.eos]
-            ids = ids[:config.model.context]
+            ids = ids[:config.model.max_seq_len]
             documents.append((ids, [True] * len(ids)))
             tokens += len(ids)
             bar.update(len(ids))

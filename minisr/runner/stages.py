@@ -137,7 +137,7 @@ class Model:
         def told(x, s):
             text = tokenizer.decode(s.ids)
             again = tokenizer.answer(text)  # in training, a text may be spelled in other tokens
-            fits = len(x) + len(again) <= model.config.context
+            fits = len(x) + len(again) <= model.config.max_seq_len
             return text, s.finished and fits, s.logp if exact and again == s.ids else None
         return [[told(x, s) for s in row] for x, row in zip(ids, drawn)]
 

@@ -9,11 +9,11 @@ from minisr.fast.step import Step
 from minisr.model import Decoder, ModelConfig, init_weights, rotary, rotate
 
 SHAPES = {
-    "MHA": dict(kv_heads=4),
-    "GQA": dict(kv_heads=2),
-    "MQA": dict(kv_heads=1),
-    "tied": dict(tied=True),
-    "deep": dict(layers=5, width=24, heads=6, kv_heads=3, hidden=40),
+    "MHA": dict(n_kv_heads=4),
+    "GQA": dict(n_kv_heads=2),
+    "MQA": dict(n_kv_heads=1),
+    "tied": dict(tie_embeddings=True),
+    "deep": dict(n_layers=5, dim=24, n_heads=6, n_kv_heads=3, ffn_dim=40),
     "other constants": dict(rope_theta=300.0, norm_eps=1e-2),
 }
 
@@ -31,7 +31,7 @@ def test_logits_equal_those_of_llama_on_the_same_weights(random_decoder, shape):
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
 @torch.no_grad()
 def test_forward_with_cache_equals_forward_without_for_every_split(random_decoder, kv_heads):
-    model = random_decoder(kv_heads=kv_heads)
+    model = random_decoder(n_kv_heads=kv_heads)
     ids = torch.randint(60, (2, 9), generator=torch.Generator().manual_seed(2))
     expected = model(ids)
     every_token_alone = [1] * 9
@@ -79,7 +79,7 @@ def test_a_loss_reaches_its_own_and_earlier_tokens_and_no_later_one(random_decod
 
 
 def test_rope_makes_a_dot_product_depend_on_the_distance_alone():
-    config, generator = ModelConfig(width=32, heads=4), torch.Generator().manual_seed(4)
+    config, generator = ModelConfig(dim=32, n_heads=4), torch.Generator().manual_seed(4)
     q, k = torch.randn(2, 1, 1, 1, 8, generator=generator).expand(2, 1, 1, 60, 8)
     q, k = (rotate(x, rotary(torch.arange(60)[None], config))[0, 0] for x in (q, k))
     dots = q @ k.T  # [m, n]
@@ -91,7 +91,7 @@ def test_rope_makes_a_dot_product_depend_on_the_distance_alone():
 
 
 def test_rope_turns_each_pair_by_position_times_its_own_frequency():
-    config, x = ModelConfig(width=12, heads=2, rope_theta=100.0), torch.arange(1.0, 7.0)
+    config, x = ModelConfig(dim=12, n_heads=2, rope_theta=100.0), torch.arange(1.0, 7.0)
     for position in (0, 1, 17):
         got = rotate(x.view(1, 1, 1, 6), rotary(torch.tensor([[position]]), config)).flatten()
         for i in range(3):  # (x_i, x_{i+3}) as a complex number, turned by position * 100^(-2i/6)
@@ -101,7 +101,7 @@ def test_rope_turns_each_pair_by_position_times_its_own_frequency():
 
 @pytest.mark.parametrize("layers", [2, 8])
 def test_initial_std_is_002_and_what_writes_to_the_stream_is_scaled_by_depth(layers):
-    model = Decoder(ModelConfig(layers=layers, tied=False))
+    model = Decoder(ModelConfig(n_layers=layers, tie_embeddings=False))
     init_weights(model, torch.Generator().manual_seed(0))
     smaller = {2: 0.01, 8: 0.005}[layers]  # 0.02 / sqrt(2 * layers)
     writers = 0
@@ -120,7 +120,7 @@ def test_initial_std_is_002_and_what_writes_to_the_stream_is_scaled_by_depth(lay
 @pytest.mark.parametrize("tied", [True, False])
 @torch.no_grad()
 def test_forward_always_returns_logits_of_shape_B_T_V(random_decoder, rows, new, tied):
-    model = random_decoder(tied=tied, vocab_size=41)
+    model = random_decoder(tie_embeddings=tied, vocab_size=41)
     ids = torch.zeros(rows, new, dtype=torch.long)
     cache = KVCache(model.config, rows, 2 * new, model.embed.weight)
     for logits in (model(ids), model(ids, cache), model(ids, cache)):
@@ -133,7 +133,7 @@ def test_forward_always_returns_logits_of_shape_B_T_V(random_decoder, rows, new,
 @torch.no_grad()
 def test_rows_that_share_and_leave_see_what_they_would_see_alone(random_decoder, shared, n, kv_heads):
     # A prefix for all, 6 prompts of unlike length, n rows each; after every second token rows leave.
-    model, lengths = random_decoder(kv_heads=kv_heads), [1, 3, 6, 6, 2, 4]
+    model, lengths = random_decoder(n_kv_heads=kv_heads), [1, 3, 6, 6, 2, 4]
     generator, rest = torch.Generator().manual_seed(4), max(lengths)
     prefix = torch.randint(60, (1, shared), generator=generator)
     prompts = [torch.randint(60, (1, length), generator=generator) for length in lengths]

@@ -34,7 +34,7 @@ def model_says(monkeypatch):
     return install
 
 
-ROOMY = SimpleNamespace(config=SimpleNamespace(context=10_000))
+ROOMY = SimpleNamespace(config=SimpleNamespace(max_seq_len=10_000))
 
 
 def make(**config) -> tuple[list[str], Counter]:
@@ -138,7 +138,7 @@ def test_long_examples_leave_room_for_the_prompt_that_is_to_come(model_says):
     shown = model_says(["Tell us about the long winter."])
     tokenizer, long = tiny_tokenizer(), [f"{number} " + "news of the river " * 10 for number in range(9)]
     context = 2 * len(tokenizer.encode(long[0])) + 60
-    model = SimpleNamespace(config=SimpleNamespace(context=context))
+    model = SimpleNamespace(config=SimpleNamespace(max_seq_len=context))
     made, _ = new_prompts(model, tokenizer, long, set(), PromptConfig(count=1, rows=1), key=0)
     assert made == ["Tell us about the long winter."] and shown[0].count("river") in (10, 20)
     assert len(tokenizer.encode(shown[0])) + PromptConfig().max_new_tokens < context

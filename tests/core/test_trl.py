@@ -82,7 +82,7 @@ def test_with_the_chat_template_ids_and_loss_are_ours(trainer, exported, pairs):
         for side in ("chosen", "rejected"):
             assert row["prompt_ids"] + row[f"{side}_ids"] == tokenizer.chat(pair["prompt"], pair[side])[0]
     batch = theirs.data_collator(list(theirs.train_dataset))
-    encoded = encode_pairs(tokenizer, pairs, M0.config.context)
+    encoded = encode_pairs(tokenizer, pairs, M0.config.max_seq_len)
     with torch.no_grad():
         policy, reference = pair_logps(other, encoded), pair_logps(M0, encoded)
         ours = dpo_loss(*policy[:2], *reference[:2], BETA)[0].mean().item()

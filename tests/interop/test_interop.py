@@ -121,7 +121,7 @@ def test_bfloat16_weights_are_read_as_the_numbers_that_they_are(tmp_path):
 
 
 SHAPES = {
-    "GQA": {}, "tied": dict(tied=True), "wide heads": dict(head_width=16),
+    "GQA": {}, "tied": dict(tie_embeddings=True), "wide heads": dict(head_dim=16),
     "linear": dict(rope_scaling=(4.0,)), "llama3": dict(rope_scaling=(8.0, 1.0, 4.0, 128.0)),
     "other constants": dict(rope_theta=300.0, norm_eps=1e-2),
 }
@@ -129,7 +129,7 @@ SHAPES = {
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_an_exported_folder_gives_our_logits_in_transformers(shape, random_decoder, tmp_path):
-    model = random_decoder(vocab_size=len(tiny_tokenizer()), std=0.15, context=512, **shape)
+    model = random_decoder(vocab_size=len(tiny_tokenizer()), std=0.15, max_seq_len=512, **shape)
     model.head.weight.data *= 1.5
     hf.export(model, tiny_tokenizer(), tmp_path)
     llama = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
@@ -233,5 +233,6 @@ def test_the_import_command_makes_a_model_folder_of_the_same_weights(tmp_path):
 def test_config_from_hf_reads_what_transformers_itself_writes():
     config = random_llama(rope_parameters=LLAMA3, head_dim=16).config.to_dict()
     ours = config_from_hf(config, "config.json")
-    assert (ours.width, ours.heads, ours.kv_heads, ours.head_width, ours.hidden) == (32, 4, 2, 16, 48)
-    assert ours.rope_scaling == (8.0, 1.0, 4.0, 128.0) and ours.rope_theta == 10000.0 and not ours.tied
+    assert (ours.dim, ours.n_heads, ours.n_kv_heads, ours.head_dim, ours.ffn_dim) == (32, 4, 2, 16, 48)
+    assert ours.rope_scaling == (8.0, 1.0, 4.0, 128.0) and ours.rope_theta == 10000.0
+    assert not ours.tie_embeddings

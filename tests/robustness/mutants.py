@@ -35,7 +35,7 @@ FAULTS = {
         ("feed-forward takes the norm of attention",
          "self.feed_forward(self.feed_forward_norm(x))", "self.feed_forward(self.attention_norm(x))"),
         ("initial weights of L, not 2 L writers",
-         "math.sqrt(2 * model.config.layers)", "math.sqrt(model.config.layers)")],
+         "math.sqrt(2 * model.config.n_layers)", "math.sqrt(model.config.n_layers)")],
     ("model", "interop"): [
         ("Llama 3 scaling keeps the slow, slows the fast",
          "(keep + (1 - keep) / factor)", "(1 - keep + keep / factor)")],

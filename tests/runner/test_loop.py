@@ -240,7 +240,7 @@ def test_a_response_that_training_could_not_hold_counts_as_cut_off(copy, monkeyp
     # It ended in time, but the same text in training's tokens is longer than what is left of the context.
     model = Model(Run(copy, load_config(copy / "config.toml")), "M1")
     decoder, tokenizer = model.load()
-    room = decoder.config.context - len(tokenizer.chat_prompt("News?"))
+    room = decoder.config.max_seq_len - len(tokenizer.chat_prompt("News?"))
     answers = {text: [5] * length for text, length in (("fits", room), ("one more", room + 1))}
     drawn = [Sample([text], True, -1.5) for text in answers]
     monkeypatch.setattr(stages, "sample", lambda *_, **__: [drawn])

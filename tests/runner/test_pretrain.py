@@ -1,12 +1,14 @@
 """A seed model from the world's text: what it is trained on, what comes out, and going on."""
 
+import io
 import json
 
 import pytest
+import torch
 
 from minisr import train
 from minisr.cli import main
-from minisr.runner.checkpoint import load_model
+from minisr.runner.checkpoint import MODEL_KEYS_RENAMED, digest, load_model
 from minisr.runner.config import PretrainConfig, load_config
 from minisr.runner.pretrain import _documents
 from minisr.runner.stop import Stop
@@ -14,8 +16,16 @@ from minisr.runner.stop import Stop
 CONFIG = """threads = 1
 tokens = 4_000
 tokenizer_documents = 80
-model = {vocab_size = 420, width = 16, layers = 1, heads = 2, kv_heads = 1, hidden = 24, context = 64}
 train = {batch_size = 8, learning_rate = 2e-2, save_every = 5}
+
+[model]
+vocab_size = 420
+dim = 16
+n_layers = 1
+n_heads = 2
+n_kv_heads = 1
+ffn_dim = 24
+max_seq_len = 64
 """
 
 
@@ -45,7 +55,7 @@ def test_pretraining_stopped_and_gone_on_with_gives_the_same_model_which_has_lea
         config, tmp_path, monkeypatch, capsys):
     assert pretrain(config, tmp_path / "whole") == 0
     model, tokenizer = load_model(tmp_path / "whole")
-    assert model.config.width == 16 and len(tokenizer) == 420
+    assert model.config.dim == 16 and len(tokenizer) == 420
     log = [json.loads(line) for line in (tmp_path / "whole/train_log.jsonl").read_text().splitlines()]
     assert log[0]["loss"] == pytest.approx(6.04, abs=0.1)  # log 420: it knows nothing
     assert log[-1]["loss"] < 5.5
@@ -69,7 +79,38 @@ def test_pretraining_stopped_and_gone_on_with_gives_the_same_model_which_has_lea
 
 
 def test_a_shape_that_does_not_go_together_ends_in_one_line(config, tmp_path, capsys):
-    assert pretrain(config, tmp_path / "M0", "model.heads=3") == 2
+    assert pretrain(config, tmp_path / "M0", "model.n_heads=3") == 2
     err = capsys.readouterr().err
-    assert err.count("\n") == 1 and "[model]: width must be an even multiple of heads" in err
+    assert err.count("\n") == 1 and "[model]: dim must be an even multiple of n_heads" in err
     assert not (tmp_path / "M0").exists()
+
+
+@pytest.mark.parametrize("old, new", MODEL_KEYS_RENAMED.items())
+def test_an_old_key_is_refused_in_one_line_with_its_new_name(old, new, config, tmp_path, capsys):
+    assert pretrain(config, tmp_path / "M0", f"model.{old}=3") == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and f"[model]: {old!r} is now called {new!r}" in err
+    assert not (tmp_path / "M0").exists()
+
+
+def test_an_old_key_is_unknown_in_a_section_that_has_no_such_setting(config, tmp_path, capsys):
+    assert pretrain(config, tmp_path / "M0", "train.hidden=3") == 2
+    assert "[train]: unknown key 'hidden'; known: learning_rate" in capsys.readouterr().err
+
+
+def test_a_model_file_with_the_old_names_of_the_keys_is_read(config, tmp_path):
+    assert pretrain(config, tmp_path / "M0") == 0
+    expected, _ = load_model(tmp_path / "M0")
+    stored = torch.load(tmp_path / "M0/model.pt")
+    old_names = {new: old for old, new in MODEL_KEYS_RENAMED.items()}
+    stored["config"] = {old_names.get(name, name): value for name, value in stored["config"].items()}
+    assert {"width", "layers", "hidden", "tied"} < set(stored["config"])
+    stored["config"]["dropout"] = 0.0  # the first versions had it
+    content = io.BytesIO()
+    torch.save(stored, content)
+    (tmp_path / "M0/model.pt").write_bytes(content.getvalue())
+    meta = json.loads((tmp_path / "M0/meta.json").read_text()) | {"hash": digest(content.getvalue())}
+    (tmp_path / "M0/meta.json").write_text(json.dumps(meta))
+    model, _ = load_model(tmp_path / "M0")
+    assert model.config == expected.config
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), expected.parameters()))

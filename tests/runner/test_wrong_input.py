@@ -151,7 +151,7 @@ def weights_that_are_a_program_in_a_bare_pickle(at):
 @case("M0", "no minisr model")
 def weights_of_another_shape_than_their_config(at):
     content = torch.load(at / "M0/model.pt")
-    content["config"]["hidden"] += 8
+    content["config"]["ffn_dim"] += 8
     buffer = io.BytesIO()
     torch.save(content, buffer)
     return stored(at, buffer.getvalue())
