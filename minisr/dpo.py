@@ -61,7 +61,7 @@ def train_dpo(lm, pairs: list[dict], eft: list[dict], config: DPOConfig, seed: i
 
     Without any pair there is nothing to learn, and M_{t+1} is M_t."""
     policy = lm.copy()
-    reference = lm.copy().freeze()  # M_t itself, which never moves
+    reference = lm.frozen_copy()  # M_t itself, which never moves
     batches = dpo_batches(lm, pairs, eft, config, seed)
     torch.manual_seed(derive_seed(seed, "dropout"))
     fit_dpo(policy, reference, batches, config)

@@ -30,10 +30,11 @@ class LM:
         twin.model = copy.deepcopy(self.model)
         return twin
 
-    def freeze(self) -> "LM":
-        """Switch the gradients off, so that no training can change the weights; return self."""
-        self.model.requires_grad_(False)
-        return self
+    def frozen_copy(self) -> "LM":
+        """A copy whose weights no training can change: its gradients are off."""
+        twin = self.copy()
+        twin.model.requires_grad_(False)
+        return twin
 
     @property
     def max_seq_len(self) -> int:
@@ -86,9 +87,11 @@ class LM:
 
     def fit(self, batches: list, loss_fn, config: train.TrainConfig) -> list[dict]:
         """Train the weights in place; see train.fit."""
-        return train.fit(self.model, self.make_optimizer(config), batches, loss_fn, config)
+        return train.fit(self.model, self.prepare_training(config), batches, loss_fn, config)
 
-    def make_optimizer(self, config: train.TrainConfig):
+    def prepare_training(self, config: train.TrainConfig):
+        """Switch to training mode; return the optimizer."""
+        train.set_training_mode(self.model, config.dropout)
         return train.make_optimizer(self.model.named_parameters(), config)
 
 

@@ -29,7 +29,6 @@ def fit(model: nn.Module, optimizer, batches: list, loss_fn, config: TrainConfig
     """Train the model in place, one optimizer step a batch; return one log record a step.
 
     loss_fn(batch, config) yields (loss, metrics) for each micro-batch: its share of the batch's loss and metrics."""
-    set_training_mode(model, config.dropout)
     log = []
     for step, batch in enumerate(tqdm(batches, "train", leave=False, disable=None)):
         metrics = accumulate_gradients(loss_fn(batch, config))

@@ -3,6 +3,8 @@
 Each replacement is held to the core function by a test in tests/fast: in float64 the same tokens, losses and gradients.
 """
 
+import copy
+
 import torch
 
 from minisr.dpo import EncodedPair
@@ -28,9 +30,11 @@ class FastLM(LM):
         twin.recorded = dict(self.recorded)
         return twin
 
-    def freeze(self) -> "FastLM":
-        self.frozen = True
-        return super().freeze()
+    def frozen_copy(self) -> "FastLM":
+        """Shares the weights: only a copy is ever trained, so nothing changes them."""
+        twin = copy.copy(self)
+        twin.frozen = True
+        return twin
 
     def generate(self, prompts, seeds, config, stop_ids):
         # In bfloat16, training computes other log-probabilities than sampling, whose products have other shapes.
@@ -66,12 +70,10 @@ class FastLM(LM):
         prompt = tuple(pair.prompt)
         return self.recorded.get((prompt, tuple(pair.chosen))), self.recorded.get((prompt, tuple(pair.rejected)))
 
-    def make_optimizer(self, config):
+    def prepare_training(self, config):
+        self.recorded.clear()  # the weights will change
+        self.gradient_checkpointing = getattr(config, "gradient_checkpointing", False)
+        optimizer = super().prepare_training(config)
         if self.model.embed.weight.dtype == torch.bfloat16:
             return make_master_optimizer(self.model, config)
-        return super().make_optimizer(config)
-
-    def fit(self, batches, loss_fn, config):
-        self.recorded.clear()  # the weights change
-        self.gradient_checkpointing = getattr(config, "gradient_checkpointing", False)
-        return super().fit(batches, loss_fn, config)
+        return optimizer

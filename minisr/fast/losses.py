@@ -2,8 +2,8 @@
 
 target_loss replaces LM.target_loss: the last feed-forward network and the head run only where a token is a target.
 pair_logps replaces LM.pair_logps: pairs are packed as [prompt | chosen | rejected], so each prompt is computed once for
-both responses and nothing is computed on padding except in attention. Packing several answers behind one prompt is known
-as prefix grouping. Legend as in model.py; M is the number of tokens of a packed batch, N of those that are scored.
+both responses and nothing is computed on padding except in attention. Packing several answers behind one prompt is
+known as prefix grouping. Legend as in model.py; M is the number of tokens of a packed batch, N of those that are scored.
 """
 
 import torch
@@ -42,8 +42,8 @@ def pair_logps(model: Decoder, pairs: list[EncodedPair], gradient_checkpointing:
 def token_logps(head, x: Tensor, targets: Tensor) -> Tensor:
     """log p of each target (N,) after the final hidden state x (N, C): (N,).
 
-    Logits of many tokens over a large vocabulary would fill the memory, so they are computed in chunks, and again in the
-    backward pass."""
+    Logits of many tokens over a large vocabulary would fill the memory, so they are computed in chunks, and once
+    more in the backward pass."""
     chunk = max(1, MAX_LOGITS // head.weight.shape[0])
     if len(x) <= chunk:
         return chunk_logps(head, x, targets)
