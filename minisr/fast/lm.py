@@ -14,10 +14,14 @@ from minisr.lm import LM, ResponseConfig
 from minisr.model import upcast
 from minisr.sft import Example
 
+REPLACEMENTS = ("prefix-sharing", "row-dropping", "decode-step", "target-selection", "packed-pairs")
+
 
 class FastLM(LM):
     """The fast engine. It also records log p of every response while sampling it, and the frozen reference reads these
     records instead of running the model again."""
+
+    without: frozenset[str] = frozenset()  # names of REPLACEMENTS not to use, to measure what they are worth
 
     def __init__(self, model, tokenizer):
         super().__init__(model, tokenizer)
@@ -40,7 +44,9 @@ class FastLM(LM):
         # In bfloat16, training computes other log-probabilities than sampling, whose products have other shapes.
         is_exact = self.model.embed.weight.dtype != torch.bfloat16
         record = isinstance(config, ResponseConfig) and is_exact
-        results = sampler.generate(self.model, prompts, seeds, config, stop_ids, record)
+        options = sampler.Options(record, "prefix-sharing" not in self.without, "row-dropping" not in self.without,
+                                  "decode-step" not in self.without)
+        results = sampler.generate(self.model, prompts, seeds, config, stop_ids, options)
         for prompt, completions in zip(prompts, results):
             for completion in completions:
                 if completion.logp is not None:
@@ -52,9 +58,13 @@ class FastLM(LM):
         self.recorded[tuple(prompt), tuple(response)] = logp
 
     def target_loss(self, examples: list[Example]):
+        if "target-selection" in self.without:
+            return super().target_loss(examples)
         return losses.target_loss(self.model, examples, self.gradient_checkpointing)
 
     def pair_logps(self, pairs: list[EncodedPair]):
+        if "packed-pairs" in self.without:
+            return super().pair_logps(pairs)
         if not self.frozen:
             return losses.pair_logps(self.model, pairs, self.gradient_checkpointing)
         missing = [pair for pair in pairs if None in self.lookup(pair)]

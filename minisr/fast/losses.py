@@ -3,7 +3,7 @@
 target_loss replaces LM.target_loss: the last feed-forward network and the head run only where a token is a target.
 pair_logps replaces LM.pair_logps: pairs are packed as [prompt | chosen | rejected], so each prompt is computed once for
 both responses and nothing is computed on padding except in attention. Packing several answers behind one prompt is
-known as prefix grouping. Legend as in model.py; M is the number of tokens of a packed batch, N of those that are scored.
+known as prefix grouping. Legend as in model.py; M is the number of tokens of a packed batch, N of the scored ones.
 """
 
 import torch

@@ -5,6 +5,9 @@ its n samples; prompts of similar length are prefilled together, so little paddi
 operations; rows that have finished leave the batch; top-p needs no sorting. Legend as in model.py.
 """
 
+from dataclasses import dataclass
+from functools import partial
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -21,30 +24,45 @@ PREFILL_TOKENS = 512  # tokens prefilled together on a CPU
 PREFILL_TOKENS_GPU = 2**15
 
 
+@dataclass(frozen=True)
+class Options:
+    """What generate does. Each trick can be switched off, to measure what it is worth."""
+
+    record_logps: bool = False  # give each finished completion the log p of its ids
+    prefix_sharing: bool = True
+    row_dropping: bool = True
+    decode_step: bool = True
+
+
 @torch.inference_mode()
 def generate(model: Decoder, prompts: list[list[int]], seeds: np.ndarray, config: SamplingConfig,
-             stop_ids: tuple[int, ...], record_logps: bool = False) -> list[list[Completion]]:
-    """Replaces sampler.generate. With record_logps, a finished completion has the log p of its ids."""
+             stop_ids: tuple[int, ...], options: Options = Options()) -> list[list[Completion]]:
+    """Replaces sampler.generate."""
     n = seeds.shape[1]
     max_new = min(config.max_new_tokens, model.config.max_seq_len - min(map(len, prompts)))
-    logits, cache = prefill(model, prompts, n, max_new)
-    logits = logits.repeat_interleave(n, 0)  # (B, V)
-    tokens, logps = decode(model, logits, cache, seeds_to_tensor(seeds.flatten(), model.device), max_new,
-                           Decoding(config, stop_ids, record_logps))
+    if options.prefix_sharing:
+        logits, cache = prefill(model, prompts, n, max_new)
+        logits = logits.repeat_interleave(n, 0)  # (B, V)
+    else:
+        rows = [prompt for prompt in prompts for _ in range(n)]
+        logits, cache = prefill(model, rows, 1, max_new, share=False)
+    seeds_tensor = seeds_to_tensor(seeds.flatten(), model.device)  # (B,)
+    tokens, logps = decode(model, logits, cache, seeds_tensor, max_new, Decoding(config, stop_ids, options))
     completions = []
     for row, (ids, logp) in enumerate(zip(tokens.tolist(), logps.tolist())):
         room = model.config.max_seq_len - len(prompts[row // n])  # each row has its own
         completion = cut_at_stop(ids[:room], stop_ids)
-        if record_logps and completion.finished:
+        if options.record_logps and completion.finished:
             completion.logp = logp
         completions.append(completion)
     return [completions[i:i + n] for i in range(0, len(completions), n)]
 
 
-def prefill(model: Decoder, prompts: list[list[int]], n: int, max_new: int) -> tuple[Tensor, PrefixCache]:
+def prefill(model: Decoder, prompts: list[list[int]], n: int, max_new: int, share: bool = True
+            ) -> tuple[Tensor, PrefixCache]:
     """Logits (P, V) after each prompt, and the cache of n rows a prompt, with room for max_new tokens."""
     weight, config = model.embed.weight, model.config
-    shared = shared_prefix_length(prompts)
+    shared = shared_prefix_length(prompts) if share else 0
     lengths = torch.tensor([len(prompt) - shared for prompt in prompts])
     T = int(lengths.max())  # of the part that is not shared, padded on the left
     ids = torch.zeros(len(prompts), T, dtype=torch.long)
@@ -108,11 +126,11 @@ def group_by_length(lengths: list[int], min_tokens: int) -> list[slice]:
 
 
 class Decoding:
-    """What decides the tokens besides logits and seeds."""
+    """What decides the tokens besides logits and seeds, and how they are computed."""
 
-    def __init__(self, config: SamplingConfig, stop_ids: tuple[int, ...], record_logps: bool):
+    def __init__(self, config: SamplingConfig, stop_ids: tuple[int, ...], options: Options):
         self.temperature, self.top_p = config.temperature, config.top_p
-        self.stop_ids, self.record_logps = stop_ids, record_logps
+        self.stop_ids, self.options = stop_ids, options
 
     def is_stop(self, vocab_size: int, device) -> Tensor:
         """Whether a token ends a row, as a table (V,)."""
@@ -127,7 +145,10 @@ def decode(model: Decoder, logits: Tensor, cache: PrefixCache, seeds: Tensor, ma
 
     A row's tokens after its stop token are arbitrary."""
     device, B = seeds.device, len(seeds)
-    forward = DecodeStep(model, int(cache.seq_lens.max()) + max_new)
+    if how.options.decode_step:
+        forward = DecodeStep(model, int(cache.seq_lens.max()) + max_new)
+    else:
+        forward = partial(decode_with_modules, model)
     is_stop = how.is_stop(logits.shape[1], device)
     logps = torch.zeros(B, dtype=upcast(logits[:0]).dtype, device=device)
     tokens = torch.full((max_new, B), how.stop_ids[0], device=device)
@@ -137,20 +158,27 @@ def decode(model: Decoder, logits: Tensor, cache: PrefixCache, seeds: Tensor, ma
     for step in range(max_new):
         drawn = sample_top_p(logits, how, seeds, step, uniforms[step])  # (B,)
         tokens[step].index_copy_(0, rows, drawn)
-        if how.record_logps:
+        if how.options.record_logps:
             token_logps = logits.gather(1, drawn[:, None])[:, 0] - logits.logsumexp(1)
             logps.index_add_(0, rows, torch.where(alive, token_logps, 0.0).to(logps.dtype))
         alive = alive & ~is_stop[drawn]
         n_alive = int(alive.sum())
         if n_alive == 0 or step == max_new - 1:
             break
-        if n_alive < 0.8 * len(rows):  # dropping rows copies the cache, so not at every step
+        # Dropping rows copies the cache, so it is not worth it for a few.
+        if n_alive < 0.8 * len(rows) and how.options.row_dropping:
             keep = alive.nonzero()[:, 0]
             cache.select_rows(keep)
             rows, seeds, drawn, alive = rows[keep], seeds[keep], drawn[keep], alive[keep]
             uniforms = uniforms[:, keep]
         logits = forward(drawn, cache)  # (B, V)
     return tokens.t(), logps
+
+
+def decode_with_modules(model: Decoder, ids: Tensor, cache: PrefixCache) -> Tensor:
+    """What DecodeStep replaces, on the same cache."""
+    everything = torch.arange(len(ids), device=ids.device)
+    return model.head(extend(model, ids[:, None], cache, select=everything))
 
 
 def sample_top_p(logits: Tensor, how: Decoding, seeds: Tensor, step: int, first: Tensor) -> Tensor:

@@ -146,7 +146,7 @@ def check_consistency(config: Config) -> None:
     if config.judge.by == "oracle" and not in_world:
         raise InputError('judge.by = "oracle" needs seed_data.source = "world": only the tiny world has an oracle')
     if config.prompts.source == "people" and not in_world:
-        raise InputError('prompts.source = "people" needs seed_data.source = "world": other sources have no more prompts')
+        raise InputError('prompts.source = "people" needs seed_data.source = "world": only the tiny world has people')
     if config.seed_data.eft_by == "none" and config.dpo.replay_weight:
         raise InputError('seed_data.eft_by = "none" leaves nothing to replay: set dpo.replay_weight to 0')
     checkpointing = config.sft.gradient_checkpointing or config.dpo.gradient_checkpointing

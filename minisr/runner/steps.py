@@ -1,4 +1,4 @@
-"""The steps of the loop as files: RUN/M1/prompts.jsonl, responses.jsonl, rewards.jsonl, pairs.jsonl, RUN/M2/model.pt, ...
+"""The steps of the loop as files: RUN/M1/prompts.jsonl, responses.jsonl, rewards.jsonl, pairs.jsonl, RUN/M2/model.pt.
 
 `keep` is what a run passes to loop.self_reward: a step whose file exists is read from it, any other is computed and
 written. Clock times go to timing.json; they (and "seconds" in metrics.json) are all that differs between two runs of

@@ -123,8 +123,8 @@ def select_pairs_by_rule(prompts, responses, rewards, rule, anchors=None) -> tup
 
 
 def shortest_and_longest(rho: float):
-    """The shortest of those within a share rho of the range below the highest reward, and the longest of those within it
-    above the lowest. With rho = 0, the first best and the first worst."""
+    """The shortest of those within a share rho of the range below the highest reward, and the longest of those within
+    it above the lowest. With rho = 0, the first best and the first worst."""
     def rule(scored, rejectable):
         top = max(scored, key=itemgetter(0))[0]
         bottom = min(rejectable, key=itemgetter(0))[0]
