@@ -1,4 +1,4 @@
-"""M_t -> M_{t+1}: direct preference optimization on the model's own pairs (section 2.4; Rafailov et al., 2023)."""
+"""M_t -> M_{t+1}: direct preference optimization on the model's own pairs (section 2.3; Rafailov et al., 2023)."""
 
 from dataclasses import dataclass
 from itertools import zip_longest

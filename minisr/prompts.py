@@ -1,4 +1,4 @@
-"""{x_i}: the model writes new prompts by few-shot prompting, from 6 seed and 2 generated ones (sections 2.3, 3.1.1).
+"""{x_i}: the model writes new prompts by few-shot prompting, from 6 seed and 2 generated ones (sections 2.2, 3.1.1).
 
 The filters follow Self-Instruct (Wang et al., 2022): length, unsuitable keywords, exact matches, and ROUGE-L similarity
 to any prompt already there. Every rejection is counted by its reason.
