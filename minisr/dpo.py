@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from minisr import InputError
 from minisr.fast.cache import scores, softmax
 from minisr.rng import key as coordinates
-from minisr.runner.files import InputError
 from minisr.sft import encode_examples, schedule, target_loss_parts, token_logps
 from minisr.train import OptimConfig, fit, micro_batches
 
@@ -59,8 +59,8 @@ def encode_pairs(tokenizer, pairs: list[dict], context: int) -> list[tuple]:
     """Pair records -> [(prompt ids, chosen ids, rejected ids)], each response with its end."""
     encoded = []
     for number, pair in enumerate(pairs, 1):
-        prompt = tokenizer.chat_prompt(pair["prompt"])
-        sides = [tokenizer.answer(pair[side]) for side in ("chosen", "rejected")]
+        prompt = tokenizer.encode_prompt(pair["prompt"])
+        sides = [tokenizer.encode_response(pair[side]) for side in ("chosen", "rejected")]
         longest = len(prompt) + max(map(len, sides))
         if longest > context:
             raise InputError(f"pair {number} has {longest} tokens, the model's context is {context}: "

@@ -9,7 +9,8 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from minisr.runner.files import InputError, read_text
+from minisr import InputError
+from minisr.runner.files import read_text
 from minisr.runner.resume import UNKEPT
 from minisr.sampler import SampleConfig, sample
 
@@ -71,10 +72,10 @@ def judge_prompt(template: str, prompt: str, response: str) -> str:
 def judge(model, tokenizer, template: str, prompts: list[str], responses: list[str],
           config: JudgeConfig, key: int, journal=UNKEPT) -> list[list[Judgement]]:
     """J judgements of each (prompt, response). Cut off or too long for the context: unread."""
-    asked = [tokenizer.chat_prompt(judge_prompt(template, x, y)) for x, y in zip(prompts, responses)]
+    asked = [tokenizer.encode_prompt(judge_prompt(template, x, y)) for x, y in zip(prompts, responses)]
     fits = [i for i, ids in enumerate(asked) if len(ids) < model.config.max_seq_len]
     drawn = sample(model, [asked[i] for i in fits], config.judgements, config,
-                   key=key, stop=tokenizer.stops, title="judge", journal=journal)
+                   key=key, stop=tokenizer.stop_ids, title="judge", journal=journal)
     unread = [Judgement("", None)] * config.judgements
     judged = [unread] * len(asked)
     for i, samples in zip(fits, drawn):

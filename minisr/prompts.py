@@ -42,17 +42,17 @@ def new_prompts(model, tokenizer, seeds: list[str], forbidden: set[str], config:
     """Up to config.count new prompts, none of them a seed or forbidden, and counts by reason."""
     pool = Pool(seeds, forbidden, config)
     asked, limit, wave = 0, int(config.count * config.attempts), 0
-    room = model.config.max_seq_len - config.max_new_tokens - len(tokenizer.begin)
+    room = model.config.max_seq_len - config.max_new_tokens - len(tokenizer.bos_ids)
 
     def fits(text):
         return len(tokenizer.encode(text)) <= room
-    stop = (*tokenizer.line_ends, *tokenizer.stops)  # a line of the list, one prompt
+    stop = (*tokenizer.newline_ids, *tokenizer.stop_ids)  # a line of the list, one prompt
     with tqdm(total=config.count, desc="prompts", leave=False) as bar:
         while len(pool.accepted) < config.count and asked < limit:
             batch = min(config.rows, limit - asked)
             rng = Random(coordinates(key, wave))
             shots = [few_shot(seeds, pool.accepted, config, rng, fits) for _ in range(batch)]
-            ids = [[*tokenizer.begin, *tokenizer.encode(text)] for text in shots]
+            ids = [[*tokenizer.bos_ids, *tokenizer.encode(text)] for text in shots]
             for (drawn,) in sample(model, ids, 1, config, key=coordinates(key, wave, "draw"),
                                    stop=stop, title="prompts", journal=journal):
                 if len(pool.accepted) < config.count:

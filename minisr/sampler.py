@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from minisr import InputError
 from minisr.fast.cache import KVCache
 from minisr.fast.step import Step
 from minisr.model import Decoder, out_of_memory
 from minisr.rng import first_numbers, row_key, uniform
-from minisr.runner.files import InputError
 from minisr.runner.resume import UNKEPT
 from minisr.runner.stop import Stop
 

@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from minisr import InputError
 from minisr.rng import key as coordinates
-from minisr.runner.files import InputError
 from minisr.train import OptimConfig, fit, micro_batches
 
 LOGITS = 2**25  # numbers held at once, 128 MB in float32
@@ -16,7 +16,7 @@ LOGITS = 2**25  # numbers held at once, 128 MB in float32
 
 def encode_examples(tokenizer, examples: list[dict], context: int) -> list[tuple]:
     """{prompt, response} records -> (ids, mask); one that does not fit the context is an error."""
-    encoded = [tokenizer.chat(e["prompt"], e["response"]) for e in examples]
+    encoded = [tokenizer.encode_chat(e["prompt"], e["response"]) for e in examples]
     for number, (ids, _) in enumerate(encoded, 1):
         if len(ids) > context:
             raise InputError(f"training example {number} has {len(ids)} tokens, the model's context "

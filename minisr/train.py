@@ -7,8 +7,9 @@ from dataclasses import dataclass, replace
 import torch
 from tqdm import tqdm
 
+from minisr import InputError
 from minisr.model import ModelConfig, out_of_memory, part_rows
-from minisr.runner.files import InputError, write_jsonl
+from minisr.runner.files import write_jsonl
 from minisr.runner.resume import TrainingState
 from minisr.runner.stop import Stop
 

@@ -13,13 +13,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import get_args, get_origin, get_type_hints
 
+from minisr import InputError
 from minisr.dpo import DPOConfig
 from minisr.judge import JudgeConfig
 from minisr.model import ModelConfig
 from minisr.pairs import PairConfig
 from minisr.prompts import PromptConfig
 from minisr.runner.checkpoint import MODEL_KEYS_RENAMED
-from minisr.runner.files import InputError, read_text
+from minisr.runner.files import read_text
 from minisr.sampler import SampleConfig
 from minisr.train import OptimConfig
 

@@ -14,7 +14,8 @@ from pathlib import Path
 
 import torch
 
-from minisr.runner.files import InputError, file_digest, read_json, write_bytes, write_json, writing
+from minisr import InputError
+from minisr.runner.files import file_digest, read_json, write_bytes, write_json, writing
 
 
 @contextlib.contextmanager

@@ -6,14 +6,14 @@ from pathlib import Path
 
 import torch
 
-from minisr import __version__
+from minisr import InputError, __version__
 from minisr.interop.source import load_source
 from minisr.judge import load_template
 from minisr.rng import key
 from minisr.runner import seed_data
 from minisr.runner.checkpoint import SEED_MODEL, digest
 from minisr.runner.config import Config, differences, load_config, to_toml
-from minisr.runner.files import InputError, jsonl_bytes, read_jsonl, write_bytes
+from minisr.runner.files import jsonl_bytes, read_jsonl, write_bytes
 from minisr.runner.resume import check_seal, locked, write_sealed
 
 WORLD_TEMPLATE = Path(__file__).parents[1] / "worlds" / "tiny" / "judge.txt"

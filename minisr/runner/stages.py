@@ -15,20 +15,12 @@ from random import Random
 
 import torch
 
-from minisr import __version__, dpo, pairs, prompts, sft
+from minisr import InputError, __version__, dpo, pairs, prompts, sft
 from minisr.evaluate import histogram
 from minisr.interop.source import source_digest
 from minisr.judge import MAX_SCORE, Judgement, judge, reward
 from minisr.runner.checkpoint import SEED_MODEL, load_model, model_hash, save_model
-from minisr.runner.files import (
-    InputError,
-    json_bytes,
-    jsonl_bytes,
-    read_json,
-    read_jsonl,
-    write_json,
-    write_jsonl,
-)
+from minisr.runner.files import json_bytes, jsonl_bytes, read_json, read_jsonl, write_json, write_jsonl
 from minisr.runner.resume import UNKEPT, Journal, TrainingState, check_seal, write_sealed
 from minisr.runner.run import Run
 from minisr.runner.stop import Stop
@@ -128,15 +120,15 @@ class Model:
     def _answers(self, asked: list[str], n: int, config: SampleConfig, purpose: str, journal: str | None):
         """n (text, finished, log p) for each prompt; the log p is that of the text, None if unknown."""
         model, tokenizer = self.load()
-        ids = [tokenizer.chat_prompt(p) for p in asked]
-        drawn = sample(model, ids, n, config, with_logps=True, key=self.key(purpose), stop=tokenizer.stops,
+        ids = [tokenizer.encode_prompt(p) for p in asked]
+        drawn = sample(model, ids, n, config, with_logps=True, key=self.key(purpose), stop=tokenizer.stop_ids,
                        title=f"{self.name} {purpose}",
                        journal=self.journal(journal, asked, n, config) if journal else UNKEPT)
         exact = model.embed.weight.dtype == torch.float32  # in bfloat16 training sees other numbers
 
         def told(x, s):
             text = tokenizer.decode(s.ids)
-            again = tokenizer.answer(text)  # in training, a text may be spelled in other tokens
+            again = tokenizer.encode_response(text)  # in training, a text may be spelled in other tokens
             fits = len(x) + len(again) <= model.config.max_seq_len
             return text, s.finished and fits, s.logp if exact and again == s.ids else None
         return [[told(x, s) for s in row] for x, row in zip(ids, drawn)]
