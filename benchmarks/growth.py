@@ -35,9 +35,9 @@ def works(name: str) -> dict[str, dict[int, object]]:
     model, tokenizer = load_source(MODELS[name])
     tiny = name == "tiny"
     data = held_out_and_seeds(SeedConfig("world" if tiny else "english", judge_evaluation=12), 0)
-    asked = [tokenizer.chat_prompt(record["prompt"]) for record in data["evaluation"] + data["ift"]]
+    asked = [tokenizer.encode_prompt(record["prompt"]) for record in data["evaluation"] + data["ift"]]
     template = load_template(WORLD_TEMPLATE if tiny else ENGLISH_TEMPLATE)
-    judged = [tokenizer.chat_prompt(judge_prompt(template, r["prompt"], y))
+    judged = [tokenizer.encode_prompt(judge_prompt(template, r["prompt"], y))
               for r in data["ranked"] for y in r["responses"]]
     columns = ([r[field] for r in data["ranked"]] for field in ("prompt", "responses", "scores"))
     pairs, _ = select_pairs(*columns)

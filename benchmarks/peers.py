@@ -76,13 +76,13 @@ def prepare(name: str, size: Size, folder: Path) -> tuple[dict, list[dict]]:
     hf.export(model, tokenizer, folder)
     data = held_out_and_seeds(SeedConfig("world" if name == "tiny" else "english", judge_evaluation=12), 0)
     prompts = dict.fromkeys(record["prompt"] for record in data["evaluation"] + data["ift"])  # distinct
-    asked = [tokenizer.chat_prompt(text) for text in prompts]
+    asked = [tokenizer.encode_prompt(text) for text in prompts]
     template = load_template(WORLD_TEMPLATE if name == "tiny" else ENGLISH_TEMPLATE)
     if name == "tiny":  # its own rubric has 55 tokens; four times it is as long as a rubric in English
         rubric, _, rest = template.partition("\n")
         template = "\n".join([rubric] * 4 + [rest])
     answers = [(r["prompt"], y) for r in data["ranked"] for y in r["responses"]][:size.judged]
-    judged = [tokenizer.chat_prompt(judge_prompt(template, x, y)) for x, y in answers]
+    judged = [tokenizer.encode_prompt(judge_prompt(template, x, y)) for x, y in answers]
     paper, whole = {"temperature": 0.7, "top_p": 0.9}, {"temperature": 1.0, "top_p": 1.0}
     jobs = {("responses", f"{size.prompts} x 4, own stops, up to 64"):
             {"prompts": asked[:size.prompts], "n": 4, "new_tokens": 64, "forced": False,

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import torch
 
+from minisr import InputError
 from minisr.bench import Trainer, peak_mb, reset_peak, seconds
 from minisr.dpo import dpo_loss, encode_pairs, pair_logps, reference_logps
 from minisr.interop import hf
-from minisr.runner.files import InputError
 from minisr.sampler import SampleConfig, common_prefix, sample
 from minisr.train import OptimConfig
 
@@ -100,7 +100,7 @@ class Minisr(Side):
         """The new ids of n rows a prompt, up to their stop; forced: none ever comes."""
         rows = len(job["prompts"]) * job["n"]
         config = SampleConfig(job["temperature"], job["top_p"], job["new_tokens"], rows)
-        stop = (-1,) if job["forced"] else self.tokenizer.stops
+        stop = (-1,) if job["forced"] else self.tokenizer.stop_ids
         drawn = sample(self.model, job["prompts"], job["n"], config, key=key, stop=stop)
         return [s.ids for row in drawn for s in row]
 

@@ -6,8 +6,7 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
-from minisr import __version__
-from minisr.runner.files import InputError
+from minisr import InputError, __version__
 from minisr.runner.stop import Stop
 
 SOURCES = "a Hugging Face folder, a .gguf file, or package:NAME for the .gguf in an installed package"

@@ -3,6 +3,7 @@ from random import Random
 import pytest
 import torch
 
+from minisr.interop.chat_templates import chat_template
 from minisr.model import Decoder, ModelConfig
 from minisr.tokenizer import train_tokenizer
 from minisr.worlds.tiny import corpus
@@ -22,7 +23,7 @@ def world_lines():
 
 @pytest.fixture(scope="session")
 def tokenizer(world_lines):
-    return train_tokenizer(world_lines, 500)
+    return train_tokenizer(world_lines, 500, chat_template("tiny"))
 
 
 @pytest.fixture(scope="session")

@@ -9,6 +9,7 @@ import torch
 
 from minisr.fast.cache import KVCache
 from minisr.fast.step import Step
+from minisr.interop.chat_templates import chat_template
 from minisr.model import Decoder, ModelConfig
 from minisr.tokenizer import Tokenizer, train_tokenizer
 from minisr.worlds.tiny.corpus import document
@@ -21,7 +22,7 @@ PAIRS = [{"prompt": "Write a story.", "chosen": "Once there was a fox.", "reject
 @cache
 def tiny_tokenizer() -> Tokenizer:
     rng = Random(0)
-    return train_tokenizer([document(rng) for _ in range(300)], vocab_size=500)
+    return train_tokenizer([document(rng) for _ in range(300)], 500, chat_template("tiny"))
 
 
 def tiny_model(vocab_size: int | None = None, context: int = 96, seed: int = 0) -> Decoder:
@@ -49,7 +50,7 @@ def bigram(follows: dict[int, int], vocab_size: int, context: int = 96) -> Decod
 def speaker(text: str, context: int = 96) -> Decoder:
     """A decoder that answers text to whatever it is asked. No token of text may come twice."""
     tokenizer = tiny_tokenizer()
-    said = [tokenizer.vocabulary.specials["<|assistant|>"], *tokenizer.encode(text), tokenizer.eos]
+    said = [tokenizer.vocabulary.specials["<|assistant|>"], *tokenizer.encode(text), tokenizer.eos_id]
     assert len(set(said)) == len(said), f"{text!r} repeats a token"
     return bigram(dict(zip(said, said[1:])), len(tokenizer), context)
 

@@ -10,11 +10,13 @@ from pathlib import Path
 
 import torch
 
+from minisr import InputError
 from minisr.interop.names import recognise_chat, weights_from
+from minisr.interop.tokenizer_json import TokenizerJSON
 from minisr.model import ModelConfig, frequencies, part_rows
 from minisr.runner.checkpoint import assemble, check_sizes, first_line
-from minisr.runner.files import InputError, need
-from minisr.tokenizer import SentencePiece, Tokenizer, TokenizerJSON
+from minisr.runner.files import need
+from minisr.tokenizer import SentencePiece, Tokenizer
 
 WEIGHTS = {
     "embed.weight": ("token_embd.weight",),

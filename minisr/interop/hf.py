@@ -10,11 +10,13 @@ from pathlib import Path
 
 import torch
 
+from minisr import InputError
 from minisr.interop import names
 from minisr.interop.sentencepiece_json import tokenizer_json
+from minisr.interop.tokenizer_json import TokenizerJSON
 from minisr.runner.checkpoint import assemble, check_sizes, first_line
-from minisr.runner.files import InputError, need, read_bytes, read_json, write_bytes, write_json
-from minisr.tokenizer import SentencePiece, Tokenizer, TokenizerJSON
+from minisr.runner.files import need, read_bytes, read_json, write_bytes, write_json
+from minisr.tokenizer import SentencePiece, Tokenizer
 
 CONFIG = "config.json"
 
@@ -94,6 +96,8 @@ def load_tokenizer(folder: Path, chat: str = "") -> Tokenizer:
         ours = model.exists() and (folder / "chat.txt").exists()
         kind = TokenizerJSON if as_json.exists() and not ours else SentencePiece
         vocabulary = kind(read_bytes(folder / kind.FILE))
+    except InputError:
+        raise
     except (RuntimeError, ValueError) as error:
         raise InputError(f"{folder}: {first_line(error)}") from error
     return Tokenizer(vocabulary, chat or _chat(folder, vocabulary))
@@ -125,8 +129,8 @@ def export(model, tokenizer: Tokenizer, folder: Path) -> None:
     weights = names.weights_to_hf(model.config, model.state_dict())
     named = {name: weight.contiguous() for name, weight in weights.items()}
     dtype = str(model.embed.weight.dtype).removeprefix("torch.")
-    ends = list(tokenizer.stops)
-    ids = {"bos_token_id": (tokenizer.begin or [None])[0], "eos_token_id": ends if ends[1:] else ends[0]}
+    ends = list(tokenizer.stop_ids)
+    ids = {"bos_token_id": (tokenizer.bos_ids or [None])[0], "eos_token_id": ends if ends[1:] else ends[0]}
     files = tokenizer.files
     if isinstance(tokenizer.vocabulary, SentencePiece):
         files = files | {TokenizerJSON.FILE: tokenizer_json(tokenizer.vocabulary)}
@@ -141,7 +145,7 @@ def export(model, tokenizer: Tokenizer, folder: Path) -> None:
 
 def _tokenizer_config(tokenizer: Tokenizer, context: int) -> dict:
     pieces = {i: name for name, i in tokenizer.vocabulary.specials.items()}
-    bos = pieces.get((tokenizer.begin or [None])[0])
+    bos = pieces.get((tokenizer.bos_ids or [None])[0])
     return {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": context,
-            "bos_token": bos, "eos_token": pieces[tokenizer.eos], "pad_token": pieces[tokenizer.eos],
+            "bos_token": bos, "eos_token": pieces[tokenizer.eos_id], "pad_token": pieces[tokenizer.eos_id],
             "clean_up_tokenization_spaces": False, "chat_template": names.jinja_of(tokenizer.template)}

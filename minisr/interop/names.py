@@ -5,9 +5,9 @@ import re
 import torch
 from torch import Tensor
 
+from minisr import InputError
+from minisr.interop.chat_templates import chat_template
 from minisr.model import ModelConfig, part_rows
-from minisr.runner.files import InputError
-from minisr.tokenizer import chat_template
 
 # Ours -> Hugging Face's, in the order in which ours holds them; "{}" is the number of the block.
 WEIGHTS = {

@@ -1,6 +1,7 @@
 """A SentencePiece BPE model as a tokenizer.json, with the same ids for every text (extra "hf")."""
 
-from minisr.runner.files import InputError, need
+from minisr import InputError
+from minisr.runner.files import need
 from minisr.tokenizer import SentencePiece
 
 
@@ -35,10 +36,10 @@ def tokenizer_json(vocabulary: SentencePiece) -> bytes:
     made.decoder = parts.Sequence(undo)
     made.add_special_tokens([tokenizers.AddedToken(name, special=True, normalized=False)
                              for name in vocabulary.specials])
-    if vocabulary.begin:
-        bos = texts[vocabulary.begin[0]]
+    if vocabulary.bos_ids:
+        bos = texts[vocabulary.bos_ids[0]]
         made.post_processor = tokenizers.processors.TemplateProcessing(
-            single=f"{bos} $A", pair=f"{bos} $A {bos}:1 $B:1", special_tokens=[(bos, vocabulary.begin[0])])
+            single=f"{bos} $A", pair=f"{bos} $A {bos}:1 $B:1", special_tokens=[(bos, vocabulary.bos_ids[0])])
     return made.to_str(pretty=True).encode()
 
 

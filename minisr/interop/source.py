@@ -4,10 +4,11 @@ from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 
+from minisr import InputError
 from minisr.interop import gguf, hf
+from minisr.interop.chat_templates import chat_template
 from minisr.runner import checkpoint
-from minisr.runner.files import InputError
-from minisr.tokenizer import TemplateError, Tokenizer, chat_template
+from minisr.tokenizer import TemplateError, Tokenizer
 
 
 def resolve(source: str) -> Path:

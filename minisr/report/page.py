@@ -13,13 +13,14 @@ from urllib.parse import quote
 
 import numpy as np
 
+from minisr import InputError
 from minisr.judge import MAX_SCORE
 from minisr.report import figures, markup
 from minisr.report.markup import text
 from minisr.report.table import LEGEND
 from minisr.runner.config import Config, differences, load_config
 from minisr.runner.experiment import mean_and_interval
-from minisr.runner.files import InputError, read_json, read_jsonl, write_bytes
+from minisr.runner.files import read_json, read_jsonl, write_bytes
 from minisr.worlds.tiny import oracle
 
 HELD_OUT, EXAMPLES = 12, 6  # prompts shown

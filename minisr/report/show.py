@@ -5,14 +5,14 @@ from pathlib import Path
 
 import torch
 
-from minisr import dpo, judge
+from minisr import InputError, dpo, judge
+from minisr.interop.chat_templates import chat_template
 from minisr.interop.source import load_source
 from minisr.rng import key
 from minisr.runner.checkpoint import load_model
-from minisr.runner.files import InputError, printable, read_jsonl
+from minisr.runner.files import printable, read_jsonl
 from minisr.runner.run import ENGLISH_TEMPLATE, WORLD_TEMPLATE
 from minisr.sampler import SampleConfig, sample
-from minisr.tokenizer import chat_template
 from minisr.worlds.tiny import oracle
 
 EXAMPLE = "Write a story about a sad pig at the river."
@@ -69,7 +69,14 @@ def _show_training(run: Path, name: str, pair: dict) -> None:
         print("\nwhat bears loss (green):")
         prompt, *sides = encoded[0]
         for side in sides:
-            print(tokenizer.paint(prompt + side, [False] * len(prompt) + [True] * len(side)))
+            print(colorize_loss_mask(tokenizer, prompt + side, [False] * len(prompt) + [True] * len(side)))
+
+
+def colorize_loss_mask(tokenizer, ids: list[int], mask: list[bool]) -> str:
+    """The tokens in terminal colors: green where the loss mask is True, else gray."""
+    green, gray, reset = "\033[32m", "\033[90m", "\033[0m"
+    return "".join(f"{green if is_target else gray}{tokenizer.vocabulary.piece(i)}{reset}"
+                   for i, is_target in zip(ids, mask))
 
 
 def show_answers(run: Path, count: int) -> None:
@@ -114,8 +121,8 @@ def in_world(tokenizer) -> bool:
 
 
 def _answer(model, tokenizer, question, n, template, config, seed) -> None:
-    [drawn] = sample(model, [tokenizer.chat_prompt(question)], n, config, key=key(seed, "chat"),
-                     stop=tokenizer.stops)
+    [drawn] = sample(model, [tokenizer.encode_prompt(question)], n, config, key=key(seed, "chat"),
+                     stop=tokenizer.stop_ids)
     texts = [tokenizer.decode(s.ids) for s in drawn]
     judged = judge.judge(model, tokenizer, template, [question] * n, texts,
                          judge.JudgeConfig(max_new_tokens=config.max_new_tokens), key(seed, "chat judge"))

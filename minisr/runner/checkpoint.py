@@ -12,9 +12,11 @@ from pathlib import Path
 
 import torch
 
+from minisr import InputError
+from minisr.interop.chat_templates import chat_template
+from minisr.interop.tokenizer_json import TokenizerJSON
 from minisr.model import Decoder, ModelConfig
 from minisr.runner.files import (
-    InputError,
     file_digest,
     read_bytes,
     read_json,
@@ -23,7 +25,7 @@ from minisr.runner.files import (
     write_json,
     writing,
 )
-from minisr.tokenizer import SentencePiece, Tokenizer, TokenizerJSON, chat_template
+from minisr.tokenizer import SentencePiece, Tokenizer
 
 SEED_MODEL = Path(__file__).parents[1] / "worlds" / "tiny" / "M0"  # ships with minisr
 # Keys of ModelConfig as older model.pt files spell them -> their names now.
@@ -65,6 +67,8 @@ def load_model(folder: Path, device: str = "cpu") -> tuple[Decoder, Tokenizer]:
         config.pop("dropout", None)  # of the first versions; it belongs to a training
         model = assemble(ModelConfig(**config), stored["weights"], device)
         tokenizer = load_tokenizer(folder)
+    except InputError:
+        raise
     except (RuntimeError, pickle.UnpicklingError, LookupError, TypeError, ValueError,
             ArithmeticError, AttributeError, EOFError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__

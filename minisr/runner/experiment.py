@@ -26,9 +26,10 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from minisr import InputError
 from minisr.judge import load_template
 from minisr.runner.config import Config, differences, load_config, to_toml
-from minisr.runner.files import InputError, read_json, read_text, write_bytes, write_json
+from minisr.runner.files import read_json, read_text, write_bytes, write_json
 from minisr.runner.stop import Stop
 
 # Half-width of a 95 % interval of a mean in standard errors: Student's t for n - 1 = 1, 2, ... 19.

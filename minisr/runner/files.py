@@ -8,11 +8,9 @@ import os
 import unicodedata
 from pathlib import Path
 
+from minisr import InputError
+
 TURNING = ("LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI")  # bidi controls
-
-
-class InputError(Exception):
-    """Something the user gave is wrong. Its text is the one line that says what, where and how to mend it."""
 
 
 def need(module: str, extra: str):
@@ -87,8 +85,9 @@ def read_text(path: Path, what: str) -> str:
 
 
 def read_json(path: Path, what: str):
+    text = read_text(path, what)
     try:
-        return json.loads(read_text(path, what))
+        return json.loads(text)
     except json.JSONDecodeError as error:
         raise InputError(f"{what} {path} is not valid JSON: line {error.lineno}: {error.msg}; "
                          "remove it to have it made again") from error

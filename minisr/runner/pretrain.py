@@ -10,11 +10,12 @@ from random import Random
 import torch
 from tqdm import tqdm
 
+from minisr import InputError
+from minisr.interop.chat_templates import chat_template
 from minisr.model import Decoder, init_weights
 from minisr.rng import key
 from minisr.runner.checkpoint import digest, save_model
 from minisr.runner.config import PretrainConfig, to_toml
-from minisr.runner.files import InputError
 from minisr.runner.resume import TrainingState, locked
 from minisr.sft import schedule, target_loss_parts
 from minisr.tokenizer import Tokenizer, train_tokenizer
@@ -51,7 +52,7 @@ def _tokenizer(config: PretrainConfig) -> Tokenizer:
     texts = (corpus.document(rng) for _ in range(config.tokenizer_documents))
     try:
         return train_tokenizer((line for text in texts for line in text.split("\n")),
-                               config.model.vocab_size)
+                               config.model.vocab_size, chat_template("tiny"))
     except RuntimeError as error:  # SentencePiece names the sizes that are possible
         raise InputError(f"[model] vocab_size {config.model.vocab_size} does not suit the text: "
                          f"{error}") from error
@@ -62,7 +63,7 @@ def _documents(tokenizer: Tokenizer, config: PretrainConfig) -> list[tuple]:
     rng, documents, tokens = Random(key(config.seed, "text")), [], 0
     with tqdm(total=config.tokens, desc="text", leave=False) as bar:
         while tokens < config.tokens:
-            ids = [*tokenizer.begin, *tokenizer.encode(corpus.document(rng)), tokenizer.eos]
+            ids = [*tokenizer.bos_ids, *tokenizer.encode(corpus.document(rng)), tokenizer.eos_id]
             ids = ids[:config.model.max_seq_len]
             documents.append((ids, [True] * len(ids)))
             tokens += len(ids)

@@ -15,10 +15,11 @@ from itertools import repeat
 from pathlib import Path
 from random import Random
 
+from minisr import InputError
 from minisr.evaluate import pair_agreement
 from minisr.judge import MAX_SCORE, JudgeConfig, judge, judge_prompt, parse_score
 from minisr.rng import key as coordinates
-from minisr.runner.files import InputError, read_json, read_jsonl
+from minisr.runner.files import read_json, read_jsonl
 from minisr.runner.resume import UNKEPT
 from minisr.worlds.tiny import corpus
 

@@ -8,9 +8,8 @@ import pytest
 import torch
 from tiny import PAIRS, as_llama, bigram, llama_weights, tiny_model, tiny_tokenizer
 
-from minisr import dpo, sft
+from minisr import InputError, dpo, sft
 from minisr.dpo import dpo_loss, encode_pairs, pair_logps, reference_logps, sequence_logprobs
-from minisr.runner.files import InputError
 from minisr.sft import collate
 
 

@@ -7,8 +7,8 @@ import pytest
 from tiny import speaker, tiny_tokenizer
 
 import minisr
+from minisr import InputError
 from minisr.judge import JudgeConfig, Judgement, judge, judge_prompt, load_template, parse_score, reward
-from minisr.runner.files import InputError
 
 TEMPLATE = "Rate. {prompt} / {response}"
 
@@ -69,7 +69,7 @@ def judged(says: str, responses: list[str], context: int = 96, **config) -> list
 
 def response_of_length(tokens: int) -> str:
     """A response whose judge prompt has so many tokens: a line break is always one."""
-    without = len(tiny_tokenizer().chat_prompt(judge_prompt(TEMPLATE, "Write.", "")))
+    without = len(tiny_tokenizer().encode_prompt(judge_prompt(TEMPLATE, "Write.", "")))
     return "\n" * (tokens - without)
 
 

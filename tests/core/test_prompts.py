@@ -113,7 +113,7 @@ def test_a_prompt_ends_with_its_line_or_its_text(end):
     tokenizer, full_stop = tiny_tokenizer(), tiny_tokenizer().encode("9.")[-1]
     pieces = map(tokenizer.vocabulary.pieces.id_to_piece, range(len(tokenizer)))
     said = [i for i, piece in enumerate(pieces) if re.fullmatch("▁[a-z]{3,}", piece)][:3]  # words, none twice
-    last = {"newline": tokenizer.encode("\n")[-1], "eos": tokenizer.eos, "none": said[-1]}[end]
+    last = {"newline": tokenizer.encode("\n")[-1], "eos": tokenizer.eos_id, "none": said[-1]}[end]
     model = bigram(dict(zip([full_stop, *said], [*said, last])), len(tokenizer), context=512)
     made, counts = new_prompts(model, tokenizer, SEEDS, set(), PromptConfig(count=1, attempts=1), key=0)
     assert (made, counts["cut off"]) == (([], 1) if end == "none" else ([tokenizer.decode(said)], 0))

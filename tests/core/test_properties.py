@@ -19,16 +19,19 @@ from hypothesis import strategies as st
 from scipy import stats
 from tiny import bigram, byte_level_json, tiny_model, tiny_tokenizer
 
+from minisr import InputError
 from minisr.evaluate import correlation, interval, judge_metrics, order_signs, ranks, win_rates
+from minisr.interop.chat_templates import chat_template
+from minisr.interop.tokenizer_json import TokenizerJSON
 from minisr.judge import Judgement, judge_prompt, parse_score, reward
 from minisr.pairs import select_pairs
 from minisr.prompts import RougeIndex
 from minisr.rng import first_numbers, row_key, uniform
 from minisr.runner.config import CHOICES, LIMITS, Config, PretrainConfig, load_config, to_toml
-from minisr.runner.files import InputError, read_json, read_jsonl, write_jsonl
+from minisr.runner.files import read_json, read_jsonl, write_jsonl
 from minisr.sampler import Sample, SampleConfig, draw, sample
 from minisr.sft import schedule
-from minisr.tokenizer import Tokenizer, TokenizerJSON, chat_template
+from minisr.tokenizer import Tokenizer
 
 QUICK = 100
 
@@ -242,7 +245,7 @@ def kept(kind: str, text: str) -> str:
 def test_any_text_comes_back_from_its_ids(kind, text):
     tokenizer = tokenizer_of(kind)
     assert tokenizer.decode(tokenizer.encode(text)) == kept(kind, text)
-    assert tokenizer.decode(tokenizer.answer(text)) == kept(kind, text)
+    assert tokenizer.decode(tokenizer.encode_response(text)) == kept(kind, text)
 
 
 @holds(kind=among(*VOCABULARIES), prompt=mixed(*SPELLED), response=mixed(*SPELLED))
@@ -250,13 +253,13 @@ def test_only_the_template_makes_special_tokens(kind, prompt, response):
     tokenizer = tokenizer_of(kind)
     special = set(tokenizer.vocabulary.specials.values())
     assert special.isdisjoint(tokenizer.encode(prompt))
-    ids, mask = tokenizer.chat(prompt, response)
-    plain, _ = tokenizer.chat("", "")
+    ids, mask = tokenizer.encode_chat(prompt, response)
+    plain, _ = tokenizer.encode_chat("", "")
     assert [i for i in ids if i in special] == [i for i in plain if i in special]
     assert all(0 <= i < len(tokenizer) for i in ids)
     asked = mask.index(True)
     assert mask == [False] * asked + [True] * (len(ids) - asked)
-    assert ids[:asked] == tokenizer.chat_prompt(prompt)
+    assert ids[:asked] == tokenizer.encode_prompt(prompt)
 
 
 @holds(slow=2_000, kind=among(*VOCABULARIES), ids=st.lists(st.integers(0, 600), max_size=12))

@@ -5,10 +5,9 @@ import numpy as np
 import pytest
 import torch
 
-from minisr import sampler
+from minisr import InputError, sampler
 from minisr.fast.step import Step
 from minisr.rng import key, row_key, uniform
-from minisr.runner.files import InputError
 from minisr.sampler import Sample, SampleConfig, alike, common_prefix, draw, prefill, sample
 
 LOGITS = [2.0, -1.0, 0.5, 1.7, 0.1, -3.0, 1.0, 0.4]

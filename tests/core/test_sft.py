@@ -9,8 +9,7 @@ import pytest
 import torch
 from tiny import llama_weights, tiny_model, tiny_tokenizer
 
-from minisr import sft
-from minisr.runner.files import InputError
+from minisr import InputError, sft
 from minisr.sft import collate, encode_examples, schedule, target_loss, train_sft
 from minisr.train import (
     OptimConfig,
@@ -53,13 +52,13 @@ def test_prompt_and_padding_bear_no_loss_and_the_end_token_does():
     target_loss(saying(logits), ids, mask).backward()
     bearing = logits.grad.abs().sum(-1) > 0  # (B, T)
     for row, example in enumerate(EXAMPLES):
-        asked = len(tokenizer.chat_prompt(example["prompt"]))
+        asked = len(tokenizer.encode_prompt(example["prompt"]))
         answered = len(tokenizer.encode(example["response"])) + 1
         expected = [asked - 1 <= t < asked - 1 + answered for t in range(ids.shape[1])]
         assert bearing[row].tolist() == expected
         last = asked + answered - 1
-        assert ids[row, last] == tokenizer.eos
-        assert logits.grad[row, last - 1, tokenizer.eos] < 0  # a step makes the end more probable
+        assert ids[row, last] == tokenizer.eos_id
+        assert logits.grad[row, last - 1, tokenizer.eos_id] < 0  # a step makes the end more probable
 
 
 def test_padding_does_not_change_the_loss():
@@ -77,7 +76,7 @@ def test_padding_does_not_change_the_loss():
 
 def test_an_example_longer_than_the_context_is_refused_by_its_number():
     tokenizer = tiny_tokenizer()
-    context = max(len(tokenizer.chat(e["prompt"], e["response"])[0]) for e in EXAMPLES)
+    context = max(len(tokenizer.encode_chat(e["prompt"], e["response"])[0]) for e in EXAMPLES)
     assert len(encode_examples(tokenizer, EXAMPLES, context)) == 3
     long = {"prompt": "Long.", "response": "\n" * context}
     with pytest.raises(InputError, match=rf"training example 3 .*context is {context}"):

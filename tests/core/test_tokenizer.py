@@ -1,4 +1,3 @@
-import re
 from random import Random
 
 import pytest
@@ -6,6 +5,7 @@ import sentencepiece
 
 from minisr.tokenizer import train_tokenizer
 
+TEMPLATE = "<s><|user|>{prompt}<|assistant|>{response}</s>"
 SPELLED = ["<s>", "</s>", "<|user|>", "<|assistant|>", "<unk>", "<0x41>", "a</s>", " <|assistant|> </s> ",
            "</s><|user|>no<|assistant|>"]
 NASTY = ["", " ", "  both ends  ", "\n", "\n\n", "one\n\ntwo", " \n \n", "a\n b ", "\t\r\n", "a\rb", "🙂",
@@ -20,7 +20,7 @@ def test_text_that_spells_a_special_token_stays_text(tokenizer, text):
     ids = tokenizer.encode(text)
     assert {*template, tokenizer.vocabulary.pieces.unk_id()}.isdisjoint(ids)
     assert tokenizer.decode(ids) == text
-    ids, _ = tokenizer.chat(text, text)
+    ids, _ = tokenizer.encode_chat(text, text)
     assert [i for i in ids if i in template] == template
 
 
@@ -39,7 +39,7 @@ def test_random_unicode_comes_back_as_it_was(tokenizer):
 
 
 def test_special_tokens_leave_no_trace_in_decoded_text(tokenizer):
-    ids, _ = tokenizer.chat("What is\n new?", " Two foxes.")
+    ids, _ = tokenizer.encode_chat("What is\n new?", " Two foxes.")
     turn = ids.index(tokenizer.vocabulary.specials["<|assistant|>"])
     assert tokenizer.decode(ids[:turn]) == "What is\n new?"
     assert tokenizer.decode(ids[turn:]) == " Two foxes."
@@ -52,17 +52,18 @@ def test_chat_is_prompt_response_end_and_the_mask_is_on_response_and_end(tokeniz
     bos, eos, user, assistant = map(pieces.piece_to_id, ("<s>", "</s>", "<|user|>", "<|assistant|>"))
     asked = [bos, user, *pieces.encode(prompt), assistant]
     answered = [*pieces.encode(response), eos]
-    ids, mask = tokenizer.chat(prompt, response)
+    ids, mask = tokenizer.encode_chat(prompt, response)
     assert ids == asked + answered
     assert mask == [False] * len(asked) + [True] * len(answered)
     # What is sampled from is what was trained on.
-    assert tokenizer.chat_prompt(prompt) == asked
+    assert tokenizer.encode_prompt(prompt) == asked
 
 
 def test_the_same_texts_give_the_same_tokenizer_bytes(tokenizer, world_lines):
-    again = train_tokenizer(iter(world_lines), 500)
+    again = train_tokenizer(iter(world_lines), 500, TEMPLATE)
     assert again.vocabulary.content == tokenizer.vocabulary.content and len(again) == len(tokenizer) == 500
-    assert train_tokenizer(world_lines[:100], 500).vocabulary.content != tokenizer.vocabulary.content
+    other = train_tokenizer(world_lines[:100], 500, TEMPLATE)
+    assert other.vocabulary.content != tokenizer.vocabulary.content
 
 
 def test_a_line_break_is_a_token_of_its_own(tokenizer):
@@ -71,12 +72,3 @@ def test_a_line_break_is_a_token_of_its_own(tokenizer):
     assert tokenizer.encode("fox\n\nhen").count(line_break) == 2
     containing = [i for i in range(len(tokenizer)) if "\n" in tokenizer.vocabulary.pieces.id_to_piece(i)]
     assert containing == [line_break]
-
-
-def test_paint_shows_in_green_what_bears_loss_and_only_that(tokenizer):
-    ids, mask = tokenizer.chat("Write a story.", "Once there was a fox.")
-    painted = re.findall("\033\\[(\\d+)m(.*?)\033\\[0m", tokenizer.paint(ids, mask))
-    green = "".join(text for colour, text in painted if colour == "32")
-    grey = "".join(text for colour, text in painted if colour == "90")
-    assert green == " Once there was a fox.</s>"
-    assert grey == "<s><|user|> Write a story.<|assistant|>"

@@ -78,9 +78,10 @@ def test_with_the_chat_template_ids_and_loss_are_ours(trainer, exported, pairs):
     M0, other, tokenizer, _ = exported
     theirs = trainer("other", "M0", chat=True)
     for row, pair in zip(theirs.train_dataset, pairs):
-        assert row["prompt_ids"] == tokenizer.chat_prompt(pair["prompt"])
+        assert row["prompt_ids"] == tokenizer.encode_prompt(pair["prompt"])
         for side in ("chosen", "rejected"):
-            assert row["prompt_ids"] + row[f"{side}_ids"] == tokenizer.chat(pair["prompt"], pair[side])[0]
+            ids, _ = tokenizer.encode_chat(pair["prompt"], pair[side])
+            assert row["prompt_ids"] + row[f"{side}_ids"] == ids
     batch = theirs.data_collator(list(theirs.train_dataset))
     encoded = encode_pairs(tokenizer, pairs, M0.config.max_seq_len)
     with torch.no_grad():

@@ -5,12 +5,14 @@ from nasty import NASTY, SPELLED
 from test_wrong_input import in_process
 from tiny import as_folder, byte_level_json, change, random_llama, tiny_model, tiny_tokenizer
 
+from minisr import InputError
 from minisr.interop import hf
+from minisr.interop.chat_templates import chat_template
 from minisr.interop.names import recognise_chat
 from minisr.interop.sentencepiece_json import tokenizer_json
 from minisr.interop.source import load_source
-from minisr.runner.files import InputError
-from minisr.tokenizer import SentencePiece, Tokenizer, TokenizerJSON, chat_template
+from minisr.interop.tokenizer_json import TokenizerJSON
+from minisr.tokenizer import SentencePiece, Tokenizer
 
 transformers = pytest.importorskip("transformers")
 library = pytest.importorskip("tokenizers")
@@ -93,14 +95,14 @@ def test_the_exported_tokenizer_knows_where_texts_begin_and_end(auto):
 def test_the_exported_chat_template_gives_our_prompt(auto):
     for text in PLAIN:
         ids = chat_ids(auto, text, add_generation_prompt=True)
-        assert ids == tiny_tokenizer().chat_prompt(text), repr(text)
+        assert ids == tiny_tokenizer().encode_prompt(text), repr(text)
 
 
 def test_the_exported_chat_template_gives_our_conversation(auto):
     rng = Random(0)
     for text in PLAIN:
         answer = rng.choice(PLAIN)
-        ids, _ = tiny_tokenizer().chat(text, answer)
+        ids, _ = tiny_tokenizer().encode_chat(text, answer)
         assert chat_ids(auto, text, answer) == ids, repr((text, answer))
         assert auto.decode(ids, skip_special_tokens=True) == tiny_tokenizer().decode(ids)
 
@@ -117,7 +119,7 @@ def test_any_template_is_exported_with_the_prompt_it_gives(template, tmp_path):
     auto = transformers.AutoTokenizer.from_pretrained(tmp_path)
     for text in PLAIN:
         ids = chat_ids(auto, text, add_generation_prompt=True)
-        assert ids == tokenizer.chat_prompt(text), repr(text)
+        assert ids == tokenizer.encode_prompt(text), repr(text)
     text = auto.apply_chat_template([{"role": "user", "content": "A"}, {"role": "assistant", "content": "B"}],
                                     tokenize=False)
     assert text == template.replace("{prompt}", "A").replace("{response}", "B")
@@ -130,15 +132,15 @@ def test_a_byte_level_tokenizer_is_exported_with_the_conversations_it_gives(name
     auto = transformers.AutoTokenizer.from_pretrained(tmp_path)
     rng = Random(0)
     for text in PLAIN:
-        assert chat_ids(auto, text, add_generation_prompt=True) == tokenizer.chat_prompt(text), repr(text)
+        assert chat_ids(auto, text, add_generation_prompt=True) == tokenizer.encode_prompt(text), repr(text)
         # Ours encodes an answer by itself, as it is written; theirs together with line breaks before it.
         answer = rng.choice(PLAIN).lstrip() or "Yes."
-        ids, _ = tokenizer.chat(text, answer)
+        ids, _ = tokenizer.encode_chat(text, answer)
         conversation = chat_ids(auto, text, answer)
         assert auto.decode(conversation).strip() == auto.decode(ids).strip()
         assert conversation[:len(ids)] == ids or name == "llama3", repr((text, answer))
     again = load_source(str(tmp_path))[1]
-    assert again.files == tokenizer.files and again.stops == tokenizer.stops
+    assert again.files == tokenizer.files and again.stop_ids == tokenizer.stop_ids
 
 
 SPECIALS = {"chatml": ("<|im_start|>", "<|im_end|>", "<|endoftext|>"),
@@ -187,11 +189,11 @@ def test_a_chat_template_gives_the_ids_put_together_by_hand(name):
     for prompt in NASTY:  # also those that spell special tokens and fields: all of it is text
         response = rng.choice(NASTY)
         asked, answered = assembled(name, prompt, response)
-        assert tokenizer.chat_prompt(prompt) == asked
-        ids, mask = tokenizer.chat(prompt, response)
+        assert tokenizer.encode_prompt(prompt) == asked
+        ids, mask = tokenizer.encode_chat(prompt, response)
         assert ids == asked + answered, repr((prompt, response))
         assert mask == [False] * len(asked) + [True] * len(answered)
-    assert tokenizer.eos == answered[-1] == tokenizer.stops[0]
+    assert tokenizer.eos_id == answered[-1] == tokenizer.stop_ids[0]
 
 
 @pytest.mark.parametrize("name", SPECIALS)
@@ -201,13 +203,13 @@ def test_a_byte_level_tokenizer_gives_back_every_text(name):
         ids = tokenizer.encode(text)
         assert tokenizer.decode(ids) == text
         assert {*tokenizer.vocabulary.specials.values()}.isdisjoint(ids)
-        assert tokenizer.decode(tokenizer.chat("", text)[0]).endswith(text)
+        assert tokenizer.decode(tokenizer.encode_chat("", text)[0]).endswith(text)
 
 
 def test_every_id_with_a_line_break_in_it_is_a_line_end():
     tokenizer = chatting("chatml")
     by_hand = [i for i in range(len(tokenizer)) if "Ċ" in tokenizer.vocabulary.pieces.id_to_token(i)]
-    assert list(tokenizer.line_ends) == by_hand and len(by_hand) > 1
+    assert list(tokenizer.newline_ids) == by_hand and len(by_hand) > 1
 
 
 def test_a_template_of_ones_own_is_a_file(tmp_path):
@@ -215,9 +217,9 @@ def test_a_template_of_ones_own_is_a_file(tmp_path):
     source = as_folder(random_llama(), tmp_path / "theirs")
     tokenizer = load_source(str(source), chat=f"{tmp_path}/mine.txt")[1]
     e = tiny_tokenizer().vocabulary.pieces.encode
-    assert tokenizer.chat_prompt("Why?") == [1, *e("Q: Why?\nA:")]
+    assert tokenizer.encode_prompt("Why?") == [1, *e("Q: Why?\nA:")]
     # The line break before the end belongs to what the model is to write.
-    assert tokenizer.chat("Why?", "So.")[0] == [1, *e("Q: Why?\nA:"), *e("So.\n"), 2]
+    assert tokenizer.encode_chat("Why?", "So.")[0] == [1, *e("Q: Why?\nA:"), *e("So.\n"), 2]
 
 
 @pytest.mark.parametrize("template", [

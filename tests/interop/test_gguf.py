@@ -8,10 +8,10 @@ from nasty import NASTY
 from test_wrong_input import in_process, one_line, snapshot
 from tiny import assert_same_logits, byte_level_json, random_llama, tiny_tokenizer
 
+from minisr import InputError
 from minisr.interop import hf
+from minisr.interop.chat_templates import chat_template
 from minisr.interop.source import load_source
-from minisr.runner.files import InputError
-from minisr.tokenizer import chat_template
 
 gguf = pytest.importorskip("gguf")
 transformers = pytest.importorskip("transformers")
@@ -229,7 +229,8 @@ def test_a_sentencepiece_tokenizer_gives_the_ids_of_the_original(prefix, tmp_pat
         assert tokenizer.encode(text) == ids, repr(text)
         assert tokenizer.decode(ids) == pieces.decode(ids)
     assert tokenizer.vocabulary.specials == {"<s>": 1, "</s>": 2, "<|user|>": 3, "<|assistant|>": 4}
-    assert tokenizer.begin == [1] and tokenizer.stops == (2,) and tokenizer.template == chat_template("tiny")
+    assert tokenizer.bos_ids == [1] and tokenizer.stop_ids == (2,)
+    assert tokenizer.template == chat_template("tiny")
 
 
 def byte_level(tmp_path, **how):
@@ -269,7 +270,7 @@ def test_a_byte_level_tokenizer_gives_the_ids_of_the_original(pre, steps, tmp_pa
     split = tokenizer.encode("12345")
     assert len(split) == {"gpt-2": 1, "smollm": 5}[pre]
     assert tokenizer.vocabulary.specials == {name: i for i, name in enumerate(CHATML)}
-    assert tokenizer.begin == []
+    assert tokenizer.bos_ids == []
 
 
 LLAMA3_SPECIALS = ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
@@ -314,9 +315,9 @@ def test_a_begin_token_is_added_if_the_file_says_so(tmp_path):
     keys = {**byte_level_keys(), "tokenizer.ggml.add_bos_token": True}
     llama = random_llama(vocab_size=len(keys["tokenizer.ggml.tokens"]))
     tokenizer = load_source(str(whole(tmp_path / "x.gguf", llama, keys)), chat="chatml")[1]
-    assert tokenizer.begin == [0]
+    assert tokenizer.bos_ids == [0]
     assert 0 not in tokenizer.encode("fox")
-    assert tokenizer.chat_prompt("fox").count(0) == 2  # those of the template
+    assert tokenizer.encode_prompt("fox").count(0) == 2  # those of the template
 
 
 CHATML_JINJA = ("{{ '<|im_start|>system\nYou are kind.<|im_end|>\n' }}{% for m in messages %}"
@@ -330,7 +331,7 @@ def test_the_files_chat_template_is_recognised_and_another_can_be_named(tmp_path
     expected = "<|im_start|>system\nYou are kind.<|im_end|>\n" + chat_template("chatml")
     assert load_source(str(path))[1].template == expected
     (tmp_path / "mine.txt").write_text("{prompt}<|im_start|>{response}<|endoftext|>")
-    assert load_source(str(path), chat=f"{tmp_path}/mine.txt")[1].stops == (2, 1)
+    assert load_source(str(path), chat=f"{tmp_path}/mine.txt")[1].stop_ids == (2, 1)
 
 
 def test_a_package_with_a_file_is_a_source(tmp_path, monkeypatch):

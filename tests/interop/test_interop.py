@@ -17,12 +17,14 @@ from tiny import (
 )
 
 from minisr.interop import hf
+from minisr.interop.chat_templates import chat_template
 from minisr.interop.names import config_from_hf
 from minisr.interop.source import load_source
+from minisr.interop.tokenizer_json import TokenizerJSON
 from minisr.model import frequencies
 from minisr.runner.checkpoint import load_model
 from minisr.sampler import SampleConfig, sample
-from minisr.tokenizer import Tokenizer, TokenizerJSON, chat_template
+from minisr.tokenizer import Tokenizer
 
 transformers = pytest.importorskip("transformers")
 library = pytest.importorskip("tokenizers")
@@ -151,14 +153,14 @@ def test_rotary_frequencies_are_those_of_transformers_to_the_last_bit(width, the
 def test_greedy_generation_after_export_gives_our_samplers_ids(random_decoder, tmp_path):
     tokenizer = tiny_tokenizer()
     model = random_decoder(vocab_size=len(tokenizer))
-    model.head.weight.data[tokenizer.eos] *= 1.5  # else hardly an answer would end
+    model.head.weight.data[tokenizer.eos_id] *= 1.5  # else hardly an answer would end
     hf.export(model, tokenizer, tmp_path)
     llama = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
     assert llama.generation_config.to_diff_dict() == transformers.GenerationConfig.from_pretrained(
         tmp_path).to_diff_dict()
-    prompts = [tokenizer.chat_prompt(text) for text in NASTY[:16]]
+    prompts = [tokenizer.encode_prompt(text) for text in NASTY[:16]]
     ours = sample(model, prompts, 1, SampleConfig(temperature=0.0, max_new_tokens=40), key=0,
-                  stop=tokenizer.stops)
+                  stop=tokenizer.stop_ids)
     assert {one.finished for one, in ours} == {True, False}
     for prompt, (one,) in zip(prompts, ours):
         theirs = llama.generate(torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt)),

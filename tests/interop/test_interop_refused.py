@@ -8,9 +8,9 @@ import torch
 from test_wrong_input import Evil, in_process, one_line, snapshot
 from tiny import as_bin, as_folder, change, random_llama, tiny_model, tiny_tokenizer
 
+from minisr import InputError
 from minisr.interop import hf
 from minisr.interop.source import load_source, resolve
-from minisr.runner.files import InputError
 
 safetensors = pytest.importorskip("safetensors.torch")
 pytest.importorskip("tokenizers")

@@ -11,10 +11,11 @@ from nasty import NASTY
 from minisr.fast.cache import KVCache
 from minisr.fast.step import Step
 from minisr.interop import hf
+from minisr.interop.chat_templates import chat_template
 from minisr.interop.sentencepiece_json import tokenizer_json
 from minisr.interop.source import load_source
 from minisr.sampler import SampleConfig, sample
-from minisr.tokenizer import SentencePiece, Tokenizer, chat_template
+from minisr.tokenizer import SentencePiece, Tokenizer
 
 pytestmark = pytest.mark.slow
 NO_TOKEN = -1  # a stop that never comes
@@ -79,7 +80,7 @@ def reference(path):
 @pytest.fixture(scope="session")
 def prompts(ours):
     tokenizer = ours[1]
-    return [*map(tokenizer.chat_prompt, CHATS), *map(tokenizer.encode, RAW)]
+    return [*map(tokenizer.encode_prompt, CHATS), *map(tokenizer.encode, RAW)]
 
 
 def cached(model, ids, alone=16):
@@ -150,8 +151,8 @@ def test_the_chat_template_of_the_file_is_recognised(path, ours, reference):
     for prompt in CHATS:
         text = auto.apply_chat_template([{"role": "user", "content": prompt}], tokenize=False,
                                         add_generation_prompt=True)
-        assert ours[1].chat_prompt(prompt) == reference.encode(text).ids
-    assert ours[1].stops == (2, 0)  # <|im_end|>, <|endoftext|>
+        assert ours[1].encode_prompt(prompt) == reference.encode(text).ids
+    assert ours[1].stop_ids == (2, 0)  # <|im_end|>, <|endoftext|>
 
 
 @torch.no_grad()
@@ -192,8 +193,8 @@ def test_a_prompt_in_llama2s_template_is_begin_and_text(content, pieces):
     assert len(tokenizer) == 32000
     for text in NASTY:
         assert tokenizer.encode(text) == pieces.encode(text)
-        assert tokenizer.chat_prompt(text) == [pieces.bos_id(), *pieces.encode(f"[INST] {text} [/INST]")]
-        ids, mask = tokenizer.chat(text, text)
+        assert tokenizer.encode_prompt(text) == [pieces.bos_id(), *pieces.encode(f"[INST] {text} [/INST]")]
+        ids, mask = tokenizer.encode_chat(text, text)
         answer = [*pieces.encode(text), pieces.eos_id()]
         assert ids[-len(answer):] == answer and mask.index(True) == len(ids) - len(answer)
 

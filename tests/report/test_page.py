@@ -11,13 +11,14 @@ from types import SimpleNamespace
 import pytest
 from nasty import NASTY
 
+from minisr import InputError
 from minisr.cli import main
 from minisr.evaluate import answer_metrics, histogram, judge_metrics, win_rates
 from minisr.report import figures, markup, page
 from minisr.report.page import write_page
 from minisr.runner.config import load_config, to_toml
 from minisr.runner.experiment import COLUMNS, compared_markdown, markdown, mean_and_interval
-from minisr.runner.files import InputError, read_json, read_jsonl, write_json
+from minisr.runner.files import read_json, read_jsonl, write_json
 from minisr.worlds.tiny import oracle
 
 pytest.importorskip("matplotlib")

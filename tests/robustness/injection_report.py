@@ -9,11 +9,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import mean
 
+from minisr import InputError
 from minisr.judge import judge, reward
 from minisr.rng import key
 from minisr.runner.checkpoint import load_model
 from minisr.runner.config import load_config
-from minisr.runner.files import InputError, read_jsonl
+from minisr.runner.files import read_jsonl
 from minisr.runner.run import Run
 from minisr.worlds.tiny import oracle
 

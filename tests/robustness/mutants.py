@@ -93,9 +93,10 @@ FAULTS = {
          "prompt * 0x8CB92BA72F3D8DD7 + n * 0xD1B54A32D192ED03", "(prompt + n) * 0x8CB92BA72F3D8DD7"),
         ("shift of a negative number keeps its sign", "(x >> bits) & (2 ** (64 - bits) - 1)", "x >> bits")],
     ("tokenizer", "sft"): [
-        ("prompt tokens are trained", "[False] * len(asked)", "[True] * len(asked)"),
+        ("prompt tokens are trained", "[False] * len(prompt_ids)", "[True] * len(prompt_ids)"),
         ("responses have no end",
-         "[*self.encode(response + self._closing), self.eos]", "self.encode(response + self._closing)")],
+         "[*self.encode(response + self._after_response), self.eos_id]",
+         "self.encode(response + self._after_response)")],
     ("sft", "sft"): [
         ("padding is trained", "mask + [False] *", "mask + [True] *"),
         ("a state predicts its own token", "F.pad(counts, (0, 1))", "F.pad(counts, (1, 0))"),

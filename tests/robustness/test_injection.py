@@ -14,13 +14,15 @@ import pytest
 from tiny import byte_level_json, speaker, tiny_tokenizer
 
 from minisr.cli import main
+from minisr.interop.chat_templates import chat_template
+from minisr.interop.tokenizer_json import TokenizerJSON
 from minisr.judge import JudgeConfig, Judgement, judge, judge_prompt, load_template, parse_score, reward
 from minisr.pairs import select_pairs
 from minisr.report.show import EXAMPLE
 from minisr.runner.checkpoint import save_model
 from minisr.runner.files import read_jsonl, write_jsonl
 from minisr.runner.run import ENGLISH_TEMPLATE, WORLD_TEMPLATE
-from minisr.tokenizer import Tokenizer, TokenizerJSON, chat_template
+from minisr.tokenizer import Tokenizer
 from minisr.worlds.tiny import oracle
 
 RECORDS = read_jsonl(Path(__file__).with_name("hostile.jsonl"), "hostile answers", ("name", "response"))
@@ -48,8 +50,8 @@ def judged(says: str, template: str) -> dict[str, Judgement]:
 
 def too_long(template: str, says: str) -> set[str]:
     """Answers that leave no room in the context for what the judge says."""
-    tokenizer, said = tiny_tokenizer(), len(tiny_tokenizer().answer(says))
-    return {name for name, response in HOSTILE.items() if said + len(tokenizer.chat_prompt(
+    tokenizer, said = tiny_tokenizer(), len(tiny_tokenizer().encode_response(says))
+    return {name for name, response in HOSTILE.items() if said + len(tokenizer.encode_prompt(
         judge_prompt(TEMPLATES[template], EXAMPLE, response))) > CONTEXT}
 
 
@@ -115,13 +117,13 @@ def chat_tokenizer(chat: str) -> Tokenizer:
 def test_special_tokens_are_those_of_the_template_alone(chat):
     tokenizer = chat_tokenizer(chat)
     special = set(tokenizer.vocabulary.specials.values())
-    plain = [i for i in tokenizer.chat_prompt("") if i in special]
+    plain = [i for i in tokenizer.encode_prompt("") if i in special]
     assert len(plain) >= 1
     for name, response in HOSTILE.items():
         assert special.isdisjoint(tokenizer.encode(response)), name
-        asked = tokenizer.chat_prompt(judge_prompt(TEMPLATES["english"], EXAMPLE, response))
+        asked = tokenizer.encode_prompt(judge_prompt(TEMPLATES["english"], EXAMPLE, response))
         assert [i for i in asked if i in special] == plain, name
-        assert special & set(tokenizer.answer(response)[:-1]) == set(), name
+        assert special & set(tokenizer.encode_response(response)[:-1]) == set(), name
 
 
 def test_hostile_answers_win_and_lose_nothing_by_their_own_text():

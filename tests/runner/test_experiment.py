@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from minisr import InputError
 from minisr.cli import main
 from minisr.runner.config import load_config, to_toml
 from minisr.runner.experiment import (
@@ -24,7 +25,7 @@ from minisr.runner.experiment import (
     share,
     table,
 )
-from minisr.runner.files import InputError, read_json, write_json
+from minisr.runner.files import read_json, write_json
 from minisr.runner.stop import Stop
 
 PLANS = Path(__file__).parents[2] / "tiny_configs" / "experiments"

@@ -13,6 +13,7 @@ from statistics import mean
 import pytest
 import torch
 
+from minisr import InputError
 from minisr.cli import main
 from minisr.judge import judge
 from minisr.prompts import normal
@@ -21,7 +22,7 @@ from minisr.runner import stages
 from minisr.runner.checkpoint import SEED_MODEL, load_model
 from minisr.runner.config import load_config
 from minisr.runner.experiment import share
-from minisr.runner.files import InputError, jsonl_bytes, read_json, read_jsonl, write_jsonl
+from minisr.runner.files import jsonl_bytes, read_json, read_jsonl, write_jsonl
 from minisr.runner.metrics import making
 from minisr.runner.resume import locked, write_sealed
 from minisr.runner.run import WORLD_TEMPLATE, Run
@@ -226,9 +227,10 @@ def test_a_log_probability_is_kept_only_of_the_tokens_that_training_will_see(cop
     model = Model(Run(copy, load_config(copy / "config.toml")), "M1")
     tokenizer, text = model.load()[1], "Once there was a fox."
     letters = ["▁", *text.replace(" ", "▁")]
-    whole, apart = tokenizer.answer(text), [tokenizer.vocabulary.pieces.piece_to_id(c) for c in letters]
+    whole = tokenizer.encode_response(text)
+    apart = [tokenizer.vocabulary.pieces.piece_to_id(c) for c in letters]
     assert tokenizer.decode(whole) == tokenizer.decode(apart) == text and apart[0] > 2
-    drawn = [Sample(whole, True, -1.5), Sample([*apart, tokenizer.eos], True, -2.5),
+    drawn = [Sample(whole, True, -1.5), Sample([*apart, tokenizer.eos_id], True, -2.5),
              Sample(whole[:-1], False)]
     monkeypatch.setattr(stages, "sample", lambda *_, **__: [drawn])
     (copy / "M1/responses.jsonl").unlink()
@@ -240,12 +242,12 @@ def test_a_response_that_training_could_not_hold_counts_as_cut_off(copy, monkeyp
     # It ended in time, but the same text in training's tokens is longer than what is left of the context.
     model = Model(Run(copy, load_config(copy / "config.toml")), "M1")
     decoder, tokenizer = model.load()
-    room = decoder.config.max_seq_len - len(tokenizer.chat_prompt("News?"))
+    room = decoder.config.max_seq_len - len(tokenizer.encode_prompt("News?"))
     answers = {text: [5] * length for text, length in (("fits", room), ("one more", room + 1))}
     drawn = [Sample([text], True, -1.5) for text in answers]
     monkeypatch.setattr(stages, "sample", lambda *_, **__: [drawn])
     monkeypatch.setattr(tokenizer, "decode", lambda ids: ids[0])
-    monkeypatch.setattr(tokenizer, "answer", answers.get)
+    monkeypatch.setattr(tokenizer, "encode_response", answers.get)
     (copy / "M1/responses.jsonl").unlink()
     [record] = model.respond([{"prompt": "News?"}])
     assert (record["responses"], record["finished"]) == (["fits", "one more"], [True, False])

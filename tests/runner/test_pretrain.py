@@ -46,8 +46,8 @@ def test_the_text_is_whole_documents_with_an_end_as_many_as_asked_for(tokenizer,
     lengths = [len(ids) for ids, _ in documents]
     assert sum(lengths[:-1]) < 4_000 <= sum(lengths) and max(lengths) == 64
     for ids, mask in documents:
-        assert mask == [True] * len(ids) and ids[0] == tokenizer.begin[0]
-        assert tokenizer.eos not in ids[:-1] and (ids[-1] == tokenizer.eos or len(ids) == 64)
+        assert mask == [True] * len(ids) and ids[0] == tokenizer.bos_ids[0]
+        assert tokenizer.eos_id not in ids[:-1] and (ids[-1] == tokenizer.eos_id or len(ids) == 64)
     assert documents == _documents(tokenizer, config)
 
 

@@ -15,9 +15,9 @@ import pytest
 import torch
 from tiny import PAIRS, tiny_model, tiny_tokenizer
 
-from minisr import train
+from minisr import InputError, train
 from minisr.dpo import DPOConfig, train_dpo
-from minisr.runner.files import InputError, write_json
+from minisr.runner.files import write_json
 from minisr.runner.resume import Journal, TrainingState, check_seal, locked, write_sealed
 from minisr.runner.stop import Stop
 from minisr.sampler import SampleConfig, sample

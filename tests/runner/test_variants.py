@@ -6,13 +6,13 @@ import pytest
 import torch
 from tiny import PAIRS, tiny_model, tiny_tokenizer
 
-from minisr import dpo
+from minisr import InputError, dpo
 from minisr.dpo import DPOConfig, dpo_loss, known_logps, train_dpo
 from minisr.loop import run_loop
 from minisr.pairs import agreement, select_pairs
 from minisr.prompts import PromptConfig, prompts_of_people
 from minisr.runner.config import Config, load_config
-from minisr.runner.files import InputError, read_json, read_jsonl
+from minisr.runner.files import read_json, read_jsonl
 from minisr.runner.run import Run
 
 

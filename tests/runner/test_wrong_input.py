@@ -10,10 +10,12 @@ import pytest
 import torch
 from tiny import tiny_model, tiny_tokenizer
 
+from minisr import InputError
 from minisr.cli import main
+from minisr.interop.chat_templates import chat_template
 from minisr.runner.checkpoint import digest, save_model
 from minisr.runner.config import load_config
-from minisr.runner.files import InputError, write_jsonl
+from minisr.runner.files import write_jsonl
 from minisr.runner.run import Run
 from minisr.tokenizer import train_tokenizer
 
@@ -193,7 +195,7 @@ def broken_hashes(at):
 @case("tokenizer.model has 310 pieces", "the model 500", "do not belong together")
 def tokenizer_of_another_size(at):
     unsealed(at)
-    other = train_tokenizer(["Once there was a fox. It felt sad. The end."] * 9, 310)
+    other = train_tokenizer(["Once there was a fox. It felt sad. The end."] * 9, 310, chat_template("tiny"))
     assert len(other) != len(tiny_tokenizer())
     (at / "M0/tokenizer.model").write_bytes(other.vocabulary.content)
     return chat(at)
