@@ -47,13 +47,13 @@ def main(arguments: list[str] | None = None) -> int:
 def run(options) -> None:
     """Close the loop: everything from seed data to the table."""
     Stop.on_signals()
-    from minisr.loop import run_loop
+    from minisr.runner.steps import run_loop
     from minisr.report.show import show_answers
     from minisr.report.table import LEGEND, line, table
-    from minisr.runner.resume import locked
+    from minisr.runner.storage import folder_lock
     run = _open_run(options)
-    with locked(run.folder):
-        metrics = run_loop(run, after=lambda so_far: print(line(so_far), flush=True))
+    with folder_lock(run.folder):
+        metrics = run_loop(run, on_evaluated=lambda so_far: print(line(so_far), flush=True))
     print()
     print(table(metrics))
     print(f"\n{LEGEND}\nFiles: {run.folder}/ (metrics.json; M1/prompts.jsonl, responses.jsonl, "
@@ -95,10 +95,11 @@ def report(options) -> None:
 
 def evaluate(options) -> None:
     """Evaluate the models a run has so far, making what is missing, and print the table."""
-    from minisr.loop import evaluate, finished_models
+    from minisr.runner.evaluation import evaluate, export_answers
+    from minisr.runner.steps import finished_models, keep
     from minisr.report.table import LEGEND, table
     from minisr.runner.config import load_config
-    from minisr.runner.resume import locked
+    from minisr.runner.storage import folder_lock
     from minisr.runner.run import Run
     from minisr.runner.seed_data import read_prompts
     if options.prompts and not options.export:
@@ -108,14 +109,14 @@ def evaluate(options) -> None:
     if not models:
         raise InputError(f"{options.run} has no trained model yet; minisr run makes them")
     if options.export:
-        prompts = read_prompts(options.prompts) if options.prompts else run.evaluation()
+        prompts = read_prompts(options.prompts) if options.prompts else run.evaluation_prompts
         for model in models:
-            model.export_answers(prompts, options.export / f"{model.name}.json")
+            export_answers(model, prompts, options.export / f"{model.name}.json")
         print(f"Answers of {', '.join(model.name for model in models)} to {len(prompts)} prompts are in "
               f"{options.export}/, one file a model, in AlpacaEval's format")
         return
-    with locked(run.folder):
-        print(table(evaluate(run, models)))
+    with folder_lock(run.folder):
+        print(table(evaluate(run, models, keep)))
     print(f"\n{LEGEND}")
 
 
@@ -131,8 +132,8 @@ def show(options) -> None:
 def chat(options) -> None:
     """Ask a model; it answers several times and judges each answer."""
     from minisr.report.show import chat
-    from minisr.sampler import SampleConfig
-    config = SampleConfig(temperature=options.temperature, max_new_tokens=options.max_new_tokens)
+    from minisr.sampler import SamplingConfig
+    config = SamplingConfig(temperature=options.temperature, max_new_tokens=options.max_new_tokens)
     chat(options.model, options.ask, options.n, options.template, config, options.seed)
 
 

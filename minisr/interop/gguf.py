@@ -13,7 +13,8 @@ import torch
 from minisr import InputError
 from minisr.interop.names import recognise_chat, weights_from
 from minisr.interop.tokenizer_json import TokenizerJSON
-from minisr.model import ModelConfig, frequencies, part_rows
+from minisr.interop.shape import fused_weight_sizes, model_config
+from minisr.model import ModelConfig, rope_frequencies
 from minisr.runner.checkpoint import assemble, check_sizes, first_line
 from minisr.runner.files import need
 from minisr.tokenizer import SentencePiece, Tokenizer
@@ -78,7 +79,7 @@ def read_config(about: dict, tensors: dict, path: Path) -> ModelConfig:
     try:
         n_heads = about["llama.attention.head_count"]
         linear = about.get("llama.rope.scaling.factor", 1.0)
-        config = ModelConfig(
+        config = model_config(
             vocab_size=int(tensors["token_embd.weight"].shape[1]),
             dim=about["llama.embedding_length"],
             n_layers=about["llama.block_count"],
@@ -102,7 +103,7 @@ def _llama3_scaling(config: ModelConfig, tensors: dict, path: Path) -> ModelConf
         return config
     divisors = torch.from_numpy(tensors["rope_freqs.weight"].data.copy()).float()
     scaled = replace(config, rope_scaling=(float(divisors.max()), 1.0, 4.0, 8192.0))
-    if not torch.allclose(frequencies(config, "cpu") / frequencies(scaled, "cpu"), divisors, rtol=1e-3):
+    if not torch.allclose(rope_frequencies(config, "cpu") / rope_frequencies(scaled, "cpu"), divisors, rtol=1e-3):
         raise InputError(f"{path}: rope_freqs is no scaling of Llama 3's kind")
     return scaled
 
@@ -115,7 +116,7 @@ def read_weights(library, tensors: dict, config: ModelConfig, path: Path) -> dic
     weights = weights_from(config, tensors, path, WEIGHTS, read)
     for name, weight in weights.items():
         if "qkv_proj" in name:
-            q, k, v = weight.split(part_rows(name, config))
+            q, k, v = weight.split(fused_weight_sizes(name, config))
             weights[name] = torch.cat([*(neighbours_to_halves(x, config.head_dim) for x in (q, k)), v])
     return weights
 

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from minisr import InputError
 from minisr.interop.chat_templates import chat_template
-from minisr.model import ModelConfig, part_rows
+from minisr.interop.shape import fused_weight_sizes, model_config
+from minisr.model import ModelConfig
 
 # Ours -> Hugging Face's, in the order in which ours holds them; "{}" is the number of the block.
 WEIGHTS = {
@@ -48,7 +49,7 @@ def weights_from(config: ModelConfig, stored: dict, where, weights: dict = WEIGH
         if missing := [part for part in theirs if part not in stored]:
             raise InputError(f"{where}: no weight {missing[0]} in its files; the checkpoint is not complete")
         parts = [read(stored.pop(part)) for part in theirs]
-        for part, tensor, rows in zip(theirs, parts, part_rows(name, config)):
+        for part, tensor, rows in zip(theirs, parts, fused_weight_sizes(name, config)):
             if tensor.shape != (rows, config.dim) or not tensor.is_floating_point():
                 raise InputError(f"{where}: the model's shape and weights do not agree: {part} is "
                                  f"{tensor.dtype} {list(tensor.shape)}, not {[rows, config.dim]} numbers")
@@ -60,7 +61,7 @@ def weights_to_hf(config: ModelConfig, weights: dict[str, Tensor]) -> dict[str, 
     """The way back: not a number changes."""
     theirs = {}
     for ours, names in weight_names(config).items():
-        theirs |= dict(zip(names, weights[ours].split(part_rows(ours, config) or len(weights[ours]))))
+        theirs |= dict(zip(names, weights[ours].split(fused_weight_sizes(ours, config) or len(weights[ours]))))
     return theirs
 
 
@@ -76,7 +77,7 @@ def config_from_hf(theirs: dict, where) -> ModelConfig:
     shape = {ours: theirs[name] for name, ours in SHAPE.items() if theirs.get(name) is not None}
     shape.setdefault("n_kv_heads", shape["n_heads"])
     try:
-        return ModelConfig(**shape, head_dim=theirs.get("head_dim") or 0,
+        return model_config(**shape, head_dim=theirs.get("head_dim") or 0,
                            rope_theta=float(rope.get("rope_theta", 10000.0)), rope_scaling=_scaling(rope),
                            tie_embeddings=bool(theirs.get("tie_word_embeddings", False)))
     except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:

@@ -8,11 +8,12 @@ import torch
 from minisr import InputError, dpo, judge
 from minisr.interop.chat_templates import chat_template
 from minisr.interop.source import load_source
-from minisr.rng import key
+from minisr.rng import derive_seed
 from minisr.runner.checkpoint import load_model
 from minisr.runner.files import printable, read_jsonl
-from minisr.runner.run import ENGLISH_TEMPLATE, WORLD_TEMPLATE
-from minisr.sampler import SampleConfig, sample
+from minisr.runner.engine import best_lm
+from minisr.runner.run import ENGLISH_TEMPLATE, WORLD_TEMPLATE, load_template
+from minisr.sampler import SamplingConfig
 from minisr.worlds.tiny import oracle
 
 EXAMPLE = "Write a story about a sad pig at the river."
@@ -60,16 +61,16 @@ def _show_training(run: Path, name: str, pair: dict) -> None:
         return
     print(f"{'log p(y|x)':14}{'chosen':>10}{'rejected':>10}{'difference':>12}")
     for which in (name, successor):
-        model, tokenizer = load_model(run / which)
-        encoded = dpo.encode_pairs(tokenizer, [pair], model.config.max_seq_len)
+        lm = best_lm(*load_model(run / which))
+        encoded = dpo.encode_pairs(lm, [pair])
         with torch.no_grad():
-            chosen, rejected, _ = (value.item() for value in dpo.pair_logps(model, encoded))
+            chosen, rejected = (value.item() for value in lm.pair_logps(encoded))
         print(f"{which:14}{chosen:10.2f}{rejected:10.2f}{chosen - rejected:12.2f}")
     if sys.stdout.isatty():  # colours mean nothing in a file
         print("\nwhat bears loss (green):")
         prompt, *sides = encoded[0]
         for side in sides:
-            print(colorize_loss_mask(tokenizer, prompt + side, [False] * len(prompt) + [True] * len(side)))
+            print(colorize_loss_mask(lm.tokenizer, prompt + side, [False] * len(prompt) + [True] * len(side)))
 
 
 def colorize_loss_mask(tokenizer, ids: list[int], mask: list[bool]) -> str:
@@ -93,24 +94,24 @@ def show_answers(run: Path, count: int) -> None:
             print(f"{name:4} " + printable(answer["sampled"]).replace("\n", "\n     ") + points + "\n")
 
 
-def chat(source: str, question: str | None, n: int, template: Path | None, config: SampleConfig,
+def chat(source: str, question: str | None, n: int, template: Path | None, config: SamplingConfig,
          seed: int) -> None:
     """Answer a question n times and judge each answer; without a question, ask for one after another."""
     if not 1 <= n <= 64 or config.temperature < 0 or config.max_new_tokens < 1 \
             or question is not None and not question.strip():
         raise InputError("chat takes a question that is not empty, 1 to 64 answers, a temperature from 0 up, "
                          "1 new token or more")
-    model, tokenizer = load_source(source)
-    own = WORLD_TEMPLATE if in_world(tokenizer) else ENGLISH_TEMPLATE
-    judge_template = judge.load_template(template or own)
+    lm = best_lm(*load_source(source))
+    own = WORLD_TEMPLATE if in_world(lm.tokenizer) else ENGLISH_TEMPLATE
+    judge_template = load_template(template or own)
     if question is not None:
-        _answer(model, tokenizer, question, n, judge_template, config, seed)
+        _answer(lm, question, n, judge_template, config, seed)
         return
     if sys.stdin.isatty():
         print(f"Ask something, e.g. {EXAMPLE}   (Ctrl-D ends)")
     for turn, line in enumerate(filter(str.strip, sys.stdin)):
         try:
-            _answer(model, tokenizer, line.strip(), n, judge_template, config, seed + turn)
+            _answer(lm, line.strip(), n, judge_template, config, seed + turn)
         except InputError as error:  # one question too long is no reason to hang up
             print(error, file=sys.stderr)
 
@@ -120,12 +121,12 @@ def in_world(tokenizer) -> bool:
     return tokenizer.template == chat_template("tiny")
 
 
-def _answer(model, tokenizer, question, n, template, config, seed) -> None:
-    [drawn] = sample(model, [tokenizer.encode_prompt(question)], n, config, key=key(seed, "chat"),
-                     stop=tokenizer.stop_ids)
+def _answer(lm, question, n, template, config, seed) -> None:
+    tokenizer = lm.tokenizer
+    [drawn] = lm.sample([tokenizer.encode_prompt(question)], n, config, derive_seed(seed, "chat"), tokenizer.stop_ids)
     texts = [tokenizer.decode(s.ids) for s in drawn]
-    judged = judge.judge(model, tokenizer, template, [question] * n, texts,
-                         judge.JudgeConfig(max_new_tokens=config.max_new_tokens), key(seed, "chat judge"))
+    judged = judge.judge(lm, template, [question] * n, texts,
+                         judge.JudgeConfig(max_new_tokens=config.max_new_tokens), derive_seed(seed, "chat judge"))
     for text, judgements in sorted(zip(texts, judged), key=lambda tj: -(judge.reward(tj[1]) or 0)):
         reward = judge.reward(judgements)
         read = [j for j in judgements if j.score is not None]

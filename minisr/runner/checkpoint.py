@@ -14,6 +14,7 @@ import torch
 
 from minisr import InputError
 from minisr.interop.chat_templates import chat_template
+from minisr.interop.shape import MODEL_KEYS_RENAMED, model_config
 from minisr.interop.tokenizer_json import TokenizerJSON
 from minisr.model import Decoder, ModelConfig
 from minisr.runner.files import (
@@ -28,11 +29,6 @@ from minisr.runner.files import (
 from minisr.tokenizer import SentencePiece, Tokenizer
 
 SEED_MODEL = Path(__file__).parents[1] / "worlds" / "tiny" / "M0"  # ships with minisr
-# Keys of ModelConfig as older model.pt files spell them -> their names now.
-MODEL_KEYS_RENAMED = {
-    "width": "dim", "layers": "n_layers", "heads": "n_heads", "kv_heads": "n_kv_heads", "hidden": "ffn_dim",
-    "context": "max_seq_len", "head_width": "head_dim", "tied": "tie_embeddings",
-}
 
 
 def save_model(folder: Path, model: Decoder, tokenizer: Tokenizer, meta: dict) -> None:
@@ -41,13 +37,13 @@ def save_model(folder: Path, model: Decoder, tokenizer: Tokenizer, meta: dict) -
                if not (model.config.tie_embeddings and name == "head.weight")}
     with writing(folder / "model.pt") as file:
         torch.save({"config": asdict(model.config), "weights": weights}, file)
-    for name, content in tokenizer.files.items():
+    for name, content in tokenizer_files(tokenizer).items():
         write_bytes(folder / name, content)
-    files = {name: digest(content) for name, content in tokenizer.files.items()}
+    files = {name: digest(content) for name, content in tokenizer_files(tokenizer).items()}
     write_json(folder / "meta.json", {"hash": file_digest(folder / "model.pt"), "files": files, **meta})
 
 
-def load_model(folder: Path, device: str = "cpu") -> tuple[Decoder, Tokenizer]:
+def load_model(folder: Path, device: str = "cpu", dtype: torch.dtype | None = None) -> tuple[Decoder, Tokenizer]:
     """The model and tokenizer of a folder, in eval mode. InputError names what is wrong with it."""
     folder = Path(folder)
     recorded = model_hash(folder)
@@ -65,7 +61,7 @@ def load_model(folder: Path, device: str = "cpu") -> tuple[Decoder, Tokenizer]:
             raise TypeError("model.pt holds something else")
         config = {MODEL_KEYS_RENAMED.get(key, key): value for key, value in stored["config"].items()}
         config.pop("dropout", None)  # of the first versions; it belongs to a training
-        model = assemble(ModelConfig(**config), stored["weights"], device)
+        model = assemble(model_config(**config), stored["weights"], device, dtype)
         tokenizer = load_tokenizer(folder)
     except InputError:
         raise
@@ -78,15 +74,23 @@ def load_model(folder: Path, device: str = "cpu") -> tuple[Decoder, Tokenizer]:
     return model, tokenizer
 
 
-def assemble(config: ModelConfig, weights: dict[str, torch.Tensor], device: str = "cpu") -> Decoder:
-    """A decoder in eval mode with these weights: float32, on a GPU bfloat16."""
+def assemble(config: ModelConfig, weights: dict[str, torch.Tensor], device: str = "cpu",
+             dtype: torch.dtype | None = None) -> Decoder:
+    """A decoder in eval mode with these weights, by default in float32, on a GPU in bfloat16."""
     with torch.device("meta"):  # no memory, no random numbers for weights that are replaced at once
         model = Decoder(config)
     if config.tie_embeddings:
         weights = {**weights, "head.weight": weights["embed.weight"]}
     model.load_state_dict(weights, assign=True)
-    model.tie()
-    return model.to(device, torch.bfloat16 if "cuda" in device else torch.float32).eval()
+    model.tie_weights()
+    default = torch.bfloat16 if "cuda" in device else torch.float32
+    return model.to(device, dtype or default).eval()
+
+
+def tokenizer_files(tokenizer: Tokenizer) -> dict[str, bytes]:
+    """What a model folder stores of a tokenizer, by file name."""
+    vocabulary = tokenizer.vocabulary
+    return {vocabulary.FILE: vocabulary.content, "chat.txt": tokenizer.template.encode()}
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:

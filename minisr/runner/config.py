@@ -102,6 +102,7 @@ class PretrainConfig:
 
     seed: int = 0
     threads: int = 2
+    engine: str = "fast"
     tokens: int = 12_000_000  # of text
     tokenizer_documents: int = 5000
     model: ModelConfig = field(default_factory=ModelConfig)

@@ -113,6 +113,15 @@ class RunLM:
         return optimizer
 
 
+def best_lm(model, tokenizer) -> LM:
+    """The fast engine if it is installed, else the plain one, for use outside of a run."""
+    try:
+        from minisr.fast import FastLM
+    except ImportError:
+        return LM(model, tokenizer)
+    return FastLM(model, tokenizer)
+
+
 def compute_within_memory(compute, batch: list[int]) -> list:
     """compute(batch); where memory runs out, one half of it and then the other."""
     try:

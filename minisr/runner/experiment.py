@@ -27,7 +27,7 @@ import numpy as np
 from tqdm import tqdm
 
 from minisr import InputError
-from minisr.judge import load_template
+from minisr.runner.run import load_template
 from minisr.runner.config import Config, differences, load_config, to_toml
 from minisr.runner.files import read_json, read_text, write_bytes, write_json
 from minisr.runner.stop import Stop

@@ -1,71 +1,102 @@
 """Text -> M0: a seed model pretrained on what the tiny world's people wrote.
 
-Each row of a batch is one document. With several packed into a row, a trial of width 96 had learned to copy
-one of the four sorts of words from request to answer after 12 M tokens; so, the same took 3 M.
+Each row of a batch is one document. With several documents packed into a row, a trial with dim = 96 had learned to copy
+one of the four kinds of words from request to answer after 12 M tokens; with one document a row, it took 3 M.
 """
 
+import io
+import math
 from pathlib import Path
 from random import Random
 
+import sentencepiece
 import torch
+from torch import nn
 from tqdm import tqdm
 
 from minisr import InputError
 from minisr.interop.chat_templates import chat_template
-from minisr.model import Decoder, init_weights
-from minisr.rng import key
+from minisr.model import Decoder
+from minisr.rng import derive_seed
 from minisr.runner.checkpoint import digest, save_model
 from minisr.runner.config import PretrainConfig, to_toml
-from minisr.runner.resume import TrainingState, locked
-from minisr.sft import schedule, target_loss_parts
-from minisr.tokenizer import Tokenizer, train_tokenizer
-from minisr.train import fit
+from minisr.runner.engine import Workspace, run_lm_class
+from minisr.runner.journal import TrainingState
+from minisr.runner.storage import folder_lock
+from minisr.sft import Example, mean_target_losses
+from minisr.tokenizer import SentencePiece, Tokenizer
+from minisr.train import make_batches
 from minisr.worlds.tiny import corpus
+
+USER, ASSISTANT = "<|user|>", "<|assistant|>"  # the special tokens of the chat template "tiny"
 
 
 def pretrain(config: PretrainConfig, folder: Path) -> None:
     """Train the tokenizer and the decoder on the world's text and save them as a model folder."""
     torch.set_num_threads(config.threads)
-    tokenizer = _tokenizer(config)
-    documents = _documents(tokenizer, config)
+    tokenizer = tokenizer_for(config)
+    documents = make_documents(tokenizer, config)
     model = Decoder(config.model)
-    init_weights(model, torch.Generator().manual_seed(key(config.seed, "weights")))
-    batches = schedule([len(ids) for ids, _ in documents], config.train.batch_size,
-                       config.train.epochs, key(config.seed, "order"))
+    init_weights(model, torch.Generator().manual_seed(derive_seed(config.seed, "weights")))
+    lm = run_lm_class(config.engine)(model, tokenizer)
+    batches = make_batches([len(document.ids) for document in documents], config.train,
+                           derive_seed(config.seed, "order"))
 
-    def loss_parts(batch, part_config):
-        for loss in target_loss_parts(model, [documents[i] for i in batch], part_config):
+    def loss_fn(batch, config):
+        for loss in mean_target_losses(lm, [documents[i] for i in batch], config):
             yield loss, {}
 
-    with locked(folder):
+    with folder_lock(folder):
         if (folder / "meta.json").exists():
-            raise InputError(f"{folder} holds a model already; choose another folder with --out")
-        fit(model, batches, loss_parts, config.train, "pretrain", folder / "train_log.jsonl", to_toml(config))
+            raise InputError(f"{folder} already holds a model; choose another folder with --out")
+        lm.workspace = Workspace("pretrain", training_folder=folder, training_made_from=(to_toml(config),))
+        lm.fit(batches, loss_fn, config.train)
         save_model(folder, model, tokenizer, {
             "made_by": "pretrain", "seed": config.seed, "torch": torch.__version__,
             "config_hash": digest(to_toml(config).encode())})
         TrainingState.remove(folder)
 
 
-def _tokenizer(config: PretrainConfig) -> Tokenizer:
-    rng = Random(key(config.seed, "tokenizer"))
+def tokenizer_for(config: PretrainConfig) -> Tokenizer:
+    rng = Random(derive_seed(config.seed, "tokenizer"))
     texts = (corpus.document(rng) for _ in range(config.tokenizer_documents))
+    lines = (line for text in texts for line in text.split("\n"))
     try:
-        return train_tokenizer((line for text in texts for line in text.split("\n")),
-                               config.model.vocab_size, chat_template("tiny"))
+        return train_tokenizer(lines, config.model.vocab_size, chat_template("tiny"))
     except RuntimeError as error:  # SentencePiece names the sizes that are possible
-        raise InputError(f"[model] vocab_size {config.model.vocab_size} does not suit the text: "
-                         f"{error}") from error
+        raise InputError(f"[model] vocab_size {config.model.vocab_size} does not suit the text: {error}") from error
 
 
-def _documents(tokenizer: Tokenizer, config: PretrainConfig) -> list[tuple]:
-    """(ids, mask) of documents of config.tokens tokens in all; every token but the first is a target."""
-    rng, documents, tokens = Random(key(config.seed, "text")), [], 0
-    with tqdm(total=config.tokens, desc="text", leave=False) as bar:
+def make_documents(tokenizer: Tokenizer, config: PretrainConfig) -> list[Example]:
+    """Documents of config.tokens tokens in total; every token but the first is a target."""
+    rng, documents, tokens = Random(derive_seed(config.seed, "text")), [], 0
+    with tqdm(total=config.tokens, desc="text", leave=False, disable=None) as bar:
         while tokens < config.tokens:
             ids = [*tokenizer.bos_ids, *tokenizer.encode(corpus.document(rng)), tokenizer.eos_id]
             ids = ids[:config.model.max_seq_len]
-            documents.append((ids, [True] * len(ids)))
+            documents.append(Example(ids, [True] * len(ids)))
             tokens += len(ids)
             bar.update(len(ids))
     return documents
+
+
+def train_tokenizer(texts, vocab_size: int, template: str) -> Tokenizer:
+    """Train a SentencePiece BPE model. The same texts give the same bytes."""
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(texts), model_writer=model, vocab_size=vocab_size,
+        model_type="bpe", character_coverage=1.0, byte_fallback=True, split_digits=False,
+        normalization_rule_name="identity", remove_extra_whitespaces=False,
+        user_defined_symbols=["\n"], control_symbols=[USER, ASSISTANT], num_threads=1,
+        minloglevel=2)
+    return Tokenizer(SentencePiece(model.getvalue()), template)
+
+
+def init_weights(model: Decoder, generator: torch.Generator) -> None:
+    """Normal with std 0.02. Matrices that write to the residual stream are scaled by 1 / sqrt(2 L), as in GPT-2."""
+    for name, weight in model.named_parameters():
+        if weight.dim() < 2:
+            continue
+        writes_to_residual = name.endswith(("out_proj.weight", "down_proj.weight"))
+        std = 0.02 / math.sqrt(2 * model.config.n_layers) if writes_to_residual else 0.02
+        nn.init.normal_(weight, std=std, generator=generator)

@@ -67,8 +67,8 @@ class Run:
 
     def load_lm(self, name: str) -> LM:
         """The model of this name, in the run's engine and dtype."""
-        model, tokenizer = load_model(self.folder / name, self.device)
-        lm = self.lm_class(model.to(self.dtype), tokenizer)
+        model, tokenizer = load_model(self.folder / name, self.device, self.dtype)
+        lm = self.lm_class(model, tokenizer)
         lm.workspace = self.workspace
         return lm
 

@@ -16,17 +16,16 @@ from pathlib import Path
 from random import Random
 
 from minisr import InputError
-from minisr.evaluate import pair_agreement
+from minisr.evaluate import ordered_correctly
 from minisr.judge import MAX_SCORE, JudgeConfig, judge, judge_prompt, parse_score
-from minisr.rng import key as coordinates
+from minisr.rng import derive_seed
 from minisr.runner.files import read_json, read_jsonl
-from minisr.runner.resume import UNKEPT
 from minisr.worlds.tiny import corpus
 
 ENGLISH = Path(__file__).parents[1] / "worlds" / "english"  # written for minisr
 
 
-def held_out_and_seeds(config, seed: int) -> dict[str, list[dict]]:
+def build_seed_data(config, seed: int) -> dict[str, list[dict]]:
     """Every data set that needs no model, by file name."""
     if config.source == "world":
         return _of_the_world(config, seed)
@@ -35,7 +34,7 @@ def held_out_and_seeds(config, seed: int) -> dict[str, list[dict]]:
 
 def _of_the_world(config, seed: int) -> dict[str, list[dict]]:
     def rng(name):
-        return Random(coordinates(seed, "seed data", name))
+        return Random(derive_seed(seed, "seed data", name))
 
     evaluation = corpus.evaluation_prompts(rng("evaluation"), config.evaluation)
     return {
@@ -126,19 +125,18 @@ def eft_by_annotator(ranked: list[dict], template: str, reasons: bool = True) ->
             zip(record["responses"], record["reasons"] if reasons else repeat(""), record["scores"])]
 
 
-def eft_by_baseline(model, tokenizer, ranked: list[dict], template: str, config: JudgeConfig,
-                    key: int, journal=UNKEPT) -> list[dict]:
+def eft_by_baseline(lm, ranked: list[dict], template: str, config: JudgeConfig, seed: int) -> list[dict]:
     """EFT records written by the SFT baseline, kept where it ranks a prompt's responses rightly.
 
     It judges J times; of each prompt the first round of judgements that agrees is kept."""
     prompts = [r["prompt"] for r in ranked for _ in r["responses"]]
     responses = [y for r in ranked for y in r["responses"]]
-    judged = iter(judge(model, tokenizer, template, prompts, responses, config, key, journal))
+    judged = iter(judge(lm, template, prompts, responses, config, seed))
     records = []
     for record in ranked:
         rounds = list(zip(*(next(judged) for _ in record["responses"])))
         right = [judgements for judgements in rounds
-                 if (agree := pair_agreement(record["scores"], [j.score for j in judgements]))
+                 if (agree := ordered_correctly(record["scores"], [j.score for j in judgements]))
                  and all(agree)]  # without any pair the annotator ranked nothing
         if right:
             records += [eft_record(template, record["prompt"], response, judgement.text)
@@ -150,7 +148,7 @@ def eft_record(template: str, prompt: str, response: str, judgement: str) -> dic
     return {"prompt": judge_prompt(template, prompt, response), "response": judgement}
 
 
-def thin(records: list[dict], key: int) -> list[dict]:
+def balance_scores(records: list[dict], key: int) -> list[dict]:
     """Drop records of the commonest score at random, down to the number of the second commonest."""
     scores = [parse_score(record["response"]) for record in records]
     ranking = Counter(scores).most_common(2)
