@@ -80,10 +80,11 @@ def pretrain(options) -> None:
 def experiment(options) -> None:
     """Variants and seeds of one config, and the table with intervals."""
     Stop.on_signals()
-    from minisr.runner.experiment import compared_markdown, experiment, markdown
+    from minisr.report.experiment_table import differences_table, results_table
+    from minisr.runner.experiment import experiment
     out = options.out or Path("runs") / options.config.stem
     results = experiment(options.config, out, options.jobs, options.only)
-    print(f"{markdown(results)}\n\nDifferences on the same seed:\n\n{compared_markdown(results)}")
+    print(f"{results_table(results)}\n\nDifferences on the same seed:\n\n{differences_table(results)}")
     print(f"\nMeans over seeds, ± the 95 % interval (bold: without 0). Files: {out}/")
     _write_page(out)
 
