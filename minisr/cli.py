@@ -47,9 +47,9 @@ def main(arguments: list[str] | None = None) -> int:
 def run(options) -> None:
     """Close the loop: everything from seed data to the table."""
     Stop.on_signals()
-    from minisr.runner.steps import run_loop
     from minisr.report.show import show_answers
     from minisr.report.table import LEGEND, line, table
+    from minisr.runner.steps import run_loop
     from minisr.runner.storage import folder_lock
     run = _open_run(options)
     with folder_lock(run.folder):
@@ -79,10 +79,11 @@ def pretrain(options) -> None:
 def experiment(options) -> None:
     """Variants and seeds of one config, and the table with intervals."""
     Stop.on_signals()
-    from minisr.runner.experiment import compared_markdown, experiment, markdown
+    from minisr.report.experiment_table import differences_table, results_table
+    from minisr.runner.experiment import experiment
     out = options.out or Path("runs") / options.config.stem
     results = experiment(options.config, out, options.jobs, options.only)
-    print(f"{markdown(results)}\n\nDifferences on the same seed:\n\n{compared_markdown(results)}")
+    print(f"{results_table(results)}\n\nDifferences on the same seed:\n\n{differences_table(results)}")
     print(f"\nMeans over seeds, ± the 95 % interval (bold: without 0). Files: {out}/")
     _write_page(out)
 
@@ -95,13 +96,13 @@ def report(options) -> None:
 
 def evaluate(options) -> None:
     """Evaluate the models a run has so far, making what is missing, and print the table."""
-    from minisr.runner.evaluation import evaluate, export_answers
-    from minisr.runner.steps import finished_models, keep
     from minisr.report.table import LEGEND, table
     from minisr.runner.config import load_config
-    from minisr.runner.storage import folder_lock
+    from minisr.runner.evaluation import evaluate, export_answers
     from minisr.runner.run import Run
     from minisr.runner.seed_data import read_prompts
+    from minisr.runner.steps import finished_models, keep
+    from minisr.runner.storage import folder_lock
     if options.prompts and not options.export:
         raise InputError("--prompts are answered for an outside judge: say where with --export FOLDER")
     run = Run(options.run, load_config(options.run / "config.toml"))

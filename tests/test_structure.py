@@ -18,11 +18,12 @@ NAMES = {".".join(["minisr", *file.relative_to(FOLDER).with_suffix("").parts]).r
 # Who may import whom: a module only those to its left.
 ORDER = """runner runner.files runner.stop runner.resume rng fast fast.cache fast.lean model tokenizer worlds
 worlds.tiny worlds.tiny.words worlds.tiny.oracle worlds.tiny.writers worlds.tiny.corpus fast.step
-sampler train sft dpo prompts judge pairs evaluate interop interop.chat_templates interop.tokenizer_json
-runner.checkpoint interop.names interop.sentencepiece_json interop.hf interop.gguf interop.source
-runner.seed_data runner.config
-runner.pretrain runner.run runner.stages runner.metrics report report.table report.show
-runner.experiment report.figures report.markup report.page loop bench cli __main__""".split()
+sampler train sft dpo prompts judge pairs evaluate runner.checkpoint interop interop.names
+interop.sentencepiece_json interop.hf interop.gguf interop.source runner.seed_data runner.config
+runner.pretrain runner.run runner.stages runner.metrics runner.reuse runner.experiment_plan
+runner.experiment report report.table report.show report.seed_statistics
+report.experiment_table report.figures report.markup report.chart_data report.run_files
+report.run_charts report.transcripts report.page loop bench cli __main__""".split()
 
 
 def imported(tree):

@@ -6,9 +6,9 @@ from random import Random
 
 import pytest
 import torch
+from minisr.fast.step import Step
 
 from minisr.fast.cache import KVCache
-from minisr.fast.step import Step
 from minisr.interop.chat_templates import chat_template
 from minisr.model import Decoder, ModelConfig
 from minisr.tokenizer import Tokenizer, train_tokenizer

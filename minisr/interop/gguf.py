@@ -12,8 +12,8 @@ import torch
 
 from minisr import InputError
 from minisr.interop.names import recognise_chat, weights_from
-from minisr.interop.tokenizer_json import TokenizerJSON
 from minisr.interop.shape import fused_weight_sizes, model_config
+from minisr.interop.tokenizer_json import TokenizerJSON
 from minisr.model import ModelConfig, rope_frequencies
 from minisr.runner.checkpoint import assemble, check_sizes, first_line
 from minisr.runner.files import need

@@ -10,8 +10,8 @@ from minisr.interop.chat_templates import chat_template
 from minisr.interop.source import load_source
 from minisr.rng import derive_seed
 from minisr.runner.checkpoint import load_model
-from minisr.runner.files import printable, read_jsonl
 from minisr.runner.engine import best_lm
+from minisr.runner.files import printable, read_jsonl
 from minisr.runner.run import ENGLISH_TEMPLATE, WORLD_TEMPLATE, load_template
 from minisr.sampler import SamplingConfig
 from minisr.worlds.tiny import oracle

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from minisr.fast.step import Step
 from nasty import NASTY
 
 from minisr.fast.cache import KVCache
-from minisr.fast.step import Step
 from minisr.interop import hf
 from minisr.interop.chat_templates import chat_template
 from minisr.interop.sentencepiece_json import tokenizer_json

@@ -12,6 +12,9 @@ from statistics import mean
 
 import pytest
 import torch
+from minisr.runner.metrics import making
+from minisr.runner.resume import locked, write_sealed
+from minisr.runner.stages import Model
 
 from minisr import InputError
 from minisr.cli import main
@@ -21,12 +24,9 @@ from minisr.report.table import line, table
 from minisr.runner import stages
 from minisr.runner.checkpoint import SEED_MODEL, load_model
 from minisr.runner.config import load_config
-from minisr.runner.experiment import share
 from minisr.runner.files import jsonl_bytes, read_json, read_jsonl, write_jsonl
-from minisr.runner.metrics import making
-from minisr.runner.resume import locked, write_sealed
+from minisr.runner.reuse import copy_unaffected
 from minisr.runner.run import WORLD_TEMPLATE, Run
-from minisr.runner.stages import Model
 from minisr.sampler import Sample
 from minisr.worlds.tiny import oracle
 from minisr.worlds.tiny.corpus import held_out
@@ -327,7 +327,7 @@ def test_a_new_prompt_that_is_an_evaluation_prompt_is_thrown_away(copy):
 
 def judged_by(finished, config, folder, who):
     """The finished run with another judge: what is the same up to M1's responses is copied."""
-    share(finished, folder, load_config(finished / "config.toml", overrides=(f"judge.by={who}",)))
+    copy_unaffected(finished, folder, load_config(finished / "config.toml", overrides=(f"judge.by={who}",)))
     assert minisr("run", config, "--out", folder, "--set", f"judge.by={who}")[0] == 0
     return folder
 
@@ -418,9 +418,9 @@ def test_a_run_ends_in_a_table_and_eval_makes_it_again(session_run, copy):
 def test_a_model_that_no_pair_trained_is_told_to_be_the_one_before(finished):
     metrics = read_json(finished / "metrics.json", "metrics")
     name, last = list(metrics["models"].items())[-1]
-    assert "not a single pair" not in line(metrics)
+    assert "no preference pair" not in line(metrics)
     last["pairs"] = 0
-    assert "not a single pair was to learn from" in line(metrics)
+    assert "no preference pair was found, so its weights equal the previous model's" in line(metrics)
     row = next(row for row in table(metrics).splitlines() if row.startswith(name))
     assert row.split()[-2] == "0"  # pairs, before seconds
 

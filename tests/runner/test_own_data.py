@@ -6,13 +6,13 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from minisr.runner.resume import UNKEPT
 
 from minisr import InputError
 from minisr.judge import JudgeConfig, Judgement, load_template, parse_score
 from minisr.runner import seed_data
 from minisr.runner.config import Config, SeedConfig, load_config
 from minisr.runner.files import write_jsonl
-from minisr.runner.resume import UNKEPT
 from minisr.runner.run import ENGLISH_TEMPLATE, Run
 from minisr.runner.seed_data import (
     ENGLISH,

@@ -13,12 +13,12 @@ from random import Random
 import kills
 import pytest
 import torch
+from minisr.runner.resume import Journal, TrainingState, check_seal, locked, write_sealed
 from tiny import PAIRS, tiny_model, tiny_tokenizer
 
 from minisr import InputError, train
 from minisr.dpo import DPOConfig, train_dpo
 from minisr.runner.files import write_json
-from minisr.runner.resume import Journal, TrainingState, check_seal, locked, write_sealed
 from minisr.runner.stop import Stop
 from minisr.sampler import SampleConfig, sample
 from minisr.sft import train_sft
