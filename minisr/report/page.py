@@ -10,6 +10,7 @@ from html import escape
 from pathlib import Path
 from urllib.parse import quote
 
+from minisr import InputError
 from minisr.report import figures, markup
 from minisr.report.markup import Chart, text
 from minisr.report.run_charts import answer_charts, judge_charts, training_charts

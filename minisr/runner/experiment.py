@@ -13,6 +13,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from minisr import InputError
 from minisr.runner.experiment_plan import Plan, read_plan
 from minisr.runner.files import read_json, write_json
 from minisr.runner.reuse import copy_unaffected

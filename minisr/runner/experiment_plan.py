@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from minisr import InputError
-from minisr.judge import load_template
 from minisr.runner.config import Config, load_config
 from minisr.runner.files import read_text
+from minisr.runner.run import load_template
 
 REQUIRED_KEYS = {"base", "seeds"}
 OPTIONAL_KEYS = {"variant_seeds", "common", "variants"}
