@@ -79,8 +79,7 @@ def fit_dpo(policy, reference, batches: list[tuple], config: DPOConfig, preferen
                 reference_chosen, reference_rejected = reference.pair_logps(part)
             losses, chosen_rewards, rejected_rewards = preference_loss(
                 chosen, rejected, reference_chosen, reference_rejected, config.beta)
-            lengths = torch.tensor([len(pair.chosen) for pair in part], device=chosen.device)
-            nll = -chosen / lengths  # (b,)
+            nll = -chosen / torch.tensor([len(pair.chosen) for pair in part], device=chosen.device)  # (b,)
             metrics = {"dpo_loss": losses, "margin": chosen_rewards - rejected_rewards,
                        "accuracy": (chosen_rewards > rejected_rewards).float(),
                        "chosen_logp": chosen, "rejected_logp": rejected}

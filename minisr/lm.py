@@ -47,8 +47,7 @@ class LM:
         Raises InputError if a prompt leaves no room for one new token within max_seq_len."""
         for i, prompt in enumerate(prompts):
             if not 0 < len(prompt) < self.max_seq_len:
-                raise InputError(f"prompt {i} has {len(prompt)} tokens; the model's max_seq_len is {self.max_seq_len}, "
-                                 f"so a prompt needs 1 to {self.max_seq_len - 1}")
+                raise InputError(f"prompt {i} has {len(prompt)} tokens; the model needs 1 to {self.max_seq_len - 1}")
         seeds = row_seeds(seed, len(prompts), n)  # (P, n)
 
         def complete(batch: list[int]) -> list[list[Completion]]:

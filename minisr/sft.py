@@ -42,8 +42,7 @@ def encode_examples(lm, examples: list[dict]) -> list[Example]:
 
 def check_length(lm, name: str, length: int) -> None:
     if length > lm.max_seq_len:
-        raise InputError(f"{name} has {length} tokens; the model's max_seq_len is {lm.max_seq_len}: shorten it or "
-                         "leave it out")
+        raise InputError(f"{name} has {length} tokens; max_seq_len is {lm.max_seq_len}: shorten it or leave it out")
 
 
 def mean_target_losses(lm, batch: list[Example], config: TrainConfig):

@@ -31,9 +31,8 @@ class Tokenizer:
         self._after_response, *end = self._special.split(after)[:2]  # text, then the first special token
         fields = re.findall(r"\{prompt\}|\{response\}", template)
         if fields != ["{prompt}", "{response}"] or not end:
-            known = ", ".join([*vocabulary.specials][:8])
             raise TemplateError("a chat template contains {prompt} once, then {response} once, then a special token "
-                                f"of the tokenizer that ends the response (one of {known})")
+                                f"that ends the response (one of {', '.join([*vocabulary.specials][:8])})")
         self.eos_id = vocabulary.specials[end[0]]
 
     def __len__(self) -> int:

@@ -67,8 +67,7 @@ def make_optimizer(named_parameters, config: TrainConfig) -> torch.optim.Optimiz
     """AdamW; weight decay applies to the matrices inside the blocks only."""
     matrices, others = [], []
     for name, parameter in named_parameters:
-        is_matrix = name.startswith("blocks.") and parameter.dim() == 2
-        (matrices if is_matrix else others).append(parameter)
+        (matrices if name.startswith("blocks.") and parameter.dim() == 2 else others).append(parameter)
     groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.95), fused=True)
 
@@ -79,8 +78,8 @@ def learning_rate(step: int, steps: int, config: TrainConfig) -> float:
     if step < warmup:
         return config.learning_rate * (step + 1) / warmup
     progress = (step - warmup) / (steps - warmup)
-    span = config.learning_rate - config.min_learning_rate
-    return config.min_learning_rate + span * (1 + math.cos(math.pi * progress)) / 2
+    cosine = (1 + math.cos(math.pi * progress)) / 2  # from 1 to 0
+    return config.min_learning_rate + (config.learning_rate - config.min_learning_rate) * cosine
 
 
 def make_batches(lengths: list[int], config: TrainConfig, seed: int, epochs: int | None = None) -> list[list[int]]:

@@ -11,10 +11,11 @@ from minisr.interop.source import load_source
 from minisr.lm import LM
 from minisr.rng import derive_seed
 from minisr.runner import seed_data
-from minisr.runner.checkpoint import SEED_MODEL, digest, load_model
+from minisr.runner.checkpoint import SEED_MODEL, digest, load_model, model_hash
 from minisr.runner.config import Config, differences, load_config, to_toml
 from minisr.runner.engine import Workspace, run_lm_class
 from minisr.runner.files import jsonl_bytes, read_jsonl, read_text, write_bytes
+from minisr.runner.journal import Journal
 from minisr.runner.storage import folder_lock, verify_checksum, write_with_checksum
 
 WORLD_TEMPLATE = Path(__file__).parents[1] / "worlds" / "tiny" / "judge.txt"
@@ -129,10 +130,10 @@ class Run:
             return []
         if by == "annotator":
             return seed_data.eft_by_annotator(ranked, self.judge_template, self.config.seed_data.reasons)
-        from minisr.runner.steps import StoredModel
-        baseline = StoredModel(self, "SFT")
-        with self.workspace.step(title="EFT by the SFT baseline", journal=baseline.journal("eft", ranked)):
-            records = seed_data.eft_by_baseline(baseline.lm, ranked, self.judge_template, self.config.judge,
+        baseline = self.folder / "SFT"
+        journal = Journal(baseline / "eft.journal", model_hash(baseline), self.fingerprint, ranked)
+        with self.workspace.step(title="EFT by the SFT baseline", journal=journal):
+            records = seed_data.eft_by_baseline(self.load_lm("SFT"), ranked, self.judge_template, self.config.judge,
                                                 self.seed("EFT"))
         if not records:
             raise InputError("no judgement of the SFT baseline ranks the responses correctly; provide more ranked "
