@@ -123,16 +123,16 @@ def evaluate(options) -> None:
 
 def show(options) -> None:
     """One prompt's whole way through an iteration, or all models' answers."""
-    from minisr.report.show import show_answers, show_way
+    from minisr.report.show import show_answers, show_prompt
     if options.answers is not None:
         show_answers(options.run, options.answers)
     else:
-        show_way(options.run, options.model, options.prompt)
+        show_prompt(options.run, options.model, options.prompt)
 
 
 def chat(options) -> None:
     """Ask a model; it answers several times and judges each answer."""
-    from minisr.report.show import chat
+    from minisr.report.chat import chat
     from minisr.sampler import SampleConfig
     config = SampleConfig(temperature=options.temperature, max_new_tokens=options.max_new_tokens)
     chat(options.model, options.ask, options.n, options.template, config, options.seed)

@@ -21,7 +21,7 @@ worlds.tiny worlds.tiny.words worlds.tiny.oracle worlds.tiny.writers worlds.tiny
 sampler train sft dpo prompts judge pairs evaluate runner.checkpoint interop interop.names
 interop.sentencepiece_json interop.hf interop.gguf interop.source runner.seed_data runner.config
 runner.pretrain runner.run runner.stages runner.metrics runner.reuse runner.experiment_plan
-runner.experiment report report.table report.show report.seed_statistics
+runner.experiment report report.table report.show report.chat report.seed_statistics
 report.experiment_table report.figures report.markup report.chart_data report.run_files
 report.run_charts report.transcripts report.page loop bench cli __main__""".split()
 

@@ -16,7 +16,7 @@ from tiny import byte_level_json, speaker, tiny_tokenizer
 from minisr.cli import main
 from minisr.judge import JudgeConfig, Judgement, judge, judge_prompt, load_template, parse_score, reward
 from minisr.pairs import select_pairs
-from minisr.report.show import EXAMPLE
+from minisr.report.chat import EXAMPLE
 from minisr.runner.checkpoint import save_model
 from minisr.runner.files import read_jsonl, write_jsonl
 from minisr.runner.run import ENGLISH_TEMPLATE, WORLD_TEMPLATE
