@@ -147,7 +147,7 @@ def test_an_interrupted_run_says_how_to_go_on_and_returns_130(config, tmp_path, 
         raise KeyboardInterrupt
     monkeypatch.setattr("minisr.loop.Model.train_sft", interrupt)
     code, _, err = minisr("run", config, "--out", tmp_path / "run")
-    assert code == 130 and "the same command goes on" in err and "Traceback" not in err
+    assert code == 130 and "to resume, run the same command again" in err and "Traceback" not in err
 
 
 def test_every_model_names_the_parent_it_was_trained_from(finished):
@@ -492,7 +492,7 @@ def test_a_disk_that_fails_where_no_one_looked_is_one_line(finished, monkeypatch
         raise OSError(28, "No space left on device", "some/file")
     monkeypatch.setattr("minisr.report.show.show_prompt", fail)
     code, _, err = minisr("show", finished)
-    assert code == 2 and re.fullmatch(r"minisr: .*No space left on device: 'some/file'; mend it.*\n", err)
+    assert code == 2 and re.fullmatch(r"minisr: .*No space left on device: 'some/file'; fix this.*\n", err)
 
 
 def test_a_question_too_long_does_not_end_the_chat(finished, monkeypatch):

@@ -92,7 +92,7 @@ COMMANDS = {  # what is given wrongly: the command, and what the one line must s
     "fewer answers than none": (lambda at: ["show", at / "run", "--answers", "-3"], "takes 1 or more"),
     "no run to show": (lambda at: ["show", at / "no"], "there is no folder", f"{os.sep}no"),
     "prompts without export": (lambda at: ["eval", at / "run", "--prompts", at / "p"],
-                               "say where with --export"),
+                               "--prompts needs --export FOLDER"),
     "import over a model": (lambda at: ["import", at / "M0", "--out", at / "M0"], "holds a model already"),
     "show of SFT": (lambda at: ["show", at / "run", "--model", "SFT"], "SFT holds no judged iteration"),
     "show of a model with no name": (lambda at: ["show", at / "run", "--model", ""], "no judged iteration"),
