@@ -510,7 +510,7 @@ def test_a_run_without_an_oracle_ends_with_answers_to_read(
     run = SimpleNamespace(folder=copy, has_oracle=False)
     monkeypatch.setattr("minisr.cli._open_run", lambda options: run)
     assert main(short_run) == 0
-    out = capsys.readouterr().out.partition("Nobody here can tell which answers are better")[2]
+    out = capsys.readouterr().out.partition("This data has no oracle, so answers are not scored.")[2]
     answers = read_jsonl(copy / "M2/answers.jsonl", "answers")
     assert [record["sampled"] in out for record in answers[:2]] == [True, True] and out.count("x    ") == 2
 
