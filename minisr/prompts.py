@@ -15,8 +15,6 @@ from minisr.lm import LM
 from minisr.rng import derive_seed
 from minisr.sampler import SamplingConfig
 
-HEADER = "Come up with a series of tasks:"
-
 
 @dataclass(frozen=True)
 class PromptConfig(SamplingConfig):
@@ -67,7 +65,7 @@ def few_shot_prompt(tokenizer, seeds: list[str], generated: list[str], config: P
     rng.shuffle(shots)
     while True:
         lines = [f"{i}. {' '.join(shot.split())}" for i, shot in enumerate(shots, 1)]
-        text = "\n".join([HEADER, *lines, f"{len(shots) + 1}."])
+        text = "\n".join(["Come up with a series of tasks:", *lines, f"{len(shots) + 1}."])
         if len(shots) < 2 or len(tokenizer.encode(text)) <= max_tokens:
             return text
         shots.pop()
