@@ -14,7 +14,7 @@ from minisr import InputError
 from minisr.interop import names
 from minisr.interop.sentencepiece_json import tokenizer_json
 from minisr.interop.tokenizer_json import TokenizerJSON
-from minisr.runner.checkpoint import assemble, check_sizes, first_line
+from minisr.runner.checkpoint import assemble, check_sizes, first_line, tokenizer_files
 from minisr.runner.files import need, read_bytes, read_json, write_bytes, write_json
 from minisr.tokenizer import SentencePiece, Tokenizer
 
@@ -131,7 +131,7 @@ def export(model, tokenizer: Tokenizer, folder: Path) -> None:
     dtype = str(model.embed.weight.dtype).removeprefix("torch.")
     ends = list(tokenizer.stop_ids)
     ids = {"bos_token_id": (tokenizer.bos_ids or [None])[0], "eos_token_id": ends if ends[1:] else ends[0]}
-    files = tokenizer.files
+    files = tokenizer_files(tokenizer)
     if isinstance(tokenizer.vocabulary, SentencePiece):
         files = files | {TokenizerJSON.FILE: tokenizer_json(tokenizer.vocabulary)}
     files["model.safetensors"] = safetensors.save(named, metadata={"format": "pt"})
