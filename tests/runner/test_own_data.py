@@ -3,25 +3,25 @@
 import json
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
-from minisr.runner.resume import UNKEPT
+from tiny import tiny_model, tiny_tokenizer
 
 from minisr import InputError
-from minisr.judge import JudgeConfig, Judgement, load_template, parse_score
+from minisr.judge import JudgeConfig, Judgement, parse_score
 from minisr.runner import seed_data
+from minisr.runner.checkpoint import save_model
 from minisr.runner.config import Config, SeedConfig, load_config
 from minisr.runner.files import write_jsonl
-from minisr.runner.run import ENGLISH_TEMPLATE, Run
+from minisr.runner.run import ENGLISH_TEMPLATE, Run, load_template
 from minisr.runner.seed_data import (
     ENGLISH,
+    balance_scores,
+    build_seed_data,
     eft_by_annotator,
     eft_by_baseline,
-    held_out_and_seeds,
     read_instructions,
     read_prompts,
-    thin,
 )
 
 WANTED = {"prompt": "Name a colour.", "response": "Blue."}
@@ -79,7 +79,7 @@ def folder(tmp_path):
 
 def test_a_folder_gives_at_most_what_is_asked_and_the_end_of_the_judged_is_held_out(folder):
     config = SeedConfig(source=str(folder), ift=2, ranked=100, judge_evaluation=2, evaluation=3)
-    data = held_out_and_seeds(config, 0)
+    data = build_seed_data(config, 0)
     assert {name: len(records) for name, records in data.items()} == {
         "ift": 2, "ranked": 3, "judge_evaluation": 2, "evaluation": 3}
     assert [r["prompt"] for r in data["ranked"] + data["judge_evaluation"]] == [f"{i}?" for i in range(5)]
@@ -92,12 +92,12 @@ def test_a_folder_gives_at_most_what_is_asked_and_the_end_of_the_judged_is_held_
 def test_a_wrong_judged_record_is_named_by_its_line(folder, change):
     write_jsonl(folder / "judged.jsonl", [JUDGED, JUDGED | change])
     with pytest.raises(InputError, match="judged.jsonl, line 2: expected lists of equal length"):
-        held_out_and_seeds(SeedConfig(source=str(folder), judge_evaluation=1), 0)
+        build_seed_data(SeedConfig(source=str(folder), judge_evaluation=1), 0)
 
 
 def test_nothing_left_to_learn_judging_from_is_told(folder):
     with pytest.raises(InputError, match="judge_evaluation = 5"):
-        held_out_and_seeds(SeedConfig(source=str(folder), judge_evaluation=5), 0)
+        build_seed_data(SeedConfig(source=str(folder), judge_evaluation=5), 0)
 
 
 def test_scores_without_reasons_can_not_be_written_down_by_the_annotator():
@@ -122,10 +122,10 @@ def test_the_baselines_judgements_are_kept_where_a_whole_round_ranks_rightly(mon
               for p, scores in (("a", [5, 0]), ("b", [5, 4, 3]), ("c", [5, 1, 1]), ("d", [3, 3]))]
     said |= {"d1": (None, 3, 1), "d2": (None, 3, 4)}  # the annotator ranks nothing: no round ranks rightly
 
-    def judge(model, tokenizer, template, prompts, responses, config, key, journal):
+    def judge(lm, template, prompts, responses, config, seed):
         return [[Judgement(f"Score: {score}", score) for score in said[y]] for y in responses]
     monkeypatch.setattr(seed_data, "judge", judge)
-    made = eft_by_baseline(None, None, ranked, "{prompt}|{response}", JudgeConfig(), 0)
+    made = eft_by_baseline(None, ranked, "{prompt}|{response}", JudgeConfig(), 0)
     assert [(record["prompt"], parse_score(record["response"])) for record in made] == [
         ("a|a1", 4), ("a|a2", 1), ("c|c1", 2), ("c|c2", 0), ("c|c3", 0)]
 
@@ -133,21 +133,29 @@ def test_the_baselines_judgements_are_kept_where_a_whole_round_ranks_rightly(mon
 def test_a_baseline_that_never_ranks_rightly_is_told_and_nothing_is_written(monkeypatch, tmp_path):
     data = SeedConfig(ift=2, ranked=2, judge_evaluation=1, evaluation=1, eft_by="baseline")
     run = Run(tmp_path, Config(threads=1, seed_data=data))
-    made = []
-    baseline = SimpleNamespace(load=lambda: (None, None), journal=lambda *_: UNKEPT, folder=tmp_path)
-    monkeypatch.setattr(seed_data, "eft_by_baseline", lambda *_: made)
-    with pytest.raises(InputError, match="no judgements that rank rightly"):
-        run.eft(baseline)
-    assert not (tmp_path / "seed/eft.jsonl").exists()
+    save_model(tmp_path / "SFT", tiny_model(), tiny_tokenizer(), {"made_by": "test"})
+    made, asked = [], []
+
+    def eft_by_baseline(lm, ranked, template, config, seed):
+        journal = run.workspace.journal
+        asked.append(journal.get(1))
+        journal.add("judged", 1)
+        assert lm.workspace is run.workspace and len(ranked) == 2 and template == run.judge_template
+        return made
+    monkeypatch.setattr(seed_data, "eft_by_baseline", eft_by_baseline)
+    with pytest.raises(InputError, match="no judgement of the SFT baseline ranks the responses correctly"):
+        _ = run.eft
+    assert not (tmp_path / "seed/eft.jsonl").exists() and (tmp_path / "SFT/eft.journal").exists()
     made.append({"prompt": "Rate it.", "response": "Score: 1"})
-    assert run.eft(baseline) == made
+    assert run.eft == made and asked == [None, "judged"]  # resumed from its journal
+    assert not (tmp_path / "SFT/eft.journal").exists() and run.workspace.journal is None
 
 
 ENGLISH_CONFIG = SeedConfig(source="english", ift=96, ranked=16, judge_evaluation=12, evaluation=48)
 
 
 def test_the_english_data_is_as_large_as_the_readme_says_and_no_prompt_comes_twice():
-    data = held_out_and_seeds(ENGLISH_CONFIG, 0)
+    data = build_seed_data(ENGLISH_CONFIG, 0)
     assert {name: len(records) for name, records in data.items()} == {
         "ift": 96, "ranked": 16, "judge_evaluation": 12, "evaluation": 48}
     prompts = [record["prompt"] for records in data.values() for record in records]
@@ -155,11 +163,11 @@ def test_the_english_data_is_as_large_as_the_readme_says_and_no_prompt_comes_twi
 
 
 def test_the_english_judgements_use_the_whole_scale_and_survive_thinning():
-    ranked = held_out_and_seeds(ENGLISH_CONFIG, 0)["ranked"]
+    ranked = build_seed_data(ENGLISH_CONFIG, 0)["ranked"]
     records = eft_by_annotator(ranked, load_template(ENGLISH_TEMPLATE))
     scores = [parse_score(r["response"]) for r in records]
     assert len(records) == 64 and {scores.count(s) >= 8 for s in range(6)} == {True}
-    assert len(thin(records, 0)) >= 60
+    assert len(balance_scores(records, 0)) >= 60
 
 
 def test_the_english_judge_prompt_asks_for_five_points_and_the_score_line():

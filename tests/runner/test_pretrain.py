@@ -8,9 +8,10 @@ import torch
 
 from minisr import train
 from minisr.cli import main
-from minisr.runner.checkpoint import MODEL_KEYS_RENAMED, digest, load_model
+from minisr.interop.shape import MODEL_KEYS_RENAMED
+from minisr.runner.checkpoint import digest, load_model
 from minisr.runner.config import PretrainConfig, load_config
-from minisr.runner.pretrain import _documents
+from minisr.runner.pretrain import make_documents
 from minisr.runner.stop import Stop
 
 CONFIG = """threads = 1
@@ -42,13 +43,13 @@ def pretrain(config, out, *changes):
 
 def test_the_text_is_whole_documents_with_an_end_as_many_as_asked_for(tokenizer, config):
     config = load_config(config, PretrainConfig, ("seed=3",))
-    documents = _documents(tokenizer, config)
+    documents = make_documents(tokenizer, config)
     lengths = [len(ids) for ids, _ in documents]
     assert sum(lengths[:-1]) < 4_000 <= sum(lengths) and max(lengths) == 64
     for ids, mask in documents:
         assert mask == [True] * len(ids) and ids[0] == tokenizer.bos_ids[0]
         assert tokenizer.eos_id not in ids[:-1] and (ids[-1] == tokenizer.eos_id or len(ids) == 64)
-    assert documents == _documents(tokenizer, config)
+    assert documents == make_documents(tokenizer, config)
 
 
 def test_pretraining_stopped_and_gone_on_with_gives_the_same_model_which_has_learned(
@@ -60,12 +61,12 @@ def test_pretraining_stopped_and_gone_on_with_gives_the_same_model_which_has_lea
     assert log[0]["loss"] == pytest.approx(6.04, abs=0.1)  # log 420: it knows nothing
     assert log[-1]["loss"] < 5.5
 
-    def stop_at_7(model, masters, chosen, rate, update=train.update):
-        update(model, masters, chosen, rate)
-        Stop.asked = rate == log[6]["learning_rate"]
+    def stop_at_7(optimizer, rate, max_grad_norm, step=train.optimizer_step):
+        Stop.requested = rate == log[6]["learning_rate"]
+        return step(optimizer, rate, max_grad_norm)
     with monkeypatch.context() as patch:
-        patch.setattr(train, "update", stop_at_7)
-        patch.setattr(Stop, "asked", False)  # and so it is again afterwards
+        patch.setattr(train, "optimizer_step", stop_at_7)
+        patch.setattr(Stop, "requested", False)  # and so it is again afterwards
         assert pretrain(config, tmp_path / "stopped") == 130
     assert (tmp_path / "stopped/training-7.pt").exists()
     assert pretrain(config, tmp_path / "stopped") == 0
@@ -74,7 +75,7 @@ def test_pretraining_stopped_and_gone_on_with_gives_the_same_model_which_has_lea
     assert not list((tmp_path / "stopped").glob("training*"))
     capsys.readouterr()
     assert pretrain(config, tmp_path / "stopped", "seed=1") == 2  # a model is not written over
-    assert "holds a model already" in capsys.readouterr().err
+    assert "already holds a model" in capsys.readouterr().err
     assert (tmp_path / "stopped/model.pt").read_bytes() == (tmp_path / "whole/model.pt").read_bytes()
 
 
