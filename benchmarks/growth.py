@@ -23,7 +23,7 @@ from minisr.pairs import select_pairs
 from minisr.runner.config import SeedConfig
 from minisr.runner.files import need
 from minisr.runner.run import ENGLISH_TEMPLATE, WORLD_TEMPLATE
-from minisr.runner.seed_data import held_out_and_seeds
+from minisr.runner.seed_data import build_seed_data
 from minisr.sampler import SampleConfig, sample
 from minisr.train import OptimConfig
 
@@ -34,7 +34,7 @@ def works(name: str) -> dict[str, dict[int, object]]:
     """By title: what to run for each size."""
     model, tokenizer = load_source(MODELS[name])
     tiny = name == "tiny"
-    data = held_out_and_seeds(SeedConfig("world" if tiny else "english", judge_evaluation=12), 0)
+    data = build_seed_data(SeedConfig("world" if tiny else "english", judge_evaluation=12), 0)
     asked = [tokenizer.encode_prompt(record["prompt"]) for record in data["evaluation"] + data["ift"]]
     template = load_template(WORLD_TEMPLATE if tiny else ENGLISH_TEMPLATE)
     judged = [tokenizer.encode_prompt(judge_prompt(template, r["prompt"], y))

@@ -28,7 +28,7 @@ from minisr.pairs import select_pairs
 from minisr.runner.config import SeedConfig
 from minisr.runner.files import need
 from minisr.runner.run import ENGLISH_TEMPLATE, WORLD_TEMPLATE
-from minisr.runner.seed_data import held_out_and_seeds
+from minisr.runner.seed_data import build_seed_data
 from minisr.sampler import common_prefix
 
 # Prompts answered N = 4 times; answers judged J = 3 times; batches of distinct prompts; pairs of a DPO step.
@@ -74,7 +74,7 @@ def prepare(name: str, size: Size, folder: Path) -> tuple[dict, list[dict]]:
     # Room for a judge prompt of 250 tokens also in the tiny world; its judgements mean nothing then.
     model.config = replace(model.config, max_seq_len=max(1024, model.config.max_seq_len))
     hf.export(model, tokenizer, folder)
-    data = held_out_and_seeds(SeedConfig("world" if name == "tiny" else "english", judge_evaluation=12), 0)
+    data = build_seed_data(SeedConfig("world" if name == "tiny" else "english", judge_evaluation=12), 0)
     prompts = dict.fromkeys(record["prompt"] for record in data["evaluation"] + data["ift"])  # distinct
     asked = [tokenizer.encode_prompt(text) for text in prompts]
     template = load_template(WORLD_TEMPLATE if name == "tiny" else ENGLISH_TEMPLATE)

@@ -40,7 +40,7 @@ from minisr.prompts import PromptConfig, few_shot
 from minisr.runner.checkpoint import SEED_MODEL
 from minisr.runner.config import SeedConfig
 from minisr.runner.run import ENGLISH_TEMPLATE, WORLD_TEMPLATE
-from minisr.runner.seed_data import eft_by_annotator, held_out_and_seeds
+from minisr.runner.seed_data import build_seed_data, eft_by_annotator
 from minisr.sampler import SampleConfig, sample
 from minisr.sft import collate, encode_examples, target_loss_parts
 from minisr.train import OptimConfig, backward, master_weights, optimizers, update
@@ -114,7 +114,7 @@ def works(model, tokenizer, size: Size | None = None) -> dict[str, tuple]:
     """Each arrow, on data of the tiny world or else in English: (run, cost of what run returned)."""
     source = "world" if tokenizer.template == chat_template("tiny") else "english"
     size, rng = size or SIZES[source], Random(0)
-    data = held_out_and_seeds(SeedConfig(source, judge_evaluation=12), 0)
+    data = build_seed_data(SeedConfig(source, judge_evaluation=12), 0)
     template = load_template(WORLD_TEMPLATE if source == "world" else ENGLISH_TEMPLATE)
     seeds = [record["prompt"] for record in data["ift"]]
     shots = [few_shot(seeds, [], PromptConfig(), rng) for _ in range(size.few_shots)]

@@ -1,8 +1,8 @@
 """Text -> M0: a seed model pretrained on what the tiny world's people wrote.
 
-Each row of a batch is one document. With several packed into a row, a trial of width 96 had learned to copy
-one of the four sorts of words from request to answer after 12 M tokens; so, the same took 3 M.
-"""
+Each row of a batch is one document. Packing several documents into a row made training slower: in a trial
+with dim = 96, the model learned to copy one of the four kinds of words from request to answer after 12 M
+tokens instead of 3 M. """
 
 from pathlib import Path
 from random import Random
@@ -26,46 +26,53 @@ from minisr.worlds.tiny import corpus
 def pretrain(config: PretrainConfig, folder: Path) -> None:
     """Train the tokenizer and the decoder on the world's text and save them as a model folder."""
     torch.set_num_threads(config.threads)
-    tokenizer = _tokenizer(config)
-    documents = _documents(tokenizer, config)
+    tokenizer = make_tokenizer(config)
+    documents = make_documents(tokenizer, config)
     model = Decoder(config.model)
     init_weights(model, torch.Generator().manual_seed(key(config.seed, "weights")))
-    batches = schedule([len(ids) for ids, _ in documents], config.train.batch_size,
-                       config.train.epochs, key(config.seed, "order"))
-
-    def loss_parts(batch, part_config):
-        for loss in target_loss_parts(model, [documents[i] for i in batch], part_config):
-            yield loss, {}
-
     with locked(folder):
         if (folder / "meta.json").exists():
             raise InputError(f"{folder} holds a model already; choose another folder with --out")
-        fit(model, batches, loss_parts, config.train, "pretrain", folder / "train_log.jsonl", to_toml(config))
+        train(model, documents, config, folder)
         save_model(folder, model, tokenizer, {
             "made_by": "pretrain", "seed": config.seed, "torch": torch.__version__,
             "config_hash": digest(to_toml(config).encode())})
         TrainingState.remove(folder)
 
 
-def _tokenizer(config: PretrainConfig) -> Tokenizer:
+def train(model: Decoder, documents: list[tuple], config: PretrainConfig, folder: Path) -> None:
+    """Train on every token of the documents. The log is written to the folder."""
+    batches = schedule([len(ids) for ids, _ in documents], config.train.batch_size, config.train.epochs,
+                       key(config.seed, "order"))
+
+    def micro_batch_losses(batch, train_config):
+        for loss in target_loss_parts(model, [documents[i] for i in batch], train_config):
+            yield loss, {}
+
+    log = folder / "train_log.jsonl"
+    fit(model, batches, micro_batch_losses, config.train, "pretrain", log, to_toml(config))
+
+
+def make_tokenizer(config: PretrainConfig) -> Tokenizer:
+    """A tokenizer trained on the lines of some documents."""
     rng = Random(key(config.seed, "tokenizer"))
-    texts = (corpus.document(rng) for _ in range(config.tokenizer_documents))
+    documents = (corpus.document(rng) for _ in range(config.tokenizer_documents))
+    lines = (line for document in documents for line in document.split("\n"))
     try:
-        return train_tokenizer((line for text in texts for line in text.split("\n")),
-                               config.model.vocab_size, chat_template("tiny"))
-    except RuntimeError as error:  # SentencePiece names the sizes that are possible
+        return train_tokenizer(lines, config.model.vocab_size, chat_template("tiny"))
+    except RuntimeError as error:  # SentencePiece names the possible sizes
         raise InputError(f"[model] vocab_size {config.model.vocab_size} does not suit the text: "
                          f"{error}") from error
 
 
-def _documents(tokenizer: Tokenizer, config: PretrainConfig) -> list[tuple]:
-    """(ids, mask) of documents of config.tokens tokens in all; every token but the first is a target."""
+def make_documents(tokenizer: Tokenizer, config: PretrainConfig) -> list[tuple]:
+    """(ids, loss mask) of each document, until there are config.tokens tokens. Every token is a target."""
     rng, documents, tokens = Random(key(config.seed, "text")), [], 0
-    with tqdm(total=config.tokens, desc="text", leave=False) as bar:
+    with tqdm(total=config.tokens, desc="text", leave=False) as progress:
         while tokens < config.tokens:
             ids = [*tokenizer.bos_ids, *tokenizer.encode(corpus.document(rng)), tokenizer.eos_id]
             ids = ids[:config.model.max_seq_len]
             documents.append((ids, [True] * len(ids)))
             tokens += len(ids)
-            bar.update(len(ids))
+            progress.update(len(ids))
     return documents

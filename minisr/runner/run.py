@@ -57,7 +57,7 @@ class Run:
                                  "choose another folder with --out, or delete this one")
         if not (run.folder / "M0").exists():
             run.seed_model  # noqa: B018  what is wrong with these is told before anything is written
-            seed_data.held_out_and_seeds(config.seed_data, config.seed)
+            seed_data.build_seed_data(config.seed_data, config.seed)
         with locked(run.folder):
             write_bytes(stored, to_toml(config).encode())
             write_sealed(run.folder / "judge.txt", f"{run.template}\n".encode())
@@ -82,7 +82,7 @@ class Run:
         """One of the data sets; all are made together when the first is asked for."""
         path = self.folder / "seed" / f"{name}.jsonl"
         if not path.exists():
-            made = seed_data.held_out_and_seeds(self.config.seed_data, self.config.seed)
+            made = seed_data.build_seed_data(self.config.seed_data, self.config.seed)
             for other, records in made.items():
                 write_sealed(self.folder / "seed" / f"{other}.jsonl", jsonl_bytes(records))
         check_seal(path)
@@ -114,7 +114,7 @@ class Run:
             if by == "baseline" and not records:
                 raise InputError("the SFT baseline wrote no judgements that rank rightly; "
                                  'give it more ranked prompts, or set eft_by to "annotator"')
-            write_sealed(path, jsonl_bytes(seed_data.thin(records, self.key("thin"))))
+            write_sealed(path, jsonl_bytes(seed_data.balance_scores(records, self.key("thin"))))
         (baseline.folder / "eft.journal").unlink(missing_ok=True)
         check_seal(path)
         return read_jsonl(path, "EFT data", ("prompt", "response"))

@@ -7,9 +7,8 @@ from tiny import as_folder, byte_level_json, change, random_llama, tiny_model, t
 
 from minisr import InputError
 from minisr.interop import hf
-from minisr.interop.chat_templates import chat_template
-from minisr.interop.names import recognise_chat
-from minisr.interop.sentencepiece_json import tokenizer_json
+from minisr.interop.chat_templates import chat_template, recognize_chat_template
+from minisr.interop.sentencepiece_json import to_tokenizer_json
 from minisr.interop.source import load_source
 from minisr.interop.tokenizer_json import TokenizerJSON
 from minisr.tokenizer import SentencePiece, Tokenizer
@@ -20,7 +19,7 @@ library = pytest.importorskip("tokenizers")
 
 @pytest.fixture(scope="module")
 def as_json():
-    made = library.Tokenizer.from_str(tokenizer_json(tiny_tokenizer().vocabulary).decode())
+    made = library.Tokenizer.from_str(to_tokenizer_json(tiny_tokenizer().vocabulary).decode())
     made.encode_special_tokens = True
     return made
 
@@ -53,7 +52,7 @@ def test_text_grows_into_no_byte_and_no_special_token(as_json):
             if new not in {piece.piece for piece in proto.pieces}:
                 proto.pieces.add(piece=new, score=-1000.0 - len(proto.pieces), type=1)
     vocabulary = SentencePiece(proto.SerializeToString())
-    made = library.Tokenizer.from_str(tokenizer_json(vocabulary).decode())
+    made = library.Tokenizer.from_str(to_tokenizer_json(vocabulary).decode())
     made.encode_special_tokens = True
     for text in SPELLED:
         assert made.encode(text, add_special_tokens=False).ids == vocabulary.encode(text), text
@@ -265,7 +264,7 @@ RECOGNISED = {
 
 @pytest.mark.parametrize("jinja, specials, expected", RECOGNISED.values(), ids=RECOGNISED)
 def test_a_models_own_template_is_recognised_by_its_markers(jinja, specials, expected):
-    assert recognise_chat(jinja, specials) == expected
+    assert recognize_chat_template(jinja, specials) == expected
 
 
 @pytest.mark.parametrize("place", ["config", "list in config", "file"])

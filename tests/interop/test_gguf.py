@@ -418,7 +418,7 @@ def test_a_truncated_file_is_refused_wherever_it_ends(tmp_path):
     content = whole(tmp_path / "x.gguf", random_llama()).read_bytes()
     for end in (0, 1, 4, 8, 20, 24, 100, 1000, 5000, len(content) // 2, len(content) - 40):
         (tmp_path / "x.gguf").write_bytes(content[:end])
-        refused(tmp_path / "x.gguf", "no whole GGUF file")
+        refused(tmp_path / "x.gguf", "not a complete GGUF file")
 
 
 def test_a_command_given_a_truncated_file_ends_in_one_line_and_writes_nothing(tmp_path):
@@ -426,5 +426,6 @@ def test_a_command_given_a_truncated_file_ends_in_one_line_and_writes_nothing(tm
     (tmp_path / "x.gguf").write_bytes(content[:-1000])
     before = snapshot(tmp_path)
     for command in ("import", "export"):
-        one_line(*in_process([command, tmp_path / "x.gguf", "--out", tmp_path / "new"]), "x.gguf", "no whole")
+        result = in_process([command, tmp_path / "x.gguf", "--out", tmp_path / "new"])
+        one_line(*result, "x.gguf", "not a complete")
     assert snapshot(tmp_path) == before

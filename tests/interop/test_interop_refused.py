@@ -138,19 +138,19 @@ def no_weights(folder):
     (folder / "model.safetensors").unlink()
 
 
-@damage("model-2.safetensors", "not there")
+@damage("model-2.safetensors", "does not exist")
 def a_missing_shard(folder):
     (folder / "model.safetensors").rename(folder / "model-1.safetensors")
     index(folder, {"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}})
 
 
-@damage("not there")
+@damage("does not exist")
 def an_index_that_leads_out_of_the_folder(folder):
     (folder / "model.safetensors").rename(folder.parent / "x")
     index(folder, {"weight_map": {"a": "../x"}})
 
 
-@damage("not there")
+@damage("does not exist")
 def an_index_that_leads_far_out_of_the_folder(folder):
     index(folder, {"weight_map": {"a": "../../../../../../../../../etc/passwd"}})
 
@@ -195,12 +195,12 @@ def a_missing_weight(folder):
     reweighted(folder, **{Q: None})
 
 
-@damage("no place for", "q_proj.bias")
+@damage("does not support the weight", "q_proj.bias")
 def an_additional_bias(folder):
     reweighted(folder, **{Q.replace("weight", "bias"): torch.zeros(16)})
 
 
-@damage("no place for")
+@damage("does not support the weight")
 def an_additional_weight_with_a_line_break_in_its_name(folder):
     reweighted(folder, **{"a\nb": torch.zeros(16)})
 
@@ -340,14 +340,14 @@ def a_bin_with_a_number_as_a_name(folder):
     bin_of(folder, {**safetensors.load_file(folder / "model.safetensors"), 5: torch.zeros(1)})
 
 
-@damage("no whole GGUF file")
+@damage("not a complete GGUF file")
 def an_empty_gguf(folder):
     pytest.importorskip("gguf")
     (folder / "x.gguf").write_bytes(b"")
     return folder / "x.gguf"
 
 
-@damage("no whole GGUF file")
+@damage("not a complete GGUF file")
 def a_gguf_of_random_bytes(folder):
     pytest.importorskip("gguf")
     (folder / "x.gguf").write_bytes(Random(0).randbytes(1000))
@@ -380,7 +380,7 @@ def test_a_truncated_safetensors_file_is_refused_wherever_it_ends(folder):
     header = 8 + int.from_bytes(content[:8], "little")
     for end in (0, 4, 8, header // 2, header - 1, header, header + 1, len(content) // 2, len(content) - 1):
         (folder / "model.safetensors").write_bytes(content[:end])
-        refused(folder, "model.safetensors", "no whole safetensors file")
+        refused(folder, "model.safetensors", "not a complete safetensors file")
 
 
 @pytest.mark.parametrize("old, new", [(b"{", b"\x00"), (b'"F32"', b'"F33"'), (b'"F32"', b'"F64"'),

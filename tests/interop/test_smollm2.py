@@ -12,7 +12,7 @@ from minisr.fast.cache import KVCache
 from minisr.fast.step import Step
 from minisr.interop import hf
 from minisr.interop.chat_templates import chat_template
-from minisr.interop.sentencepiece_json import tokenizer_json
+from minisr.interop.sentencepiece_json import to_tokenizer_json
 from minisr.interop.source import load_source
 from minisr.sampler import SampleConfig, sample
 from minisr.tokenizer import SentencePiece, Tokenizer
@@ -205,7 +205,7 @@ SPACED = [" " * n + text for n in range(1, 80) for text in ("", "x", "\n")]
 
 def test_its_tokenizer_json_gives_the_same_ids(content, pieces):
     library = pytest.importorskip("tokenizers")
-    made = library.Tokenizer.from_str(tokenizer_json(SentencePiece(content)).decode())
+    made = library.Tokenizer.from_str(to_tokenizer_json(SentencePiece(content)).decode())
     made.encode_special_tokens = True
     for text in [*NASTY, ENGLISH, PYTHON, *SPACED]:
         ids = pieces.encode(text)

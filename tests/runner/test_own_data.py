@@ -16,12 +16,12 @@ from minisr.runner.resume import UNKEPT
 from minisr.runner.run import ENGLISH_TEMPLATE, Run
 from minisr.runner.seed_data import (
     ENGLISH,
+    balance_scores,
+    build_seed_data,
     eft_by_annotator,
     eft_by_baseline,
-    held_out_and_seeds,
     read_instructions,
     read_prompts,
-    thin,
 )
 
 WANTED = {"prompt": "Name a colour.", "response": "Blue."}
@@ -79,7 +79,7 @@ def folder(tmp_path):
 
 def test_a_folder_gives_at_most_what_is_asked_and_the_end_of_the_judged_is_held_out(folder):
     config = SeedConfig(source=str(folder), ift=2, ranked=100, judge_evaluation=2, evaluation=3)
-    data = held_out_and_seeds(config, 0)
+    data = build_seed_data(config, 0)
     assert {name: len(records) for name, records in data.items()} == {
         "ift": 2, "ranked": 3, "judge_evaluation": 2, "evaluation": 3}
     assert [r["prompt"] for r in data["ranked"] + data["judge_evaluation"]] == [f"{i}?" for i in range(5)]
@@ -92,12 +92,12 @@ def test_a_folder_gives_at_most_what_is_asked_and_the_end_of_the_judged_is_held_
 def test_a_wrong_judged_record_is_named_by_its_line(folder, change):
     write_jsonl(folder / "judged.jsonl", [JUDGED, JUDGED | change])
     with pytest.raises(InputError, match="judged.jsonl, line 2: expected lists of equal length"):
-        held_out_and_seeds(SeedConfig(source=str(folder), judge_evaluation=1), 0)
+        build_seed_data(SeedConfig(source=str(folder), judge_evaluation=1), 0)
 
 
 def test_nothing_left_to_learn_judging_from_is_told(folder):
     with pytest.raises(InputError, match="judge_evaluation = 5"):
-        held_out_and_seeds(SeedConfig(source=str(folder), judge_evaluation=5), 0)
+        build_seed_data(SeedConfig(source=str(folder), judge_evaluation=5), 0)
 
 
 def test_scores_without_reasons_can_not_be_written_down_by_the_annotator():
@@ -147,7 +147,7 @@ ENGLISH_CONFIG = SeedConfig(source="english", ift=96, ranked=16, judge_evaluatio
 
 
 def test_the_english_data_is_as_large_as_the_readme_says_and_no_prompt_comes_twice():
-    data = held_out_and_seeds(ENGLISH_CONFIG, 0)
+    data = build_seed_data(ENGLISH_CONFIG, 0)
     assert {name: len(records) for name, records in data.items()} == {
         "ift": 96, "ranked": 16, "judge_evaluation": 12, "evaluation": 48}
     prompts = [record["prompt"] for records in data.values() for record in records]
@@ -155,11 +155,11 @@ def test_the_english_data_is_as_large_as_the_readme_says_and_no_prompt_comes_twi
 
 
 def test_the_english_judgements_use_the_whole_scale_and_survive_thinning():
-    ranked = held_out_and_seeds(ENGLISH_CONFIG, 0)["ranked"]
+    ranked = build_seed_data(ENGLISH_CONFIG, 0)["ranked"]
     records = eft_by_annotator(ranked, load_template(ENGLISH_TEMPLATE))
     scores = [parse_score(r["response"]) for r in records]
     assert len(records) == 64 and {scores.count(s) >= 8 for s in range(6)} == {True}
-    assert len(thin(records, 0)) >= 60
+    assert len(balance_scores(records, 0)) >= 60
 
 
 def test_the_english_judge_prompt_asks_for_five_points_and_the_score_line():

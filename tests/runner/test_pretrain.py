@@ -10,7 +10,7 @@ from minisr import train
 from minisr.cli import main
 from minisr.runner.checkpoint import MODEL_KEYS_RENAMED, digest, load_model
 from minisr.runner.config import PretrainConfig, load_config
-from minisr.runner.pretrain import _documents
+from minisr.runner.pretrain import make_documents
 from minisr.runner.stop import Stop
 
 CONFIG = """threads = 1
@@ -42,13 +42,13 @@ def pretrain(config, out, *changes):
 
 def test_the_text_is_whole_documents_with_an_end_as_many_as_asked_for(tokenizer, config):
     config = load_config(config, PretrainConfig, ("seed=3",))
-    documents = _documents(tokenizer, config)
+    documents = make_documents(tokenizer, config)
     lengths = [len(ids) for ids, _ in documents]
     assert sum(lengths[:-1]) < 4_000 <= sum(lengths) and max(lengths) == 64
     for ids, mask in documents:
         assert mask == [True] * len(ids) and ids[0] == tokenizer.bos_ids[0]
         assert tokenizer.eos_id not in ids[:-1] and (ids[-1] == tokenizer.eos_id or len(ids) == 64)
-    assert documents == _documents(tokenizer, config)
+    assert documents == make_documents(tokenizer, config)
 
 
 def test_pretraining_stopped_and_gone_on_with_gives_the_same_model_which_has_learned(

@@ -7,7 +7,7 @@ import pytest
 
 from minisr.judge import load_template, parse_score
 from minisr.runner.run import WORLD_TEMPLATE
-from minisr.runner.seed_data import eft_by_annotator, thin
+from minisr.runner.seed_data import balance_scores, eft_by_annotator
 from minisr.worlds.tiny import corpus, writers
 from minisr.worlds.tiny.oracle import Request, examine, parse_request, score
 from minisr.worlds.tiny.words import ANSWERS, CLOSINGS, EXTRAS, REQUESTS, SLOTS, WORDS
@@ -199,8 +199,8 @@ def test_thinning_leaves_the_commonest_score_as_many_as_the_second():
     scores = [5] * 30 + [3] * 12 + [4] * 7
     Random(0).shuffle(scores)
     records = [{"number": i, "response": f"Score: {s}"} for i, s in enumerate(scores)]
-    left = thin(records, key=1)
+    left = balance_scores(records, seed=1)
     assert Counter(parse_score(r["response"]) for r in left) == {5: 12, 3: 12, 4: 7}
     assert left == [r for r in records if r in left]  # in their order
-    assert left == thin(records, key=1) != thin(records, key=2)
-    assert thin(records[:1], key=1) == records[:1]
+    assert left == balance_scores(records, seed=1) != balance_scores(records, seed=2)
+    assert balance_scores(records[:1], seed=1) == records[:1]
