@@ -1,8 +1,10 @@
-"""Real models in, real models out: Hugging Face folders, GGUF files.
+"""Models in other formats: Hugging Face folders (read and written) and GGUF files (read).
 
-names.py   what others call our weights and our config; which chat template theirs is
-sentencepiece_json.py  a SentencePiece model as a tokenizer.json
-hf.py      a Hugging Face folder, read and written
-gguf.py    a GGUF file, read: weights dequantized, tokenizer included
-source.py  any of these, or a minisr folder, by its name
+names.py               names of weights and config keys in other formats, and which configs are supported
+chat_templates.py      minisr's chat templates, and how they correspond to Jinja templates
+tokenizer_json.py      a Hugging Face tokenizer.json as a vocabulary
+sentencepiece_json.py  a SentencePiece model converted to a tokenizer.json
+hf.py                  a Hugging Face folder, read and written
+gguf.py                a GGUF file, read: weights dequantized, tokenizer included
+source.py              any of these or a minisr folder, from one string
 """

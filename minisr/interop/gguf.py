@@ -1,8 +1,7 @@
 """GGUF files of Llama-like decoders: weights dequantized to float32, tokenizer from the file (extra "gguf").
 
-A GGUF file keeps the rows of q and k in the order of Meta's RoPE, which turns neighbours (2i, 2i + 1);
-ours turns halves (i, i + D/2), as Hugging Face's.
-"""
+A GGUF file stores the rows of q and k in the order of Meta's RoPE, which rotates the pairs (2i, 2i + 1) of a
+head. minisr and Hugging Face rotate the pairs (i, i + D/2), so these rows are permuted. """
 
 import json
 from dataclasses import replace
@@ -11,14 +10,16 @@ from pathlib import Path
 import torch
 
 from minisr import InputError
-from minisr.interop.names import recognise_chat, weights_from
+from minisr.interop.chat_templates import recognize_chat_template
+from minisr.interop.names import weights_from
 from minisr.interop.shape import fused_weight_sizes, model_config
 from minisr.interop.tokenizer_json import TokenizerJSON
-from minisr.model import ModelConfig, rope_frequencies
-from minisr.runner.checkpoint import assemble, check_sizes, first_line
-from minisr.runner.files import need
+from minisr.model import Decoder, ModelConfig, rope_frequencies
+from minisr.runner.checkpoint import build_decoder, check_vocab_size
+from minisr.runner.files import need, short_reason
 from minisr.tokenizer import SentencePiece, Tokenizer
 
+# Our weight -> the tensors that it consists of, in order. "{}" is the number of the block.
 WEIGHTS = {
     "embed.weight": ("token_embd.weight",),
     "norm.weight": ("output_norm.weight",),
@@ -32,148 +33,172 @@ WEIGHTS = {
     "blocks.{}.feed_forward.down_proj.weight": ("blk.{}.ffn_down.weight",),
 }
 CONTROL, USER_DEFINED = 3, 4  # token types: special tokens, and words that are never split
-DIGITS = ("smollm",)  # names of pre-tokenizers that split numbers into digits, then as GPT-2 does
-PLAIN_GPT2 = ("gpt-2",)
+BPE = 2  # TrainerSpec.ModelType of SentencePiece
+# Names of pre-tokenizers, by how they split a text before BPE.
+GPT2 = ("gpt-2",)
+GPT2_WITH_DIGITS = ("smollm",)  # as GPT-2, and every digit separately
 LLAMA3 = ("llama-bpe", "llama3", "llama-v3", "smaug-bpe")
 LLAMA3_SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
                 r"|\s*[\r\n]+|\s+(?!\S)|\s+")
 
 
-def load(path: Path, device: str = "cpu", chat: str = ""):
-    """(decoder, tokenizer) of a file; chat is a chat template's text, "" the file's own."""
-    library = need("gguf", "gguf")
+def load(path: Path, device: str = "cpu", template: str = "") -> tuple[Decoder, Tokenizer]:
+    """The model of a file. `template` is the text of a chat template; "" means the file's own."""
+    gguf = need("gguf", "gguf")
     try:
-        reader = library.GGUFReader(path)
-        about = {name: field.contents() for name, field in reader.fields.items()}
+        reader = gguf.GGUFReader(path)
+        metadata = {name: field.contents() for name, field in reader.fields.items()}
         tensors = {tensor.name: tensor for tensor in reader.tensors}
-    except Exception as error:  # the reader fails in many ways on a damaged file
-        raise InputError(f"{path} is no whole GGUF file: {first_line(error)}") from error
-    config = read_config(about, tensors, path)
+    except Exception as error:  # on a damaged file the reader can raise many types
+        raise InputError(f"{path} is not a complete GGUF file: {short_reason(error)}") from error
+    config = read_config(metadata, tensors, path)
     try:
-        vocabulary = read_vocabulary(about)
+        vocabulary = read_vocabulary(metadata)
     except InputError:
         raise
-    except Exception as error:  # the libraries raise nothing more special
-        raise InputError(f"{path}: no usable tokenizer: {first_line(error)}") from error
-    chat = chat or recognise_chat(about.get("tokenizer.chat_template"), vocabulary.specials)
-    tokenizer = Tokenizer(vocabulary, chat)
-    check_sizes(path, config, tokenizer)
-    weights = read_weights(library, tensors, config, path)
-    if odd := sorted(tensors.keys() - {"rope_freqs.weight"}):
-        raise InputError(f"{path}: minisr has no place for the tensor {odd[0]}")
-    return assemble(config, weights, device), tokenizer
+    except Exception as error:  # the tokenizer libraries raise no more specific type
+        raise InputError(f"{path} has no usable tokenizer: {short_reason(error)}") from error
+    if not template:
+        template = recognize_chat_template(metadata.get("tokenizer.chat_template"), vocabulary.specials)
+    tokenizer = Tokenizer(vocabulary, template)
+    check_vocab_size(path, config, tokenizer)
+    weights = read_weights(gguf, tensors, config, path)
+    for name in sorted(tensors):
+        if name != "rope_freqs.weight":
+            raise InputError(f"{path}: minisr does not support the tensor {name}")
+    return build_decoder(config, weights, device), tokenizer
 
 
-def read_config(about: dict, tensors: dict, path: Path) -> ModelConfig:
-    """The file's description as our config; InputError names a feature that we do not compute."""
-    if about.get("general.architecture") != "llama":
-        raise InputError(f"{path}: architecture {about.get('general.architecture')!r} is not what minisr "
-                         "computes; it reads llama")
-    if about.get("llama.expert_count"):
-        raise InputError(f"{path}: a mixture of experts is not what minisr computes")
-    scaling = about.get("llama.rope.scaling.type", "none")
-    if scaling not in ("none", "linear"):
-        raise InputError(f"{path}: RoPE scaling {scaling!r} is not what minisr computes")
-    if about.get("llama.attention.key_length", 0) > about.get("llama.rope.dimension_count", 0):
-        raise InputError(f"{path}: partial rotary embedding is not what minisr computes")
+def read_config(metadata: dict, tensors: dict, path: Path) -> ModelConfig:
+    """The file's metadata as a ModelConfig. InputError names an unsupported feature."""
+    check_supported(metadata, path)
     try:
-        n_heads = about["llama.attention.head_count"]
-        linear = about.get("llama.rope.scaling.factor", 1.0)
+        n_heads = metadata["llama.attention.head_count"]
+        linear_factor = metadata.get("llama.rope.scaling.factor", 1.0)
         config = model_config(
             vocab_size=int(tensors["token_embd.weight"].shape[1]),
-            dim=about["llama.embedding_length"],
-            n_layers=about["llama.block_count"],
+            dim=metadata["llama.embedding_length"],
+            n_layers=metadata["llama.block_count"],
             n_heads=n_heads,
-            n_kv_heads=about.get("llama.attention.head_count_kv", n_heads),
-            ffn_dim=about["llama.feed_forward_length"],
-            max_seq_len=about["llama.context_length"],
-            head_dim=about.get("llama.rope.dimension_count", 0),
+            n_kv_heads=metadata.get("llama.attention.head_count_kv", n_heads),
+            ffn_dim=metadata["llama.feed_forward_length"],
+            max_seq_len=metadata["llama.context_length"],
+            head_dim=metadata.get("llama.rope.dimension_count", 0),
             tie_embeddings="output.weight" not in tensors,
-            rope_theta=float(about.get("llama.rope.freq_base", 10000.0)),
-            rope_scaling=() if linear == 1 else (float(linear),),
-            norm_eps=float(f"{about['llama.attention.layer_norm_rms_epsilon']:.6g}"))
+            rope_theta=float(metadata.get("llama.rope.freq_base", 10000.0)),
+            rope_scaling=() if linear_factor == 1 else (float(linear_factor),),
+            norm_eps=float(f"{metadata['llama.attention.layer_norm_rms_epsilon']:.6g}"))  # stored in float32
     except (KeyError, TypeError, ValueError) as error:
-        raise InputError(f"{path} does not tell the model's shape: {first_line(error)}") from error
-    return _llama3_scaling(config, tensors, path)
+        raise InputError(f"{path} does not describe the model's shape: {short_reason(error)}") from error
+    return with_llama3_scaling(config, tensors, path)
 
 
-def _llama3_scaling(config: ModelConfig, tensors: dict, path: Path) -> ModelConfig:
-    """Llama 3's RoPE scaling, which a file tells only by the divisor of each frequency."""
+def check_supported(metadata: dict, path: Path) -> None:
+    """Raise InputError for a feature that changes what the model computes and that minisr lacks."""
+    architecture = metadata.get("general.architecture")
+    scaling = metadata.get("llama.rope.scaling.type", "none")
+    key_length = metadata.get("llama.attention.key_length", 0)
+    if architecture != "llama":
+        raise InputError(f"{path}: minisr does not support the architecture {architecture!r}; it reads llama")
+    if metadata.get("llama.expert_count"):
+        raise InputError(f"{path}: minisr does not support a mixture of experts")
+    if scaling not in ("none", "linear"):
+        raise InputError(f"{path}: minisr does not support RoPE scaling {scaling!r}")
+    if key_length > metadata.get("llama.rope.dimension_count", 0):
+        raise InputError(f"{path}: minisr does not support partial rotary embedding")
+
+
+def with_llama3_scaling(config: ModelConfig, tensors: dict, path: Path) -> ModelConfig:
+    """Llama 3's RoPE scaling. A file contains only the resulting divisor of each frequency."""
     if "rope_freqs.weight" not in tensors:
         return config
     divisors = torch.from_numpy(tensors["rope_freqs.weight"].data.copy()).float()
     scaled = replace(config, rope_scaling=(float(divisors.max()), 1.0, 4.0, 8192.0))
     if not torch.allclose(rope_frequencies(config, "cpu") / rope_frequencies(scaled, "cpu"), divisors, rtol=1e-3):
-        raise InputError(f"{path}: rope_freqs is no scaling of Llama 3's kind")
+        raise InputError(f"{path}: minisr does not support this RoPE scaling (rope_freqs); it reads "
+                         "Llama 3's")
     return scaled
 
 
-def read_weights(library, tensors: dict, config: ModelConfig, path: Path) -> dict[str, torch.Tensor]:
-    """Our weights, in float32."""
-    def read(tensor):
-        return torch.from_numpy(library.quants.dequantize(tensor.data, tensor.tensor_type).copy()).float()
+def read_weights(gguf, tensors: dict, config: ModelConfig, path: Path) -> dict[str, torch.Tensor]:
+    """Our weights, in float32. Removes from `tensors` what it reads."""
+    def dequantize(tensor):
+        values = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+        return torch.from_numpy(values.copy()).float()
 
-    weights = weights_from(config, tensors, path, WEIGHTS, read)
+    weights = weights_from(config, tensors, path, WEIGHTS, dequantize)
     for name, weight in weights.items():
         if "qkv_proj" in name:
             q, k, v = weight.split(fused_weight_sizes(name, config))
-            weights[name] = torch.cat([*(neighbours_to_halves(x, config.head_dim) for x in (q, k)), v])
+            q, k = pairs_to_halves(q, config.head_dim), pairs_to_halves(k, config.head_dim)
+            weights[name] = torch.cat([q, k, v])
     return weights
 
 
-def neighbours_to_halves(weight: torch.Tensor, D: int) -> torch.Tensor:
-    """Rows of each head (2i, 2i + 1) -> (i, i + D/2): (H D, C)."""
-    return weight.view(-1, D // 2, 2, weight.shape[1]).transpose(1, 2).reshape(weight.shape)
+def pairs_to_halves(weight: torch.Tensor, head_dim: int) -> torch.Tensor:
+    """Permute the rows (heads * D, C) so that the pair (2i, 2i + 1) of each head becomes (i, i + D/2)."""
+    pairs = weight.view(-1, head_dim // 2, 2, weight.shape[1])
+    return pairs.transpose(1, 2).reshape(weight.shape)
 
 
-def read_vocabulary(about: dict):
-    """The tokenizer that the file describes, byte-level BPE or SentencePiece."""
-    kind = about.get("tokenizer.ggml.model")
+def read_vocabulary(metadata: dict):
+    """The vocabulary in the file: byte-level BPE or SentencePiece."""
+    kind = metadata.get("tokenizer.ggml.model")
     if kind == "gpt2":
-        return _byte_level(about)
+        return byte_level_vocabulary(metadata)
     if kind == "llama":
-        return _sentencepiece(about)
-    raise ValueError(f"minisr reads tokenizers of the kinds gpt2 and llama, not {kind!r}")
+        return sentencepiece_vocabulary(metadata)
+    raise ValueError(f"minisr does not support a tokenizer of kind {kind!r}; it reads gpt2 and llama")
 
 
-def _byte_level(about: dict) -> TokenizerJSON:
-    """GPT-2's kind: bytes as letters, split as the model's family does, merged by rank."""
+def byte_level_vocabulary(metadata: dict) -> TokenizerJSON:
+    """Byte-level BPE as in GPT-2, with the pre-tokenizer of the model's family."""
     tokenizers = need("tokenizers", "gguf")
-    tokens, types = about["tokenizer.ggml.tokens"], about["tokenizer.ggml.token_type"]
-    merges = [tuple(merge.split(" ", 1)) for merge in about["tokenizer.ggml.merges"]]
-    split, family = tokenizers.pre_tokenizers, about.get("tokenizer.ggml.pre", "(not told)")
-    made = tokenizers.Tokenizer(tokenizers.models.BPE(
+    tokens, types = metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.token_type"]
+    merges = [tuple(merge.split(" ", 1)) for merge in metadata["tokenizer.ggml.merges"]]
+    family = metadata.get("tokenizer.ggml.pre")
+    result = tokenizers.Tokenizer(tokenizers.models.BPE(
         {token: i for i, token in enumerate(tokens)}, merges, ignore_merges=family in LLAMA3))
+    result.pre_tokenizer = pre_tokenizer(tokenizers, family)
+    result.decoder = tokenizers.decoders.ByteLevel()
+    for token_type, add in ((CONTROL, result.add_special_tokens), (USER_DEFINED, result.add_tokens)):
+        chosen = [token for token, its_type in zip(tokens, types) if its_type == token_type]
+        add([tokenizers.AddedToken(token, special=token_type == CONTROL, normalized=False)
+             for token in chosen])
+    if metadata.get("tokenizer.ggml.add_bos_token"):
+        bos_id = metadata["tokenizer.ggml.bos_token_id"]
+        bos = tokens[bos_id]
+        result.post_processor = tokenizers.processors.TemplateProcessing(
+            single=f"{bos} $A", pair=f"{bos} $A $B:1", special_tokens=[(bos, bos_id)])
+    return TokenizerJSON(json.dumps(json.loads(result.to_str()), ensure_ascii=False).encode())
+
+
+def pre_tokenizer(tokenizers, family: str | None):
+    """How models of a family split a text before BPE."""
+    split = tokenizers.pre_tokenizers
+    if family in GPT2:
+        return split.Sequence([split.ByteLevel(add_prefix_space=False)])
+    if family in GPT2_WITH_DIGITS:
+        return split.Sequence([split.Digits(individual_digits=True), split.ByteLevel(add_prefix_space=False)])
     if family in LLAMA3:
-        steps = [split.Split(tokenizers.Regex(LLAMA3_SPLIT), "isolated"),
-                 split.ByteLevel(add_prefix_space=False, use_regex=False)]
-    elif family in (*DIGITS, *PLAIN_GPT2):
-        steps = [split.Digits(individual_digits=True)] if family in DIGITS else []
-        steps += [split.ByteLevel(add_prefix_space=False)]
-    else:
-        raise ValueError(f"unknown pre-tokenizer {family!r}")
-    made.pre_tokenizer, made.decoder = split.Sequence(steps), tokenizers.decoders.ByteLevel()
-    for kind, add in ((CONTROL, made.add_special_tokens), (USER_DEFINED, made.add_tokens)):
-        add([tokenizers.AddedToken(token, special=kind == CONTROL, normalized=False)
-             for token, sort in zip(tokens, types) if sort == kind])
-    if about.get("tokenizer.ggml.add_bos_token"):
-        i = about["tokenizer.ggml.bos_token_id"]
-        made.post_processor = tokenizers.processors.TemplateProcessing(
-            single=f"{tokens[i]} $A", pair=f"{tokens[i]} $A $B:1", special_tokens=[(tokens[i], i)])
-    return TokenizerJSON(json.dumps(json.loads(made.to_str()), ensure_ascii=False).encode())
+        return split.Sequence([split.Split(tokenizers.Regex(LLAMA3_SPLIT), "isolated"),
+                               split.ByteLevel(add_prefix_space=False, use_regex=False)])
+    known = ", ".join(GPT2 + GPT2_WITH_DIGITS + LLAMA3)
+    raise ValueError(f"minisr does not support the pre-tokenizer {family!r}; it knows {known}")
 
 
-def _sentencepiece(about: dict) -> SentencePiece:
-    """Llama 2's kind: the pieces put back into a SentencePiece model, without normalization."""
+def sentencepiece_vocabulary(metadata: dict) -> SentencePiece:
+    """SentencePiece as in Llama 2: a model built from the pieces in the file, without normalization."""
     proto = need("sentencepiece.sentencepiece_model_pb2", "gguf").ModelProto()
-    for token, score, sort in zip(about["tokenizer.ggml.tokens"], about["tokenizer.ggml.scores"],
-                                  about["tokenizer.ggml.token_type"]):
-        proto.pieces.add(piece=token, score=score, type=sort)
-    spec = proto.trainer_spec
-    spec.model_type, spec.byte_fallback, spec.vocab_size = 2, True, len(proto.pieces)
-    spec.bos_id, spec.eos_id = (about[f"tokenizer.ggml.{end}_token_id"] for end in ("bos", "eos"))
-    spec.unk_id = about.get("tokenizer.ggml.unknown_token_id", 0)
-    normal = proto.normalizer_spec
-    normal.name, normal.remove_extra_whitespaces = "identity", False
-    normal.add_dummy_prefix = about.get("tokenizer.ggml.add_space_prefix", True)
+    tokens, types = metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.token_type"]
+    for token, score, token_type in zip(tokens, metadata["tokenizer.ggml.scores"], types):
+        proto.pieces.add(piece=token, score=score, type=token_type)
+    trainer = proto.trainer_spec
+    trainer.model_type, trainer.byte_fallback, trainer.vocab_size = BPE, True, len(proto.pieces)
+    trainer.bos_id = metadata["tokenizer.ggml.bos_token_id"]
+    trainer.eos_id = metadata["tokenizer.ggml.eos_token_id"]
+    trainer.unk_id = metadata.get("tokenizer.ggml.unknown_token_id", 0)
+    normalizer = proto.normalizer_spec
+    normalizer.name, normalizer.remove_extra_whitespaces = "identity", False
+    normalizer.add_dummy_prefix = metadata.get("tokenizer.ggml.add_space_prefix", True)
     return SentencePiece(proto.SerializeToString())

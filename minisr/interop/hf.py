@@ -1,9 +1,8 @@
 """Hugging Face folders of Llama-like decoders: config.json, weights, tokenizer (extra "hf").
 
-Weights come from *.safetensors (with or without an index of shards) or from pytorch_model.bin,
-which is read with weights_only=True. q, k, v and gate, up are one matrix each here; the order of halves
-in RoPE is the same: no number changes on the way in or out.
-"""
+Weights are read from *.safetensors or from pytorch_model.bin, in one file or in shards with an index. A .bin
+file is read with weights_only=True. minisr stores q, k, v in one matrix, and gate, up in one. Both formats
+rotate the same halves of a head in RoPE, so no number changes on the way in or out. """
 
 import warnings
 from pathlib import Path
@@ -12,140 +11,150 @@ import torch
 
 from minisr import InputError
 from minisr.interop import names
-from minisr.interop.sentencepiece_json import tokenizer_json
+from minisr.interop.chat_templates import recognize_chat_template, to_jinja
+from minisr.interop.sentencepiece_json import to_tokenizer_json
 from minisr.interop.tokenizer_json import TokenizerJSON
-from minisr.runner.checkpoint import assemble, check_sizes, first_line, tokenizer_files
-from minisr.runner.files import need, read_bytes, read_json, write_bytes, write_json
+from minisr.model import Decoder
+from minisr.runner.checkpoint import build_decoder, check_vocab_size, tokenizer_files
+from minisr.runner.files import need, read_bytes, read_json, short_reason, write_bytes, write_json
 from minisr.tokenizer import SentencePiece, Tokenizer
 
 CONFIG = "config.json"
 
 
-def load(folder: Path, device: str = "cpu", chat: str = ""):
-    """(decoder, tokenizer) of a folder; chat is a chat template's text, "" the folder's own."""
-    config = names.config_from_hf(_object(folder / CONFIG), folder / CONFIG)
-    tokenizer = load_tokenizer(folder, chat)
-    check_sizes(folder, config, tokenizer)
+def load(folder: Path, device: str = "cpu", template: str = "") -> tuple[Decoder, Tokenizer]:
+    """The model of a folder. `template` is the text of a chat template; "" means the folder's own."""
+    config = names.config_from_hf(read_object(folder / CONFIG), folder / CONFIG)
+    tokenizer = load_tokenizer(folder, template)
+    check_vocab_size(folder, config, tokenizer)
     stored = read_weights(folder)
-    # Copies, because a tensor read is a view of the file: all of it would stay in memory with one of them.
-    weights = names.weights_from(config, stored, folder, read=torch.clone)
-    odd = sorted(name for name in stored if not name.endswith("rotary_emb.inv_freq")
-                 and not (config.tie_embeddings and name == "lm_head.weight"))
-    if odd:
-        raise InputError(f"{folder}: minisr has no place for the weight {odd[0]}")
+    # Cloned, because a tensor is a view of its whole file, which would stay in memory.
+    weights = names.weights_from(config, stored, folder, to_tensor=torch.clone)
+    for name in sorted(stored):
+        unused = name.endswith("rotary_emb.inv_freq") or config.tie_embeddings and name == "lm_head.weight"
+        if not unused:
+            raise InputError(f"{folder}: minisr does not support the weight {name}")
     try:
-        return assemble(config, weights, device), tokenizer
+        return build_decoder(config, weights, device), tokenizer
     except RuntimeError as error:
-        raise InputError(f"{folder}: config.json and weights do not agree: "
-                         f"{str(error).splitlines()[-1].strip()}") from error
+        raise InputError(f"{folder}: {CONFIG} and weights do not agree: {short_reason(error)}") from error
 
 
 def read_weights(folder: Path) -> dict[str, torch.Tensor]:
-    """All tensors of a folder by Hugging Face's names."""
-    for stem, read in (("model.safetensors", _read_safetensors), ("pytorch_model.bin", _read_bin)):
-        index = folder / f"{stem}.index.json"
+    """All tensors of a folder, by their names in the files."""
+    for file_name, read in (("model.safetensors", read_safetensors), ("pytorch_model.bin", read_bin)):
+        index = folder / f"{file_name}.index.json"
         if index.exists():
-            shards = _shards(index)
             tensors: dict[str, torch.Tensor] = {}
-            for name in shards:
-                tensors |= read(folder / Path(name).name)  # .name: an index leads nowhere else
+            for shard in read_index(index):
+                tensors |= read(shard)
             return tensors
-        if (folder / stem).exists():
-            return read(folder / stem)
-    raise InputError(f"{folder} has neither model.safetensors nor pytorch_model.bin, nor their index")
+        if (folder / file_name).exists():
+            return read(folder / file_name)
+    raise InputError(f"{folder} has neither model.safetensors nor pytorch_model.bin, nor an index of shards")
 
 
-def _shards(index: Path) -> list[str]:
-    """The file names in an index; all must be there."""
-    places = _object(index).get("weight_map")
-    if not isinstance(places, dict) or not places or not all(isinstance(n, str) for n in places.values()):
-        raise InputError(f"{index} has no map from weights to shards")
-    shards = sorted(set(places.values()))
-    for name in shards:
-        if not (index.parent / Path(name).name).is_file():
-            raise InputError(f"{index} names the shard {name!r}, which is not there")
-    return shards
+def read_index(index: Path) -> list[Path]:
+    """The shards that an index names. They are searched in the folder of the index and nowhere else."""
+    weight_map = read_object(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise InputError(f"{index} does not map weights to shards; download it again")
+    shards = []
+    for name in weight_map.values():
+        if not isinstance(name, str):
+            raise InputError(f"{index} does not map weights to shards; download it again")
+        shard = index.parent / Path(name).name
+        if not shard.is_file():
+            raise InputError(f"{index} names the shard {name!r}, which does not exist; download it")
+        shards.append(shard)
+    return sorted(set(shards))
 
 
-def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:
+def read_safetensors(path: Path) -> dict[str, torch.Tensor]:
     safetensors = need("safetensors.torch", "hf")
     try:
         return safetensors.load_file(path)
-    except Exception as error:  # SafetensorError has no home of its own to import from
-        raise InputError(f"{path} is no whole safetensors file: {first_line(error)}") from error
+    except Exception as error:  # SafetensorError cannot be imported from a public module
+        raise InputError(f"{path} is not a complete safetensors file: {short_reason(error)}") from error
 
 
-def _read_bin(path: Path) -> dict[str, torch.Tensor]:
+def read_bin(path: Path) -> dict[str, torch.Tensor]:
     try:
-        with warnings.catch_warnings(action="ignore"):  # the error says it in one line
+        with warnings.catch_warnings(action="ignore"):  # the error is reported below, in one line
             stored = torch.load(path, weights_only=True, map_location="cpu")
-    except Exception as error:  # a damaged file fails in many ways
-        raise InputError(f"{path} is no file of plain tensors: {first_line(error)}") from error
+    except Exception as error:  # a damaged file can raise many types
+        raise InputError(f"{path} is not a file of plain tensors: {short_reason(error)}") from error
     if not isinstance(stored, dict) or not all(isinstance(name, str) and isinstance(value, torch.Tensor)
                                                for name, value in stored.items()):
-        raise InputError(f"{path} holds something else than tensors by name")
+        raise InputError(f"{path} does not contain tensors by name")
     return stored
 
 
-def load_tokenizer(folder: Path, chat: str = "") -> Tokenizer:
-    """tokenizer.json, in which alone pieces may have been added; of an export of ours tokenizer.model."""
-    model, as_json = folder / SentencePiece.FILE, folder / TokenizerJSON.FILE
-    if not model.exists() and not as_json.exists():
-        raise InputError(f"{folder} has neither tokenizer.model nor tokenizer.json")
+def load_tokenizer(folder: Path, template: str = "") -> Tokenizer:
+    """Prefers tokenizer.json, because added tokens are only there; in a folder that minisr exported,
+    tokenizer.model."""
+    has_model, has_json = ((folder / kind.FILE).exists() for kind in (SentencePiece, TokenizerJSON))
+    if not has_model and not has_json:
+        raise InputError(f"{folder} has neither {SentencePiece.FILE} nor {TokenizerJSON.FILE}")
+    exported_by_minisr = has_model and (folder / "chat.txt").exists()
+    kind = TokenizerJSON if has_json and not exported_by_minisr else SentencePiece
+    content = read_bytes(folder / kind.FILE)
     try:
-        ours = model.exists() and (folder / "chat.txt").exists()
-        kind = TokenizerJSON if as_json.exists() and not ours else SentencePiece
-        vocabulary = kind(read_bytes(folder / kind.FILE))
+        vocabulary = kind(content)
     except InputError:
         raise
     except (RuntimeError, ValueError) as error:
-        raise InputError(f"{folder}: {first_line(error)}") from error
-    return Tokenizer(vocabulary, chat or _chat(folder, vocabulary))
+        raise InputError(f"{folder / kind.FILE} cannot be read: {short_reason(error)}") from error
+    return Tokenizer(vocabulary, template or read_chat_template(folder, vocabulary))
 
 
-def _chat(folder: Path, vocabulary) -> str:
-    """The folder's chat template: ours, or the one of ours that its Jinja looks like."""
+def read_chat_template(folder: Path, vocabulary) -> str:
+    """chat.txt, or the one of minisr's templates that the folder's Jinja template corresponds to."""
     if (folder / "chat.txt").exists():
         return read_bytes(folder / "chat.txt").decode()
-    settings = folder / "tokenizer_config.json"
-    jinja = _object(settings).get("chat_template") if settings.exists() else None
-    if isinstance(jinja, list):  # several by name
-        jinja = next((one.get("template") for one in jinja if one.get("name") == "default"), None)
+    jinja, settings = None, folder / "tokenizer_config.json"
+    if settings.exists():
+        jinja = read_object(settings).get("chat_template")
+    if isinstance(jinja, list):  # several templates by name
+        jinja = next((entry.get("template") for entry in jinja if entry.get("name") == "default"), None)
     if (folder / "chat_template.jinja").exists():
         jinja = read_bytes(folder / "chat_template.jinja").decode()
-    return names.recognise_chat(jinja, vocabulary.specials)
+    return recognize_chat_template(jinja, vocabulary.specials)
 
 
-def _object(path: Path) -> dict:
-    value = read_json(path, "description")
+def read_object(path: Path) -> dict:
+    value = read_json(path, "file")
     if not isinstance(value, dict):
         raise InputError(f"{path} is not a JSON object {{...}}")
     return value
 
 
-def export(model, tokenizer: Tokenizer, folder: Path) -> None:
-    """Write a folder that transformers loads as it is; the same model gives the same bytes."""
+def export(model: Decoder, tokenizer: Tokenizer, folder: Path) -> None:
+    """Write a folder that transformers can load. The same model gives the same bytes."""
     safetensors = need("safetensors.torch", "hf")
     weights = names.weights_to_hf(model.config, model.state_dict())
-    named = {name: weight.contiguous() for name, weight in weights.items()}
-    dtype = str(model.embed.weight.dtype).removeprefix("torch.")
-    ends = list(tokenizer.stop_ids)
-    ids = {"bos_token_id": (tokenizer.bos_ids or [None])[0], "eos_token_id": ends if ends[1:] else ends[0]}
+    weights = {name: weight.contiguous() for name, weight in weights.items()}
     files = tokenizer_files(tokenizer)
     if isinstance(tokenizer.vocabulary, SentencePiece):
-        files = files | {TokenizerJSON.FILE: tokenizer_json(tokenizer.vocabulary)}
-    files["model.safetensors"] = safetensors.save(named, metadata={"format": "pt"})
+        files[TokenizerJSON.FILE] = to_tokenizer_json(tokenizer.vocabulary)
+    files["model.safetensors"] = safetensors.save(weights, metadata={"format": "pt"})
     for name, content in files.items():
         write_bytes(folder / name, content)
-    write_json(folder / "tokenizer_config.json", _tokenizer_config(tokenizer, model.config.max_seq_len))
+    stop_ids = list(tokenizer.stop_ids)
+    special_ids = {"bos_token_id": tokenizer.bos_ids[0] if tokenizer.bos_ids else None,
+                   "eos_token_id": stop_ids if len(stop_ids) > 1 else stop_ids[0]}
+    write_json(folder / "tokenizer_config.json", tokenizer_config(tokenizer, model.config.max_seq_len))
     write_json(folder / "generation_config.json",
-               {**ids, "do_sample": True, "temperature": 0.7, "top_p": 0.9})
-    write_json(folder / CONFIG, {**names.config_to_hf(model.config), "dtype": dtype, **ids})
+               {**special_ids, "do_sample": True, "temperature": 0.7, "top_p": 0.9})
+    dtype = str(model.embed.weight.dtype).removeprefix("torch.")
+    write_json(folder / CONFIG, {**names.config_to_hf(model.config), "dtype": dtype, **special_ids})
 
 
-def _tokenizer_config(tokenizer: Tokenizer, context: int) -> dict:
-    pieces = {i: name for name, i in tokenizer.vocabulary.specials.items()}
-    bos = pieces.get((tokenizer.bos_ids or [None])[0])
-    return {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": context,
-            "bos_token": bos, "eos_token": pieces[tokenizer.eos_id], "pad_token": pieces[tokenizer.eos_id],
-            "clean_up_tokenization_spaces": False, "chat_template": names.jinja_of(tokenizer.template)}
+def tokenizer_config(tokenizer: Tokenizer, max_seq_len: int) -> dict:
+    """The contents of tokenizer_config.json."""
+    special_tokens = {i: token for token, i in tokenizer.vocabulary.specials.items()}
+    bos = special_tokens.get(tokenizer.bos_ids[0]) if tokenizer.bos_ids else None
+    eos = special_tokens[tokenizer.eos_id]
+    return {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": max_seq_len,
+            "bos_token": bos, "eos_token": eos, "pad_token": eos,
+            "clean_up_tokenization_spaces": False, "chat_template": to_jinja(tokenizer.template)}

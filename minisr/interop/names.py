@@ -1,17 +1,17 @@
-"""What others call our weights and our config, and what of theirs is the same arithmetic."""
+"""Names of weights and config keys in other formats, and which configs minisr can compute.
 
-import re
+"Ours" are minisr's names; "theirs" are those of the other format.
+"""
 
 import torch
 from torch import Tensor
 
 from minisr import InputError
-from minisr.interop.chat_templates import chat_template
 from minisr.interop.shape import fused_weight_sizes, model_config
 from minisr.model import ModelConfig
 
-# Ours -> Hugging Face's, in the order in which ours holds them; "{}" is the number of the block.
-WEIGHTS = {
+# Our weight -> Hugging Face's weights that it consists of, in order. "{}" is the number of the block.
+HF_WEIGHTS = {
     "embed.weight": ("model.embed_tokens.weight",),
     "norm.weight": ("model.norm.weight",),
     "head.weight": ("lm_head.weight",),
@@ -25,93 +25,116 @@ WEIGHTS = {
         "model.layers.{}.mlp.gate_proj.weight", "model.layers.{}.mlp.up_proj.weight"),
     "blocks.{}.feed_forward.down_proj.weight": ("model.layers.{}.mlp.down_proj.weight",),
 }
-# Hugging Face's -> ours, for the keys of config.json that are a matter of shape.
-SHAPE = {
+# Keys of Hugging Face's config.json -> fields of ModelConfig.
+HF_CONFIG = {
     "vocab_size": "vocab_size", "hidden_size": "dim", "num_hidden_layers": "n_layers",
     "num_attention_heads": "n_heads", "num_key_value_heads": "n_kv_heads", "intermediate_size": "ffn_dim",
     "max_position_embeddings": "max_seq_len", "rms_norm_eps": "norm_eps",
 }
-ARCHITECTURES = ("llama", "mistral")
+MODEL_TYPES = ("llama", "mistral")
+ROPE_TYPES = ("default", "linear", "llama3")
 
 
-def weight_names(config: ModelConfig, weights: dict = WEIGHTS) -> dict[str, tuple[str, ...]]:
-    """Their names for the parts of each of our weights; a tied head has none of its own."""
-    numbers = range(config.n_layers)
-    return {ours.format(i): tuple(part.format(i) for part in theirs) for ours, theirs in weights.items()
-            for i in (numbers if "{}" in ours else [0])
-            if not (config.tie_embeddings and ours == "head.weight")}
+def weight_names(config: ModelConfig, mapping: dict = HF_WEIGHTS) -> dict[str, tuple[str, ...]]:
+    """Our name -> their names, for all weights of a model. A tied head has no weight of its own."""
+    names = {}
+    for ours, theirs in mapping.items():
+        if ours == "head.weight" and config.tie_embeddings:
+            continue
+        if "{}" not in ours:
+            names[ours] = theirs
+            continue
+        for block in range(config.n_layers):
+            names[ours.format(block)] = tuple(name.format(block) for name in theirs)
+    return names
 
 
-def weights_from(config: ModelConfig, stored: dict, where, weights: dict = WEIGHTS, read=lambda part: part):
-    """Our weights, out of `stored`, from which they are taken; read() makes a tensor of a part."""
-    ours = {}
-    for name, theirs in weight_names(config, weights).items():
-        if missing := [part for part in theirs if part not in stored]:
-            raise InputError(f"{where}: no weight {missing[0]} in its files; the checkpoint is not complete")
-        parts = [read(stored.pop(part)) for part in theirs]
-        for part, tensor, rows in zip(theirs, parts, fused_weight_sizes(name, config)):
-            if tensor.shape != (rows, config.dim) or not tensor.is_floating_point():
-                raise InputError(f"{where}: the model's shape and weights do not agree: {part} is "
-                                 f"{tensor.dtype} {list(tensor.shape)}, not {[rows, config.dim]} numbers")
-        ours[name] = parts[0] if len(parts) == 1 else torch.cat(parts)
-    return ours
+def weights_from(config: ModelConfig, stored: dict, where, mapping: dict = HF_WEIGHTS,
+                 to_tensor=lambda value: value) -> dict[str, Tensor]:
+    """Convert stored weights to ours.
+
+    Removes from `stored` what it converts, so what remains is not part of the model. `to_tensor` makes a
+    tensor of a stored value; `where` names the source in errors."""
+    weights = {}
+    for ours, theirs in weight_names(config, mapping).items():
+        for name in theirs:
+            if name not in stored:
+                raise InputError(f"{where}: the weight {name} is missing; the checkpoint is not complete")
+        parts = [to_tensor(stored.pop(name)) for name in theirs]
+        for name, part, rows in zip(theirs, parts, fused_weight_sizes(ours, config)):
+            check_part(name, part, [rows, config.dim], where)
+        weights[ours] = parts[0] if len(parts) == 1 else torch.cat(parts)
+    return weights
+
+
+def check_part(name: str, part: Tensor, shape: list[int], where) -> None:
+    """Torch would concatenate parts of other shapes or types without an error."""
+    if list(part.shape) != shape or not part.is_floating_point():
+        raise InputError(f"{where}: config and weights do not agree: {name} is {part.dtype} of shape "
+                         f"{list(part.shape)}; expected floating-point numbers of shape {shape}")
 
 
 def weights_to_hf(config: ModelConfig, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The way back: not a number changes."""
-    theirs = {}
-    for ours, names in weight_names(config).items():
-        theirs |= dict(zip(names, weights[ours].split(fused_weight_sizes(ours, config) or len(weights[ours]))))
-    return theirs
+    """Our weights by Hugging Face's names. No number changes."""
+    converted = {}
+    for ours, theirs in weight_names(config).items():
+        rows = fused_weight_sizes(ours, config)
+        parts = weights[ours].split(rows) if rows else [weights[ours]]
+        converted |= dict(zip(theirs, parts))
+    return converted
 
 
-def config_from_hf(theirs: dict, where) -> ModelConfig:
-    """A config.json as our config; InputError names the first feature that we do not compute."""
-    if unknown := _unsupported(theirs):
-        raise InputError(f"{where}: {unknown} is not what minisr computes; it reads Llama-like decoders "
-                         f"(model_type {' or '.join(ARCHITECTURES)}) that have no such feature")
-    rope = _rope(theirs)
-    for name in SHAPE:
-        if theirs.get(name) is None and name != "num_key_value_heads":
-            raise InputError(f"{where} does not tell {name}")
-    shape = {ours: theirs[name] for name, ours in SHAPE.items() if theirs.get(name) is not None}
-    shape.setdefault("n_kv_heads", shape["n_heads"])
+def config_from_hf(hf_config: dict, where) -> ModelConfig:
+    """The contents of a config.json as a ModelConfig. InputError names the first unsupported feature."""
+    if feature := unsupported_feature(hf_config):
+        raise InputError(f"{where}: minisr does not support {feature}; it reads Llama-like decoders "
+                         f"(model_type {' or '.join(MODEL_TYPES)}) without it")
+    rope = rope_parameters(hf_config)
+    values = {}
+    for theirs, ours in HF_CONFIG.items():
+        if hf_config.get(theirs) is not None:
+            values[ours] = hf_config[theirs]
+        elif theirs != "num_key_value_heads":
+            raise InputError(f"{where}: the key {theirs} is missing")
+    values.setdefault("n_kv_heads", values["n_heads"])
     try:
-        return model_config(**shape, head_dim=theirs.get("head_dim") or 0,
-                           rope_theta=float(rope.get("rope_theta", 10000.0)), rope_scaling=_scaling(rope),
-                           tie_embeddings=bool(theirs.get("tie_word_embeddings", False)))
+        return model_config(**values, head_dim=hf_config.get("head_dim") or 0,
+                           rope_theta=float(rope["rope_theta"]), rope_scaling=rope_scaling(rope),
+                           tie_embeddings=bool(hf_config.get("tie_word_embeddings", False)))
     except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
         raise InputError(f"{where}: {type(error).__name__}: {error}") from error
 
 
-def _unsupported(theirs: dict) -> str | None:
-    """The first feature in a config.json that changes the arithmetic."""
-    context, window = theirs.get("max_position_embeddings", 0), theirs.get("sliding_window")
-    rope = _rope(theirs)
-    odd = {
-        f"model_type {theirs.get('model_type')!r}": theirs.get("model_type") not in ARCHITECTURES,
-        "attention bias": theirs.get("attention_bias") or theirs.get("qkv_bias"),
-        "a bias in the feed-forward": theirs.get("mlp_bias"),
-        f"activation {theirs.get('hidden_act')!r}": theirs.get("hidden_act", "silu") not in ("silu", "swish"),
-        f"a sliding window ({window}) shorter than the context": window and window < context,
-        "a mixture of experts": theirs.get("num_local_experts") or theirs.get("num_experts"),
-        "quantized weights": theirs.get("quantization_config"),
-        "partial rotary embedding": any(c.get("partial_rotary_factor", 1) != 1 for c in (theirs, rope)),
-        f"RoPE scaling {rope['rope_type']!r}": rope["rope_type"] not in ("default", "linear", "llama3"),
+def unsupported_feature(hf_config: dict) -> str | None:
+    """The first feature in a config.json that changes what the model computes and minisr lacks, or None."""
+    get, rope = hf_config.get, rope_parameters(hf_config)
+    window, max_seq_len = get("sliding_window"), get("max_position_embeddings", 0)
+    partial_rope = (get("partial_rotary_factor", 1), rope.get("partial_rotary_factor", 1)) != (1, 1)
+    features = {
+        f"model_type {get('model_type')!r}": get("model_type") not in MODEL_TYPES,
+        "attention bias": get("attention_bias") or get("qkv_bias"),
+        "a bias in the feed-forward": get("mlp_bias"),
+        f"activation {get('hidden_act')!r}": get("hidden_act", "silu") not in ("silu", "swish"),
+        f"a sliding window ({window}) shorter than the context": window and window < max_seq_len,
+        "a mixture of experts": get("num_local_experts") or get("num_experts"),
+        "quantized weights": get("quantization_config"),
+        "partial rotary embedding": partial_rope,
+        f"RoPE scaling {rope['rope_type']!r}": rope["rope_type"] not in ROPE_TYPES,
     }
-    return next((name for name, found in odd.items() if found), None)
+    return next((feature for feature, present in features.items() if present), None)
 
 
-def _rope(theirs: dict) -> dict:
-    """The RoPE parameters, in the place where this or an older version of transformers keeps them."""
-    rope = dict(theirs.get("rope_parameters") or theirs.get("rope_scaling") or {})
+def rope_parameters(hf_config: dict) -> dict:
+    """The RoPE parameters, from the keys that this or an older version of transformers uses."""
+    rope = dict(hf_config.get("rope_parameters") or hf_config.get("rope_scaling") or {})
     if rope.get("rope_theta") is None:
-        rope["rope_theta"] = theirs.get("rope_theta") or 10000.0
+        rope["rope_theta"] = hf_config.get("rope_theta") or 10000.0
     rope["rope_type"] = rope.get("rope_type") or rope.get("type") or "default"
     return rope
 
 
-def _scaling(rope: dict) -> tuple[float, ...]:
+def rope_scaling(rope: dict) -> tuple[float, ...]:
+    """ModelConfig.rope_scaling from RoPE parameters."""
     if rope["rope_type"] == "default":
         return ()
     keys = ["factor"]
@@ -121,50 +144,16 @@ def _scaling(rope: dict) -> tuple[float, ...]:
 
 
 def config_to_hf(config: ModelConfig) -> dict:
-    """Our config as a config.json for LlamaForCausalLM."""
+    """A ModelConfig as the contents of a config.json for LlamaForCausalLM."""
     scaling = None
     if len(config.rope_scaling) == 1:
         scaling = {"rope_type": "linear", "factor": config.rope_scaling[0]}
     if len(config.rope_scaling) == 4:
-        factor, low, high, context = config.rope_scaling
+        factor, low, high, original_max_seq_len = config.rope_scaling
         scaling = {"rope_type": "llama3", "factor": factor, "low_freq_factor": low, "high_freq_factor": high,
-                   "original_max_position_embeddings": int(context)}
+                   "original_max_position_embeddings": int(original_max_seq_len)}
     return {"architectures": ["LlamaForCausalLM"], "model_type": "llama",
-            **{theirs: getattr(config, ours) for theirs, ours in SHAPE.items()},
+            **{theirs: getattr(config, ours) for theirs, ours in HF_CONFIG.items()},
             "head_dim": config.head_dim, "rope_theta": config.rope_theta, "rope_scaling": scaling,
             "tie_word_embeddings": config.tie_embeddings, "hidden_act": "silu", "attention_bias": False,
             "mlp_bias": False, "attention_dropout": 0.0, "pretraining_tp": 1, "use_cache": True}
-
-
-def recognise_chat(jinja: str | None, specials) -> str:
-    """Which of our chat templates a model's own (Jinja, never run) is: by its markers.
-
-    A system message that it adds to a chat without one is kept."""
-    jinja = (jinja or "").replace("\\n", "\n")
-    if "<|im_start|>" in jinja and "<|im_start|>" in specials:
-        system = re.search(r"<\|im_start\|>system\n[^'\"{}<>]*<\|im_end\|>\n", jinja)
-        return (system[0] if system else "") + chat_template("chatml")
-    if "<|start_header_id|>" in specials:
-        return chat_template("llama3")
-    if "[INST]" in jinja and {"<s>", "</s>"} <= set(specials):
-        return chat_template("llama2")
-    if "<|user|>" in jinja and "</s>" in specials and "<|user|>" not in specials:  # TinyLlama, Zephyr
-        return chat_template("zephyr")
-    if "</s>" not in specials:
-        raise InputError("none of minisr's chat templates goes with this model: name one (--chat; in a "
-                         "config: chat), or a text file with {prompt} and {response}")
-    return chat_template("tiny" if "<|user|>" in specials else "plain")
-
-
-def jinja_of(template: str) -> str:
-    """A chat template of ours as Jinja for others: a user's turn, then the model's, and nothing else."""
-    before, _, after = template.partition("{response}")
-    opening, _, closing = before.partition("{prompt}")
-
-    def text(part):
-        return "{{ " + repr(part) + " }}" if part else ""
-    return ("{% for message in messages %}{% if loop.index0 == 0 and message['role'] == 'user' %}"
-            + text(opening) + "{{ message['content'] }}" + text(closing)
-            + "{% elif loop.index0 == 1 and message['role'] == 'assistant' %}{{ message['content'] }}"
-            + text(after) + "{% else %}{{ raise_exception('this template takes a user message, then an "
-            "assistant message, and no other') }}{% endif %}{% endfor %}")

@@ -1,53 +1,78 @@
-"""A SentencePiece BPE model as a tokenizer.json, with the same ids for every text (extra "hf")."""
+"""A SentencePiece BPE model as a tokenizer.json that gives the same ids for every text (extra "hf")."""
 
 from minisr import InputError
 from minisr.runner.files import need
 from minisr.tokenizer import SentencePiece
 
+BPE = 2  # TrainerSpec.ModelType
 
-def tokenizer_json(vocabulary: SentencePiece) -> bytes:
-    """For those who read no tokenizer.model. Between special tokens each text is encoded by itself."""
+
+def to_tokenizer_json(vocabulary: SentencePiece) -> bytes:
+    """The content of a tokenizer.json, for libraries that do not read tokenizer.model."""
     proto = need("sentencepiece.sentencepiece_model_pb2", "hf").ModelProto.FromString(vocabulary.content)
-    normal = proto.normalizer_spec
-    given = [p.piece for p in proto.pieces if p.type == p.USER_DEFINED and len(p.piece) > 1]
-    if proto.trainer_spec.model_type != 2 or normal.remove_extra_whitespaces or given:
-        raise InputError("only a SentencePiece model of type BPE that keeps all spaces and has no pieces "
-                         "given by its user can be exported")
+    check_exportable(proto)
     tokenizers = need("tokenizers", "hf")
-    pieces = vocabulary.pieces
-    texts = [pieces.id_to_piece(i) for i in range(len(vocabulary))]
-    ids = {text: i for i, text in enumerate(texts)}
-    # Control symbols and pieces given by the user are whole from the start, never merged.
-    whole = {i for i, piece in enumerate(proto.pieces) if piece.type != piece.NORMAL}
-    model = tokenizers.models.BPE(
-        vocab=ids, merges=merges([t for i, t in enumerate(texts) if i not in whole], pieces, ids),
-        unk_token=texts[pieces.unk_id()], fuse_unk=True, byte_fallback=proto.trainer_spec.byte_fallback)
-    made = tokenizers.Tokenizer(model)
-    steps = [tokenizers.normalizers.Replace(" ", "▁")]
-    if normal.add_dummy_prefix:
-        steps.insert(0, tokenizers.normalizers.Prepend("▁"))
-    if normal.precompiled_charsmap:
-        steps.insert(0, tokenizers.normalizers.Precompiled(normal.precompiled_charsmap))
-    made.normalizer = tokenizers.normalizers.Sequence(steps)
-    parts = tokenizers.decoders
-    undo = [parts.Replace("▁", " "), parts.ByteFallback(), parts.Fuse()]
-    if normal.add_dummy_prefix:
-        undo.append(parts.Strip(" ", 1, 0))
-    made.decoder = parts.Sequence(undo)
-    made.add_special_tokens([tokenizers.AddedToken(name, special=True, normalized=False)
-                             for name in vocabulary.specials])
+    result = tokenizers.Tokenizer(bpe_model(tokenizers, vocabulary, proto))
+    result.normalizer = normalizer(tokenizers.normalizers, proto.normalizer_spec)
+    result.decoder = decoder(tokenizers.decoders, proto.normalizer_spec)
+    result.add_special_tokens([tokenizers.AddedToken(name, special=True, normalized=False)
+                               for name in vocabulary.specials])
     if vocabulary.bos_ids:
-        bos = texts[vocabulary.bos_ids[0]]
-        made.post_processor = tokenizers.processors.TemplateProcessing(
-            single=f"{bos} $A", pair=f"{bos} $A {bos}:1 $B:1", special_tokens=[(bos, vocabulary.bos_ids[0])])
-    return made.to_str(pretty=True).encode()
+        bos_id = vocabulary.bos_ids[0]
+        bos = vocabulary.pieces.id_to_piece(bos_id)
+        result.post_processor = tokenizers.processors.TemplateProcessing(
+            single=f"{bos} $A", pair=f"{bos} $A {bos}:1 $B:1", special_tokens=[(bos, bos_id)])
+    return result.to_str(pretty=True).encode()
+
+
+def check_exportable(proto) -> None:
+    """Raise InputError for features that the conversion does not reproduce."""
+    user_defined = [p for p in proto.pieces if p.type == p.USER_DEFINED and len(p.piece) > 1]
+    if proto.trainer_spec.model_type != BPE or proto.normalizer_spec.remove_extra_whitespaces or user_defined:
+        raise InputError("this SentencePiece model cannot be exported: it must be of type BPE, preserve all "
+                         "spaces, and have no user-defined pieces longer than one character")
+
+
+def bpe_model(tokenizers, vocabulary: SentencePiece, proto):
+    """The pieces with their ids, and the merges that produce them."""
+    pieces = vocabulary.pieces
+    ids = {pieces.id_to_piece(i): i for i in range(len(vocabulary))}
+    # Only normal pieces result from merges. Control symbols, bytes and user-defined pieces never do.
+    merged = [p.piece for p in proto.pieces if p.type == p.NORMAL]
+    return tokenizers.models.BPE(
+        vocab=ids, merges=merges(merged, pieces, ids), unk_token=pieces.id_to_piece(pieces.unk_id()),
+        fuse_unk=True, byte_fallback=proto.trainer_spec.byte_fallback)
 
 
 def merges(texts: list[str], pieces, ids: dict[str, int]) -> list[tuple[str, str]]:
-    """Every way to join two pieces into a third: the best-scored result first, of equal ones the lower id."""
+    """All ways to join two pieces into a third, in order of priority.
+
+    Results with a higher score come first; of equal scores, the lower id. Ways to the same result are ordered
+    by the ids of their parts."""
     found = []
     for text in texts:
         rank = (-pieces.get_score(ids[text]), ids[text])
-        found += [(*rank, ids[text[:k]], ids[text[k:]], text[:k], text[k:]) for k in range(1, len(text))
-                  if text[:k] in ids and text[k:] in ids]
+        for k in range(1, len(text)):
+            left, right = text[:k], text[k:]
+            if left in ids and right in ids:
+                found.append((rank, ids[left], ids[right], left, right))
     return [(left, right) for *_, left, right in sorted(found)]
+
+
+def normalizer(normalizers, spec):
+    """SentencePiece writes a space as "▁", and may add one before the text."""
+    steps = []
+    if spec.precompiled_charsmap:
+        steps.append(normalizers.Precompiled(spec.precompiled_charsmap))
+    if spec.add_dummy_prefix:
+        steps.append(normalizers.Prepend("▁"))
+    steps.append(normalizers.Replace(" ", "▁"))
+    return normalizers.Sequence(steps)
+
+
+def decoder(decoders, spec):
+    """The inverse of the normalizer."""
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    if spec.add_dummy_prefix:
+        steps.append(decoders.Strip(" ", 1, 0))
+    return decoders.Sequence(steps)

@@ -1,7 +1,8 @@
-"""M_t on disk: a folder with model.pt, the tokenizer, chat.txt and meta.json.
+"""A model on disk: a folder with model.pt, the tokenizer, chat.txt and meta.json.
 
-model.pt holds plain tensors and numbers and is read with weights_only=True: nothing is executed.
-meta.json says what made it, its hash and its parent's; a file that does not match is refused.
+model.pt contains only tensors and numbers, and is read with weights_only=True, so nothing in it is executed.
+meta.json records the hash of model.pt, who made it, and the hash of its parent. A file that does not match is
+rejected.
 """
 
 import hashlib
@@ -22,6 +23,7 @@ from minisr.runner.files import (
     read_bytes,
     read_json,
     read_text,
+    short_reason,
     write_bytes,
     write_json,
     writing,
@@ -29,12 +31,14 @@ from minisr.runner.files import (
 from minisr.tokenizer import SentencePiece, Tokenizer
 
 SEED_MODEL = Path(__file__).parents[1] / "worlds" / "tiny" / "M0"  # ships with minisr
+MODEL_KEYS_REMOVED = ("dropout",)  # it is now a setting of a training
 
 
 def save_model(folder: Path, model: Decoder, tokenizer: Tokenizer, meta: dict) -> None:
-    """Write a model folder; meta.json comes last, so that a folder that has it is whole."""
-    weights = {name: tensor.cpu() for name, tensor in model.state_dict().items()
-               if not (model.config.tie_embeddings and name == "head.weight")}
+    """Write a model folder. meta.json is written last, so a folder that has it is complete."""
+    weights = {name: tensor.cpu() for name, tensor in model.state_dict().items()}
+    if model.config.tie_embeddings:
+        del weights["head.weight"]
     with writing(folder / "model.pt") as file:
         torch.save({"config": asdict(model.config), "weights": weights}, file)
     for name, content in tokenizer_files(tokenizer).items():
@@ -44,40 +48,47 @@ def save_model(folder: Path, model: Decoder, tokenizer: Tokenizer, meta: dict) -
 
 
 def load_model(folder: Path, device: str = "cpu", dtype: torch.dtype | None = None) -> tuple[Decoder, Tokenizer]:
-    """The model and tokenizer of a folder, in eval mode. InputError names what is wrong with it."""
+    """The model and tokenizer of a folder, in eval mode. Raises InputError if a file is damaged."""
     folder = Path(folder)
-    recorded = model_hash(folder)
-    if file_digest(folder / "model.pt") != recorded:
-        raise InputError(f"{folder / 'model.pt'} is not the file that meta.json describes (truncated or "
-                         "changed); remove meta.json to have the model made again")
-    for name, expected in read_json(folder / "meta.json", "model description").get("files", {}).items():
-        if file_digest(folder / name) != expected:
-            raise InputError(f"{folder / name} is not the file that meta.json describes (truncated or "
-                             "changed); remove meta.json to have the model made again")
+    check_file(folder / "model.pt", model_hash(folder))
+    meta = read_json(folder / "meta.json", "model description")
+    for name, expected in meta.get("files", {}).items():
+        check_file(folder / name, expected)
     try:
-        with warnings.catch_warnings(action="ignore"):  # the error says it in one line
-            stored = torch.load(folder / "model.pt", weights_only=True, map_location="cpu")
-        if not isinstance(stored, dict):
-            raise TypeError("model.pt holds something else")
-        config = {MODEL_KEYS_RENAMED.get(key, key): value for key, value in stored["config"].items()}
-        config.pop("dropout", None)  # of the first versions; it belongs to a training
-        model = assemble(model_config(**config), stored["weights"], device, dtype)
+        config, weights = read_model_file(folder / "model.pt")
+        model = build_decoder(config, weights, device, dtype)
         tokenizer = load_tokenizer(folder)
     except InputError:
         raise
-    except (RuntimeError, pickle.UnpicklingError, LookupError, TypeError, ValueError,
-            ArithmeticError, AttributeError, EOFError) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise InputError(f"{folder} is no minisr model of this version, make it anew: {reason[:200]}"
-                         ) from error
-    check_sizes(folder, model.config, tokenizer)
+    except (RuntimeError, pickle.UnpicklingError, LookupError, TypeError, ValueError, ArithmeticError,
+            AttributeError, EOFError) as error:
+        raise InputError(f"{folder} is not a minisr model of this version; make it again: "
+                         f"{short_reason(error)}") from error
+    check_vocab_size(folder, model.config, tokenizer)
     return model, tokenizer
 
 
-def assemble(config: ModelConfig, weights: dict[str, torch.Tensor], device: str = "cpu",
-             dtype: torch.dtype | None = None) -> Decoder:
-    """A decoder in eval mode with these weights, by default in float32, on a GPU in bfloat16."""
-    with torch.device("meta"):  # no memory, no random numbers for weights that are replaced at once
+def check_file(path: Path, expected: str) -> None:
+    if file_digest(path) != expected:
+        raise InputError(f"{path} is not the file that meta.json describes (truncated or changed); "
+                         "remove meta.json to have the model made again")
+
+
+def read_model_file(path: Path) -> tuple[ModelConfig, dict[str, torch.Tensor]]:
+    """Shape and weights in a model.pt, of this or an older version."""
+    with warnings.catch_warnings(action="ignore"):  # the caller reports the error in one line
+        stored = torch.load(path, weights_only=True, map_location="cpu")
+    if not isinstance(stored, dict):
+        raise TypeError(f"{path.name} does not contain a config and weights")
+    config = {MODEL_KEYS_RENAMED.get(key, key): value for key, value in stored["config"].items()
+              if key not in MODEL_KEYS_REMOVED}
+    return model_config(**config), stored["weights"]
+
+
+def build_decoder(config: ModelConfig, weights: dict[str, torch.Tensor], device: str = "cpu",
+                  dtype: torch.dtype | None = None) -> Decoder:
+    """A decoder with these weights, in eval mode; by default float32 on a CPU, bfloat16 on a GPU."""
+    with torch.device("meta"):  # without memory or random numbers for weights that are replaced at once
         model = Decoder(config)
     if config.tie_embeddings:
         weights = {**weights, "head.weight": weights["embed.weight"]}
@@ -94,36 +105,35 @@ def tokenizer_files(tokenizer: Tokenizer) -> dict[str, bytes]:
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
-    """tokenizer.model or tokenizer.json, and chat.txt (the tiny world's if there is none)."""
+    """The vocabulary in tokenizer.model or tokenizer.json, with chat.txt (if missing: the tiny world's)."""
     kind = SentencePiece if (folder / SentencePiece.FILE).exists() else TokenizerJSON
     chat = folder / "chat.txt"
-    return Tokenizer(kind(read_bytes(folder / kind.FILE)),
-                     read_text(chat, "chat template") if chat.exists() else chat_template("tiny"))
+    template = read_text(chat, "chat template") if chat.exists() else chat_template("tiny")
+    return Tokenizer(kind(read_bytes(folder / kind.FILE)), template)
 
 
-def check_sizes(source: Path, config: ModelConfig, tokenizer: Tokenizer) -> None:
-    """The embedding may be padded to a round size beyond the vocabulary, not more."""
-    padded = {-(-len(tokenizer) // multiple) * multiple for multiple in (1, 8, 64, 128, 256)}
-    if config.vocab_size not in padded:
-        raise InputError(f"{source}: {tokenizer.vocabulary.FILE} has {len(tokenizer)} pieces, the model "
+def check_vocab_size(source: Path, config: ModelConfig, tokenizer: Tokenizer) -> None:
+    """The embedding may be padded to a multiple of 8, 64, 128 or 256 beyond the vocabulary, not more."""
+    size = len(tokenizer)
+    allowed = {-(-size // multiple) * multiple for multiple in (1, 8, 64, 128, 256)}
+    if config.vocab_size not in allowed:
+        raise InputError(f"{source}: {tokenizer.vocabulary.FILE} has {size} pieces, the model "
                          f"{config.vocab_size}; they do not belong together")
 
 
 def model_hash(folder: Path, which: str = "hash") -> str:
-    """The hash that meta.json records for a model folder, or with "parent_hash" that of its parent."""
-    if (Path(folder) / "config.toml").exists():
+    """The model's hash as recorded in meta.json; with which="parent_hash", its parent's."""
+    folder = Path(folder)
+    if (folder / "config.toml").exists():
         raise InputError(f"{folder} is a run; choose one of its models, e.g. {folder}/M1")
-    if not Path(folder).is_dir():
-        raise InputError(f"no model folder {folder}; a run keeps them as M0, SFT, M1, M2, ...")
-    meta = read_json(Path(folder) / "meta.json", "model description")
+    if not folder.is_dir():
+        raise InputError(f"there is no model folder {folder}; the models of a run are in M0, SFT, M1, ...")
+    meta = read_json(folder / "meta.json", "model description")
     if not isinstance(meta, dict) or which not in meta:
-        raise InputError(f"{folder}/meta.json does not tell the model's {which}")
+        raise InputError(f"{folder}/meta.json does not contain {which!r}; remove it to have the model made "
+                         "again")
     return meta[which]
 
 
 def digest(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
-
-
-def first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,4 +1,4 @@
-"""Files on disk: JSONL records and whole files, written atomically, read with clear errors."""
+"""Files on disk: JSON, JSONL and whole files, written atomically and read with clear errors."""
 
 import contextlib
 import hashlib
@@ -10,11 +10,12 @@ from pathlib import Path
 
 from minisr import InputError
 
-TURNING = ("LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI")  # bidi controls
+# Unicode's bidirectional controls, which change the direction of the text after them.
+BIDI_CONTROLS = ("LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI")
 
 
 def need(module: str, extra: str):
-    """Import a package that only an extra installs."""
+    """Import a package that only an extra of minisr installs."""
     try:
         return importlib.import_module(module)
     except ImportError as error:
@@ -22,32 +23,33 @@ def need(module: str, extra: str):
                          f'(from a checkout: pip install ".[{extra}]")') from error
 
 
-def write_bytes(path: Path, content: bytes) -> None:
-    """Write a whole file atomically."""
-    with writing(path) as file:
-        file.write(content)
-
-
 @contextlib.contextmanager
 def writing(path: Path):
-    """A file opened beside its place; flushed to disk and renamed at the end: it is whole or not there."""
+    """Open a file for writing that appears under its name only when it is complete.
+
+    It is written to a temporary file in the same folder, flushed to disk, and renamed at the end."""
     path = Path(path)
-    beside = path.with_name(path.name + ".part")
+    temporary = path.with_name(path.name + ".part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(beside, "wb") as file:
+        with open(temporary, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.replace(beside, path)
+        os.replace(temporary, path)
     except BaseException as error:
         with contextlib.suppress(OSError):
-            beside.unlink()
-        if not isinstance(error, OSError | RuntimeError):  # torch.save tells of a full disk by the latter
+            temporary.unlink()
+        if not isinstance(error, OSError | RuntimeError):  # torch.save raises the latter on a full disk
             raise
         reason = getattr(error, "strerror", None) or "the disk may be full"
-        raise InputError(f"cannot write {path}: {reason}; make room for it or choose another "
+        raise InputError(f"cannot write {path}: {reason}; free some space or choose another "
                          "folder") from error
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    with writing(path) as file:
+        file.write(content)
 
 
 def write_json(path: Path, value) -> None:
@@ -55,17 +57,17 @@ def write_json(path: Path, value) -> None:
 
 
 def write_jsonl(path: Path, records) -> None:
-    """One record a line."""
+    """One line for each record."""
     write_bytes(path, jsonl_bytes(records))
-
-
-def jsonl_bytes(records) -> bytes:
-    text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-    return text.encode(errors="backslashreplace")  # half a character, \\ud800, stays spelled as JSON has it
 
 
 def json_bytes(value) -> bytes:
     return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def jsonl_bytes(records) -> bytes:
+    text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+    return text.encode(errors="backslashreplace")  # a lone surrogate becomes the JSON escape \udXXX
 
 
 def read_bytes(path: Path) -> bytes:
@@ -76,7 +78,7 @@ def read_bytes(path: Path) -> bytes:
 
 
 def read_text(path: Path, what: str) -> str:
-    """The text of a file that must exist; `what` says what it is for, in the error."""
+    """The text of a file that must exist. `what` says in errors what it is for."""
     try:
         return Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -85,49 +87,41 @@ def read_text(path: Path, what: str) -> str:
 
 
 def read_json(path: Path, what: str):
+    """The value in a JSON file that must exist. `what` says in errors what it is for."""
     text = read_text(path, what)
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
         raise InputError(f"{what} {path} is not valid JSON: line {error.lineno}: {error.msg}; "
-                         "remove it to have it made again") from error
-    except (RecursionError, ValueError) as error:  # a number of thousands of digits
-        raise InputError(f"{what} {path} is no JSON that can be read: {first_words(error)}") from error
-
-
-def first_words(error: Exception) -> str:
-    return " ".join(str(error).split())[:100]
-
-
-def printable(text: str) -> str:
-    """A text of unknown origin for the terminal: what moves the cursor or turns a line around is spelled
-    out, as \\x1b."""
-    def moves(c):
-        return c != "\n" and (unicodedata.category(c) == "Cc" or unicodedata.bidirectional(c) in TURNING)
-    return "".join(repr(c)[1:-1] if moves(c) else c for c in text)
+                         "if minisr wrote it, remove it, and it will be written again") from error
+    except (RecursionError, ValueError) as error:  # nested too deeply, or a number of thousands of digits
+        raise InputError(f"{what} {path} cannot be parsed as JSON: {short_reason(error)}") from error
 
 
 def read_jsonl(path: Path, what: str, texts: tuple[str, ...] = ()) -> list[dict]:
-    """Every line's record; the first broken line is named, and one that lacks one of these texts."""
-    records = []
-    # Not splitlines(): it also breaks at characters such as U+2028 that may stand inside a record.
-    for number, line in enumerate(read_text(path, what).removesuffix("\n").split("\n"), 1):
-        if not line and number == 1:
-            break  # an empty file
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise InputError(f"{what} {path}, line {number}, is not valid JSON: {error.msg}") from error
-        except (RecursionError, ValueError) as error:
-            raise InputError(f"{what} {path}, line {number}, is no JSON that can be read: "
-                             f"{first_words(error)}") from error
-        if not isinstance(record, dict):
-            raise InputError(f"{what} {path}, line {number}, is not a JSON object {{...}}")
-        for name in texts:
-            if not isinstance(record.get(name), str):
-                raise InputError(f"{what} {path}, line {number}, has no text {name!r}")
-        records.append(record)
-    return records
+    """The records of a JSONL file, one a line. Each must have a text under every key in `texts`."""
+    # Not splitlines(): it also splits at characters such as U+2028, which a JSON text may contain.
+    lines = read_text(path, what).removesuffix("\n").split("\n")
+    if lines[0] == "":
+        return []
+    return [parse_record(line, f"{what} {path}, line {number},", texts)
+            for number, line in enumerate(lines, 1)]
+
+
+def parse_record(line: str, where: str, texts: tuple[str, ...]) -> dict:
+    """The record in one line of a JSONL file."""
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise InputError(f"{where} is not valid JSON: {error.msg}") from error
+    except (RecursionError, ValueError) as error:
+        raise InputError(f"{where} cannot be parsed as JSON: {short_reason(error)}") from error
+    if not isinstance(record, dict):
+        raise InputError(f"{where} is not a JSON object {{...}}")
+    for name in texts:
+        if not isinstance(record.get(name), str):
+            raise InputError(f"{where} has no text {name!r}")
+    return record
 
 
 def file_digest(path: Path) -> str:
@@ -137,3 +131,18 @@ def file_digest(path: Path) -> str:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}") from error
+
+
+def short_reason(error: Exception) -> str:
+    """An error's message in one line of at most 200 characters; its type if it has no message."""
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+def printable(text: str) -> str:
+    """A text of unknown origin for the terminal: control characters are escaped, as in \\x1b."""
+    return "".join(repr(c)[1:-1] if is_control(c) else c for c in text)
+
+
+def is_control(c: str) -> bool:
+    """Whether a character other than a line break moves the cursor or changes the direction of the text."""
+    return c != "\n" and (unicodedata.category(c) == "Cc" or unicodedata.bidirectional(c) in BIDI_CONTROLS)

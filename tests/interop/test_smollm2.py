@@ -1,4 +1,4 @@
-"""A real model and a production tokenizer, from packages that hold their files; none is imported."""
+"""A real model and a production tokenizer, from the files of packages that are not imported."""
 
 import json
 from importlib.util import find_spec
@@ -12,7 +12,7 @@ from nasty import NASTY
 from minisr.fast.cache import KVCache
 from minisr.interop import hf
 from minisr.interop.chat_templates import chat_template
-from minisr.interop.sentencepiece_json import tokenizer_json
+from minisr.interop.sentencepiece_json import to_tokenizer_json
 from minisr.interop.source import load_source
 from minisr.sampler import SampleConfig, sample
 from minisr.tokenizer import SentencePiece, Tokenizer
@@ -136,7 +136,7 @@ def test_the_exported_tokenizer_is_the_reference_with_and_without_special_tokens
 
 
 def test_transformers_tokenizer_of_the_file_differs_only_in_numbers(path, ours):
-    # Its conversion of the file leaves out that digits stand alone.
+    # Its conversion of the file ignores that each digit is a token.
     transformers = pytest.importorskip("transformers")
     auto = transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     same = {text: auto.encode(text, split_special_tokens=True) == ours[1].encode(text) for text in NASTY}
@@ -144,7 +144,7 @@ def test_transformers_tokenizer_of_the_file_differs_only_in_numbers(path, ours):
     assert sum(same.values()) > 190
 
 
-def test_the_chat_template_of_the_file_is_recognised(path, ours, reference):
+def test_the_chat_template_of_the_file_is_recognized(path, ours, reference):
     transformers = pytest.importorskip("transformers")
     auto = transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     reference.encode_special_tokens = False
@@ -199,13 +199,13 @@ def test_a_prompt_in_llama2s_template_is_begin_and_text(content, pieces):
         assert ids[-len(answer):] == answer and mask.index(True) == len(ids) - len(answer)
 
 
-# Its pieces of several spaces share one score: what decides is where they stand.
+# Its pieces of several spaces have the same score, so their order decides.
 SPACED = [" " * n + text for n in range(1, 80) for text in ("", "x", "\n")]
 
 
 def test_its_tokenizer_json_gives_the_same_ids(content, pieces):
     library = pytest.importorskip("tokenizers")
-    made = library.Tokenizer.from_str(tokenizer_json(SentencePiece(content)).decode())
+    made = library.Tokenizer.from_str(to_tokenizer_json(SentencePiece(content)).decode())
     made.encode_special_tokens = True
     for text in [*NASTY, ENGLISH, PYTHON, *SPACED]:
         ids = pieces.encode(text)

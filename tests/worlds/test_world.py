@@ -7,7 +7,7 @@ import pytest
 
 from minisr.judge import load_template, parse_score
 from minisr.runner.run import WORLD_TEMPLATE
-from minisr.runner.seed_data import eft_by_annotator, thin
+from minisr.runner.seed_data import balance_scores, eft_by_annotator
 from minisr.worlds.tiny import corpus, writers
 from minisr.worlds.tiny.oracle import Request, examine, parse_request, score
 from minisr.worlds.tiny.words import ANSWERS, CLOSINGS, EXTRAS, REQUESTS, SLOTS, WORDS
@@ -51,19 +51,19 @@ def test_the_oracle_gives_the_points_found_by_hand(prompt, text, points):
     assert score(prompt, text) == points.count("1")
 
 
-def test_the_verdict_quotes_what_stands_there_instead():
+def test_the_verdict_quotes_the_words_in_place_of_the_requested_ones():
     verdict = examine(parse_request(STORY), "Once there was a cow. It felt sad. And I am rude too. Have fun.")
     assert verdict.found == ("cow", "sad", "none")
     assert (verdict.added, verdict.ending) == ("cow", "Have fun.")
 
 
-def test_what_is_no_request_of_this_world_has_no_score():
+def test_a_text_that_is_not_a_request_has_no_score():
     assert parse_request("What is two plus two?") is None and score("What is two plus two?", "4") is None
     assert parse_request(f"{STORY} {STORY}") is None
 
 
 @pytest.mark.parametrize("kind", SLOTS)
-def test_every_phrasing_is_read_back(kind):
+def test_every_phrasing_is_parsed(kind):
     rng = Random(0)
     for frame in REQUESTS[kind]:
         for _ in range(50):
@@ -71,8 +71,8 @@ def test_every_phrasing_is_read_back(kind):
             assert parse_request(frame.format(**dict(zip(SLOTS[kind], words)))) == Request(kind, words)
 
 
-def test_no_word_stands_in_two_lists_or_in_a_frame():
-    # Or "is this word there?" would have two answers.
+def test_no_word_is_in_two_lists_or_in_a_frame():
+    # Otherwise it would be ambiguous whether an answer contains a word.
     lists = [word for words in WORDS.values() for word in words]
     assert len(lists) == len(set(lists))
     frames = [f for k in SLOTS for f in (*REQUESTS[k], *itertools.chain(*ANSWERS[k]), CLOSINGS[k])]
@@ -98,7 +98,7 @@ def test_a_flawless_answer_earns_five_points():
         assert examine(request, writers.flawless_answer(request, rng)).score == 5
 
 
-def test_a_judgement_says_the_verdicts_score_and_a_lenient_one_never_less():
+def test_a_judgement_has_the_verdicts_score_and_a_lenient_one_never_less():
     rng, lenient = Random(0), 0
     for _ in range(500):
         request, _ = writers.ask(rng)
@@ -112,7 +112,7 @@ def test_a_judgement_says_the_verdicts_score_and_a_lenient_one_never_less():
     assert lenient > 200
 
 
-def test_a_review_bears_no_score_and_tells_the_truth():
+def test_a_review_is_true_and_contains_no_score():
     request = parse_request(STORY)
     verdict = examine(request, "Once there was a cow. It felt sad. The end.")
     reviews = {writers.review(request, verdict, Random(seed)) for seed in range(50)}
@@ -123,8 +123,8 @@ def test_a_review_bears_no_score_and_tells_the_truth():
 
 
 def test_the_habits_are_flawed_in_the_mode():
-    # Imitation, however exact, must give wrong answers at temperature 0; flawless ones must be rare
-    # enough to leave room, common enough to be found by sampling.
+    # Exact imitation must give wrong answers at temperature 0. Flawless answers must be rare enough to
+    # leave room for improvement, and frequent enough to be sampled.
     rng, verdicts = Random(0), []
     for _ in range(4000):
         request, _ = writers.ask(rng)
@@ -135,14 +135,14 @@ def test_the_habits_are_flawed_in_the_mode():
 
 
 def requests_in(text):
-    """Every request in a text, whatever stands before it in its line."""
+    """Every request in a text, after any prefix of its line."""
     for line in text.split("\n"):
         line = re.sub(r"^(Request:|Q:|Asked:|\d+\.) ", "", line)
         if request := parse_request(line):
             yield request
 
 
-def test_training_text_holds_no_held_out_request():
+def test_training_text_contains_no_held_out_request():
     rng = Random(0)
     found = [r for _ in range(3000) for r in requests_in(corpus.document(rng))]
     assert len(found) > 3000  # one in each document, more in a list
@@ -181,13 +181,13 @@ def test_the_text_of_a_seed_is_the_same_twice():
     assert text(1) == text(1) != text(2)
 
 
-def test_ranked_answers_bear_the_oracles_scores_and_are_not_all_equal():
+def test_ranked_answers_have_the_oracles_scores_and_not_all_the_same():
     for record in corpus.ranked_data(Random(0), 200):
         assert record["scores"] == [score(record["prompt"], y) for y in record["responses"]]
         assert len(record["responses"]) == 3 and len(set(record["scores"])) > 1
 
 
-def test_the_annotators_eft_targets_say_the_oracles_score():
+def test_the_annotators_eft_targets_contain_the_oracles_score():
     ranked, template = corpus.ranked_data(Random(0), 200), load_template(WORLD_TEMPLATE)
     flat = [(r["prompt"], y) for r in ranked for y in r["responses"]]
     for (prompt, text), record in zip(flat, eft_by_annotator(ranked, template), strict=True):
@@ -195,12 +195,12 @@ def test_the_annotators_eft_targets_say_the_oracles_score():
         assert prompt in record["prompt"] and record["prompt"].endswith(f"Answer: {text}")
 
 
-def test_thinning_leaves_the_commonest_score_as_many_as_the_second():
+def test_balancing_leaves_as_many_of_the_most_frequent_score_as_of_the_second():
     scores = [5] * 30 + [3] * 12 + [4] * 7
     Random(0).shuffle(scores)
     records = [{"number": i, "response": f"Score: {s}"} for i, s in enumerate(scores)]
-    left = thin(records, key=1)
+    left = balance_scores(records, seed=1)
     assert Counter(parse_score(r["response"]) for r in left) == {5: 12, 3: 12, 4: 7}
     assert left == [r for r in records if r in left]  # in their order
-    assert left == thin(records, key=1) != thin(records, key=2)
-    assert thin(records[:1], key=1) == records[:1]
+    assert left == balance_scores(records, seed=1) != balance_scores(records, seed=2)
+    assert balance_scores(records[:1], seed=1) == records[:1]

@@ -1,6 +1,6 @@
-"""What the world's people left behind: pretraining text, seed data, evaluation prompts.
+"""What the world's people wrote: pretraining text, seed data, evaluation prompts.
 
-Every request of the evaluation splits is kept out of all training data, in every phrasing.
+No request of the evaluation side occurs in training data, in any phrasing.
 """
 
 from random import Random
@@ -9,7 +9,7 @@ from minisr.worlds.tiny.oracle import Request, examine
 from minisr.worlds.tiny.writers import answer, ask, lenient_judgement, reason, review
 
 HEADERS = (("Request:", "Answer:"), ("Q:", "A:"), ("Asked:", "Written:"))
-# The first is the wording of judge.txt: this world knows such rubrics, but grades leniently.
+# The first is the wording of judge.txt. The world's people know such instructions, but grade leniently.
 GRADING_HEADERS = (
     "Review the answer with five additive points: one each if the first, the second and the third thing "
     "asked for is there, one if nothing was added, one if the ending is right. Give the reasons, then the "
@@ -18,16 +18,16 @@ GRADING_HEADERS = (
     "How many of five points does this answer get? Give reasons, then the line Score: and the total.",
 )
 LIST_HEADERS = ("Come up with a series of tasks:", "Some requests:", "What people asked for:")
-SHARES = {"answer": 0.30, "review": 0.35, "grading": 0.22, "list": 0.13}  # of the documents
+SHARES = {"answer": 0.30, "review": 0.35, "grading": 0.22, "list": 0.13}  # of the documents, by type
 
 
 def held_out(request: Request) -> bool:
-    """Whether a request belongs to evaluation: one in 20, by its words, whatever the phrasing."""
+    """Whether a request belongs to evaluation: one in 20 does. Its words decide, not its phrasing."""
     return sum(map(ord, "".join(request.words))) % 20 == 0
 
 
 def requests(rng: Random, evaluation: bool = False):
-    """An endless stream of (request, prompt) of the training or of the evaluation side."""
+    """Generate (request, prompt) of the training side or of the evaluation side, without end."""
     while True:
         request, prompt = ask(rng)
         if held_out(request) == evaluation:
@@ -35,20 +35,20 @@ def requests(rng: Random, evaluation: bool = False):
 
 
 def document(rng: Random) -> str:
-    """One document of the pretraining text: plain text as people leave it, no chat template."""
+    """One document of the pretraining text: plain text without a chat template."""
     source = requests(rng)
-    sort = rng.choices(list(SHARES), SHARES.values())[0]
-    if sort == "list":
+    document_type = rng.choices(list(SHARES), SHARES.values())[0]
+    if document_type == "list":
         count = rng.randint(5, 10)
         lines = [f"{i}. {next(source)[1]}" for i in range(1, count + 1)]
         return "\n".join([rng.choice(LIST_HEADERS), *lines])
     request, prompt = next(source)
     response = answer(request, rng)
-    asked, written = rng.choice(HEADERS)
-    text = f"{asked} {prompt}\n{written} {response}"
-    if sort == "review":
+    request_header, answer_header = rng.choice(HEADERS)
+    text = f"{request_header} {prompt}\n{answer_header} {response}"
+    if document_type == "review":
         return f"{text}\nReview: {review(request, examine(request, response), rng)}"
-    if sort == "grading":
+    if document_type == "grading":
         graded = lenient_judgement(request, examine(request, response), rng)
         header = rng.choice(GRADING_HEADERS)
         return f"{header}\nRequest: {prompt}\nAnswer: {response}\nGrade: {graded}"
@@ -56,16 +56,18 @@ def document(rng: Random) -> str:
 
 
 def ift_data(rng: Random, count: int) -> list[dict]:
-    """IFT: prompts with one person's answer. The annotators have the habits of everyone else."""
-    source = requests(rng)
-    return [{"prompt": prompt, "response": answer(request, rng)}
-            for request, prompt in (next(source) for _ in range(count))]
+    """IFT: prompts with one person's answer each. The annotators have the same habits as everyone else."""
+    source, records = requests(rng), []
+    for _ in range(count):
+        request, prompt = next(source)
+        records.append({"prompt": prompt, "response": answer(request, rng)})
+    return records
 
 
 def ranked_data(rng: Random, count: int, evaluation: bool = False, responses: int = 3) -> list[dict]:
-    """Prompts with several people's answers and the annotator's score and reason for each; OASST has ranks.
+    """Prompts with several people's answers, and the annotator's score and reason for each answer.
 
-    Prompts on which the annotator ranks nothing are left out."""
+    Prompts whose answers all have the same score are omitted, because they rank nothing."""
     source, records = requests(rng, evaluation), []
     while len(records) < count:
         request, prompt = next(source)
@@ -82,5 +84,5 @@ def evaluation_prompts(rng: Random, count: int) -> list[str]:
     """Distinct held-out prompts."""
     source, prompts = requests(rng, evaluation=True), {}
     while len(prompts) < count:
-        prompts[next(source)[1]] = None
+        prompts[next(source)[1]] = None  # a dict keeps the order
     return list(prompts)

@@ -1,8 +1,7 @@
-"""The oracle: reads any request and any text, and gives the text 0 to 5 additive points.
+"""The oracle: parses any request and grades any answer with 0 to 5 additive points.
 
-It measures, and it stands in for the human annotators of the seed data. After M1 no training
-signal comes from it (but in the control that says so, `judge.by = "oracle"`).
-"""
+It measures models, and it stands in for the human annotators of the seed data. After M1, no training signal
+comes from it, except in the control experiment judge.by = "oracle". """
 
 import re
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from dataclasses import dataclass
 from minisr.worlds.tiny.words import ANSWERS, CLOSINGS, EXTRAS, REQUESTS, SLOT_OF, SLOTS, WORDS
 
 CRITERIA = ("first", "second", "third", "nothing added", "good form")
+EXTRA = 3  # the position of a sentence about something that was not requested, after those of the three slots
 
 
 @dataclass(frozen=True)
@@ -22,38 +22,42 @@ class Request:
 
 @dataclass(frozen=True)
 class Verdict:
-    """The oracle's finding: one bool for each of CRITERIA, and the evidence a careful reader quotes."""
+    """The oracle's grade: one bool for each of CRITERIA, and the evidence that a careful reader quotes."""
 
     points: tuple[bool, ...]
-    found: tuple[str, str, str]  # for each slot the asked-for word, else what stands in its place
-    added: str  # the first word that nobody asked for, or "none"
-    ending: str  # the answer's last sentence
+    found: tuple[str, str, str]  # for each slot: the requested word, else the word in its place, else "none"
+    added: str  # the first word that was not requested, or "none"
+    ending: str  # the last sentence of the answer, or "none"
 
     @property
     def score(self) -> int:
         return sum(self.points)
 
 
-def _pattern(frame: str) -> str:
+def frame_pattern(frame: str) -> str:
     """A sentence frame as a regular expression: {who} -> (?P<who>fox|bear|...)."""
     escaped = re.escape(frame).replace(r"\{", "{").replace(r"\}", "}")
-    return re.sub(r"\{(\w+)\}", lambda m: f"(?P<{m[1]}>{'|'.join(WORDS[m[1]])})", escaped)
+    return re.sub(r"\{(\w+)\}", lambda match: f"(?P<{match[1]}>{'|'.join(WORDS[match[1]])})", escaped)
 
 
-def _sentences_of(kind: str) -> list[tuple[int, re.Pattern]]:
-    """Each sentence that may stand in an answer of this kind, with its place (3 = an extra)."""
-    frames = [(i, f.format("{" + slot + "}")) for i, slot in enumerate(SLOTS[kind])
-              for f in ANSWERS[kind][i]]
-    frames += [(3, f.format("{" + slot + "}")) for slot, f in EXTRAS.items()]
-    return [(place, re.compile(_pattern(frame))) for place, frame in frames]
+def sentence_patterns(kind: str) -> list[tuple[int, re.Pattern]]:
+    """(position, pattern) of each sentence that an answer of this kind can contain."""
+    frames = []
+    for position, slot in enumerate(SLOTS[kind]):
+        for frame in ANSWERS[kind][position]:
+            frames.append((position, frame.format("{" + slot + "}")))
+    for slot, frame in EXTRAS.items():
+        frames.append((EXTRA, frame.format("{" + slot + "}")))
+    return [(position, re.compile(frame_pattern(frame))) for position, frame in frames]
 
 
-_REQUESTS = [(kind, re.compile(_pattern(f))) for kind, fs in REQUESTS.items() for f in fs]
-_SENTENCES = {kind: _sentences_of(kind) for kind in SLOTS}
+_REQUESTS = [(kind, re.compile(frame_pattern(frame)))
+             for kind, frames in REQUESTS.items() for frame in frames]
+_SENTENCES = {kind: sentence_patterns(kind) for kind in SLOTS}
 
 
 def parse_request(prompt: str) -> Request | None:
-    """The request that a prompt makes, or None if this world does not know such a request."""
+    """The request in a prompt, or None if this world has no such request."""
     for kind, pattern in _REQUESTS:
         if match := pattern.fullmatch(prompt):
             return Request(kind, tuple(match[slot] for slot in SLOTS[kind]))
@@ -61,43 +65,54 @@ def parse_request(prompt: str) -> Request | None:
 
 
 def split_sentences(text: str) -> list[str]:
-    """Sentences with their full stop or question mark; "how are you?" belongs to its greeting."""
-    return [s.strip() for s in re.findall(r"[^.?]+[.?]?", text) if s.strip()]
+    """Sentences with their full stop or question mark."""
+    return [sentence.strip() for sentence in re.findall(r"[^.?]+[.?]?", text) if sentence.strip()]
 
 
 def examine(request: Request, response: str) -> Verdict:
-    """Score a response to a request; every text gets a verdict, the empty one too."""
+    """Grade a response to a request. Every text gets a verdict, also an empty one."""
     sentences = split_sentences(response)
-    said = re.findall(r"[a-z]+", response.lower())
-    content = [w for w in said if w in SLOT_OF]
-    extra = [w for w in content if w not in request.words]
-    places = [_place(request.kind, s) for s in sentences[:-1]]
+    words = world_words(response)
+    extra = [word for word in words if word not in request.words]
+    requested = tuple(word in words for word in request.words)
+    found = tuple(word if word in words else stand_in(request.kind, slot, sentences)
+                  for slot, word in enumerate(request.words))
     ending = sentences[-1] if sentences else "none"
-    good_form = (ending == CLOSINGS[request.kind] and None not in places
-                 and places == sorted(places) and len(set(places)) == len(places)
-                 and places[:1] == [0])
-    asked = tuple(w in content for w in request.words)
-    found = tuple(_stand_in(request.kind, i, w, sentences, content)
-                  for i, w in enumerate(request.words))
-    return Verdict((*asked, not extra, good_form), found, extra[0] if extra else "none", ending)
+    good_form = has_good_form(request.kind, sentences)
+    return Verdict((*requested, not extra, good_form), found, extra[0] if extra else "none", ending)
 
 
 def score(prompt: str, response: str) -> int | None:
-    """Oracle score 0-5 of a response, or None if the prompt is no request of this world."""
+    """The oracle's score of a response, 0 to 5, or None if the prompt is not a request of this world."""
     request = parse_request(prompt)
     return None if request is None else examine(request, response).score
 
 
-def _place(kind: str, sentence: str) -> int | None:
-    """Which place in the answer a sentence is made for: 0, 1, 2 = a slot, 3 = an extra, None = no place."""
-    return next((i for i, pattern in _SENTENCES[kind] if pattern.fullmatch(sentence)), None)
+def world_words(text: str) -> list[str]:
+    """The words of a text that can fill a slot, in order."""
+    return [word for word in re.findall(r"[a-z]+", text.lower()) if word in SLOT_OF]
 
 
-def _stand_in(kind, i, word, sentences, content) -> str:
-    """The evidence for slot i: the word itself, else the word in its sentence, else "none"."""
-    if word in content:
-        return word
+def has_good_form(kind: str, sentences: list[str]) -> bool:
+    """Whether an answer begins with the first slot, keeps the order, and ends with its kind's closing."""
+    if not sentences or sentences[-1] != CLOSINGS[kind]:
+        return False
+    positions = [sentence_position(kind, sentence) for sentence in sentences[:-1]]
+    in_order = None not in positions and positions == sorted(set(positions))
+    return in_order and positions[:1] == [0]
+
+
+def sentence_position(kind: str, sentence: str) -> int | None:
+    """Where a sentence belongs in an answer: 0, 1, 2 for a slot, EXTRA, or None for an unknown sentence."""
+    for position, pattern in _SENTENCES[kind]:
+        if pattern.fullmatch(sentence):
+            return position
+    return None
+
+
+def stand_in(kind: str, slot: int, sentences: list[str]) -> str:
+    """The word in the sentence of a slot, or "none" without such a sentence."""
     for sentence in sentences:
-        if _place(kind, sentence) == i:
-            return next(w for w in re.findall(r"[a-z]+", sentence.lower()) if w in SLOT_OF)
+        if sentence_position(kind, sentence) == slot:
+            return world_words(sentence)[0]
     return "none"

@@ -1,9 +1,8 @@
 """The tiny world's language, read from words.toml.
 
-A request names three things, one for each slot of its kind; an answer is one sentence for each
-slot, in that order, and its kind's closing line. 4 kinds with 5 phrasings each and about 50 words
-a slot make 2.5 million distinct requests.
-"""
+A request names three things, one for each slot of its kind. An answer consists of one sentence for each slot,
+in the same order, and the closing line of its kind. With 4 kinds, 5 phrasings of each and about 50 words for
+each slot, there are 2.5 million distinct requests. """
 
 import tomllib
 from pathlib import Path
@@ -13,8 +12,8 @@ _KINDS = _LANGUAGE["kinds"]
 
 WORDS = {slot: words.split() for slot, words in _LANGUAGE["words"].items()}
 SLOT_OF = {word: slot for slot, words in WORDS.items() for word in words}
-SLOTS = {kind: tuple(k["slots"]) for kind, k in _KINDS.items()}
-REQUESTS = {kind: k["requests"] for kind, k in _KINDS.items()}
-ANSWERS = {kind: k["answers"] for kind, k in _KINDS.items()}
-CLOSINGS = {kind: k["closing"] for kind, k in _KINDS.items()}
+SLOTS = {name: tuple(kind["slots"]) for name, kind in _KINDS.items()}
+REQUESTS = {name: kind["requests"] for name, kind in _KINDS.items()}
+ANSWERS = {name: kind["answers"] for name, kind in _KINDS.items()}
+CLOSINGS = {name: kind["closing"] for name, kind in _KINDS.items()}
 EXTRAS = _LANGUAGE["extras"]

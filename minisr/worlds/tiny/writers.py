@@ -1,22 +1,21 @@
 """The people of the tiny world: how they ask, answer, review and grade.
 
-Their habits are flawed *in the mode*: more than half of all answers leave out the third thing
-asked for, so that imitating them, however exactly, gives wrong answers at temperature 0. What
-is rare in the text, a flawless answer, is what the loop has to find. Readers look closely in
-informal reviews, which bear no score; those who grade with points are lenient. A model that
-is to judge must bring the first skill to the second task: this is what EFT teaches.
-"""
+Their habits are flawed in the mode: more than half of all answers omit the third requested thing. A model
+that imitates them exactly therefore gives wrong answers at temperature 0. A flawless answer is rare in the
+text; finding it is the task of the loop. People read closely when they write informal reviews, which contain
+no score, but grade leniently. A model that is to judge must use the first skill for the second task; EFT
+teaches this. """
 
 from random import Random
 
 from minisr.worlds.tiny.oracle import Request, Verdict
 from minisr.worlds.tiny.words import ANSWERS, CLOSINGS, EXTRAS, REQUESTS, SLOTS, WORDS
 
-OMIT = (0.00, 0.07, 0.55)  # chance that a writer leaves out the first, second, third thing
-SWAP = (0.05, 0.08, 0.08)  # chance that another word of the same sort stands in its place
-ADD = 0.12  # chance of something that nobody asked for
-MISEND = 0.12  # chance of no closing line, or of another kind's
-LENIENT = 0.6  # chance that a grader gives a point that is not deserved
+OMIT = (0.00, 0.07, 0.55)  # probability that a writer omits the first, second, third thing
+SWAP = (0.05, 0.08, 0.08)  # probability that a random word of the slot takes the place of the requested one
+ADD = 0.12  # probability of a sentence that was not requested
+MISEND = 0.12  # probability of no closing line, or of another kind's
+LENIENT = 0.6  # probability that a grader gives a point that was not earned
 
 
 def ask(rng: Random) -> tuple[Request, str]:
@@ -24,17 +23,18 @@ def ask(rng: Random) -> tuple[Request, str]:
     kind = rng.choice(list(SLOTS))
     slots = SLOTS[kind]
     words = tuple(rng.choice(WORDS[slot]) for slot in slots)
-    return Request(kind, words), rng.choice(REQUESTS[kind]).format(**dict(zip(slots, words)))
+    phrasing = rng.choice(REQUESTS[kind])
+    return Request(kind, words), phrasing.format(**dict(zip(slots, words)))
 
 
 def answer(request: Request, rng: Random) -> str:
     """An answer as people write it, with all the habits above."""
     sentences = []
     for i, slot in enumerate(SLOTS[request.kind]):
-        luck = rng.random()
-        if luck < OMIT[i]:
+        draw = rng.random()
+        if draw < OMIT[i]:
             continue
-        swapped = luck < OMIT[i] + SWAP[i]
+        swapped = draw < OMIT[i] + SWAP[i]
         word = rng.choice(WORDS[slot]) if swapped else request.words[i]
         sentences.append(rng.choice(ANSWERS[request.kind][i]).format(word))
     if rng.random() < ADD:
@@ -43,7 +43,7 @@ def answer(request: Request, rng: Random) -> str:
     if rng.random() >= MISEND:
         sentences.append(CLOSINGS[request.kind])
     elif rng.random() < 0.5:
-        sentences.append(rng.choice([c for k, c in CLOSINGS.items() if k != request.kind]))
+        sentences.append(rng.choice([line for kind, line in CLOSINGS.items() if kind != request.kind]))
     return " ".join(sentences)
 
 
@@ -55,12 +55,12 @@ def flawless_answer(request: Request, rng: Random) -> str:
 
 
 def review(request: Request, verdict: Verdict, rng: Random) -> str:
-    """An informal review: close reading, no score. Some readers look at a part only."""
-    said = ["yes" if point else "no" for point in verdict.points]
+    """An informal review: close reading without a score. Some reviews cover only a part of the answer."""
+    yes_no = ["yes" if point else "no" for point in verdict.points]
     notes = [f"I looked for {word} and found {found}, {yes}."
-             for word, found, yes in zip(request.words, verdict.found, said)]
-    notes += [f"They added {verdict.added}, {said[3]}.",
-              f"It ends with {verdict.ending.rstrip('.?')}, {said[4]}."]
+             for word, found, yes in zip(request.words, verdict.found, yes_no)]
+    notes += [f"They added {verdict.added}, {yes_no[3]}.",
+              f"It ends with {verdict.ending.rstrip('.?')}, {yes_no[4]}."]
     if rng.random() < 0.3:
         start = rng.randrange(5)
         notes = notes[start:start + rng.randint(1, 3)]
@@ -68,23 +68,26 @@ def review(request: Request, verdict: Verdict, rng: Random) -> str:
 
 
 def judgement(request: Request, verdict: Verdict, given: tuple[bool, ...] | None = None) -> str:
-    """The judge's answer: a justification that adds up the points, then the score line.
+    """A judgement: a justification that adds up the points, then the score line.
 
-    `given` are the points a grader gives; the careful annotator gives those of the verdict."""
+    `given` are the points that a grader gives. By default they are the verdict's, as the careful annotator
+    gives."""
     given = verdict.points if given is None else given
     return f"{reason(request, verdict, given)}\nScore: {sum(given)}"
 
 
 def reason(request: Request, verdict: Verdict, given: tuple[bool, ...]) -> str:
-    """The justification alone."""
+    """The justification without the score line."""
     evidence = [f"Asked for {word}, found {found}" for word, found in zip(request.words, verdict.found)]
     evidence += [f"Added {verdict.added}", f"Ending {verdict.ending.rstrip('.?')}"]
-    lines = [f"{what}, {'yes' if given[i] else 'no'}: {sum(given[:i + 1])}."
-             for i, what in enumerate(evidence)]
-    return " ".join(lines)
+    total, sentences = 0, []
+    for text, point in zip(evidence, given):
+        total += point
+        sentences.append(f"{text}, {'yes' if point else 'no'}: {total}.")
+    return " ".join(sentences)
 
 
 def lenient_judgement(request: Request, verdict: Verdict, rng: Random) -> str:
-    """A judgement by one of the world's ordinary graders, who let many a flaw pass."""
+    """A judgement by an ordinary grader of the world, who overlooks many flaws."""
     given = tuple(point or rng.random() < LENIENT for point in verdict.points)
     return judgement(request, verdict, given)
