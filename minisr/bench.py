@@ -214,7 +214,8 @@ def take_turns(runs: dict, repeats: int) -> dict[str, list[float]]:
 def machine(device: str, threads: int) -> dict:
     """What the machine is and can do: bandwidth of one large read, rate of one large matrix product."""
     dtype, side = (torch.bfloat16, 8192) if device == "cuda" else (torch.float32, 1024)
-    x, a = torch.ones(2**26, device=device), torch.ones(side, side, device=device, dtype=dtype)
+    x = torch.ones(2**29 if device == "cuda" else 2**26, device=device)
+    a = torch.ones(side, side, device=device, dtype=dtype)
     read, product = (min(seconds(run) for _ in range(64)) for run in (x.sum, lambda: a @ a))
     cpu = platform.processor()
     with suppress(OSError):

@@ -9,6 +9,7 @@
     losses.py          SFT loss at the targets only; packed preference pairs
     master_weights.py  float32 copies for training bfloat16 weights
     rng.py             random numbers on the GPU
+    cuda_graphs.py     the decode loop on a GPU with static shapes and CUDA graphs
 """
 
 from minisr.fast.lm import FastLM

@@ -76,26 +76,14 @@ class PrefixCache:
         return grouped_attention(q, k, v, mask)
 
     def attend_one(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """attend() for one token a row: q (B, H, D), k and v (B, G, D) -> (B, H D).
-
-        The logits of every prefix and of the own columns are concatenated for one softmax."""
-        B, H, D = q.shape
-        G, end = k.shape[1], self.n_columns + 1
+        """attend() for one token a row: q (B, H, D), k and v (B, G, D) -> (B, H D)."""
+        end = self.n_columns + 1
         keys, values = self.k[layer], self.v[layer]
         keys.select(2, self.n_columns).copy_(k)
         values.select(2, self.n_columns).copy_(v)
         keys, values = (x.flatten(0, 1).narrow(1, 0, end) for x in (keys, values))  # (B G, S, D)
-        q = q.reshape(B * G, H // G, D)  # (B G, R, D)
-        own = attention_logits(q, keys, self.bias.flatten(0, 1).narrow(2, 0, end))  # (B G, R, S)
-        if not self.prefixes:
-            return torch.bmm(softmax(own), values).view(B, H * D)
-        q, own = (x.view(B, G, H // G, -1) for x in (q, own))
-        logits = [*(prefix.attention_logits(layer, q) for prefix in self.prefixes), own]  # each (B, G, R, S)
-        *of_prefixes, own = softmax(torch.cat(logits, -1)).split([x.shape[-1] for x in logits], -1)
-        y = torch.bmm(own.flatten(0, 1), values).view(B, G, H // G, D)
-        for prefix, weights in zip(self.prefixes, of_prefixes):
-            y = y + prefix.weighted_values(layer, weights)
-        return y.view(B, H * D)
+        bias = self.bias.flatten(0, 1).narrow(2, 0, end)
+        return attend_to_parts(layer, q, (keys, values, bias), self.prefixes)
 
     def row_view(self, rows: slice, skip_columns: int) -> "PrefixCache":
         """The same memory, restricted to some rows and without their first columns, which hold only padding.
@@ -129,6 +117,26 @@ class PrefixCache:
         self.k, self.v = self.k[:, :len(rows)], self.v[:, :len(rows)]
         for prefix in self.prefixes:
             prefix.select_rows(rows)
+
+
+def attend_to_parts(layer: int, q: Tensor, own: tuple[Tensor, Tensor, Tensor], prefixes: list) -> Tensor:
+    """One query a row, q (B, H, D), on its own keys and values (B G, S, D) and on shared prefixes: (B, H D).
+
+    own also holds a bias, see attention_logits(). The logits of all parts are concatenated for one softmax."""
+    keys, values, bias = own
+    B, H, D = q.shape
+    G = len(keys) // B
+    q = q.reshape(B * G, H // G, D)  # (B G, R, D)
+    own_logits = attention_logits(q, keys, bias)  # (B G, R, S)
+    if not prefixes:
+        return torch.bmm(softmax(own_logits), values).view(B, H * D)
+    q, own_logits = (x.view(B, G, H // G, -1) for x in (q, own_logits))
+    logits = [*(prefix.attention_logits(layer, q) for prefix in prefixes), own_logits]  # each (B, G, R, S)
+    *of_prefixes, own_weights = softmax(torch.cat(logits, -1)).split([x.shape[-1] for x in logits], -1)
+    y = torch.bmm(own_weights.flatten(0, 1), values).view(B, G, H // G, D)
+    for prefix, weights in zip(prefixes, of_prefixes):
+        y = y + prefix.weighted_values(layer, weights)
+    return y.view(B, H * D)
 
 
 class SharedPrefix:

@@ -25,7 +25,7 @@ class DecodeStep:
         self.cos, self.signed_sin = cos, torch.cat([-sin[:, :sin.shape[1] // 2], sin[:, sin.shape[1] // 2:]], -1)
         self.config, self.embedding = model.config, model.embed.weight.detach()
         wide = upcast(self.embedding[:0]).dtype
-        self.scale = model.config.dim**0.5
+        self.scale, self.norm_eps = model.config.dim**0.5, model.config.norm_eps
         self.eps = torch.tensor(self.scale * model.config.norm_eps**0.5, dtype=wide, device=model.device)
         self.blocks = [(self._norm_weight(block.attention_norm), FastLinear(block.attention.qkv_proj),
                         FastLinear(block.attention.out_proj), self._norm_weight(block.feed_forward_norm),
@@ -34,7 +34,8 @@ class DecodeStep:
         self.norm, self.head = self._norm_weight(model.norm), FastLinear(model.head)
 
     def _norm_weight(self, norm: RMSNorm) -> Tensor:
-        return upcast(norm.weight.detach()) * self.scale
+        weight = norm.weight.detach()
+        return weight if weight.is_cuda else upcast(weight) * self.scale
 
     def __call__(self, ids: Tensor, cache: PrefixCache) -> Tensor:
         H, G, D = self.config.n_heads, self.config.n_kv_heads, self.config.head_dim
@@ -52,7 +53,11 @@ class DecodeStep:
         return self.head(self.rms_norm(x, self.norm))
 
     def rms_norm(self, x: Tensor, scaled_weight: Tensor) -> Tensor:
-        """sqrt(C) x / sqrt(sum(x^2) + C eps) times the weight; scaled_weight includes the sqrt(C)."""
+        """sqrt(C) x / sqrt(sum(x^2) + C eps) times the weight; scaled_weight includes the sqrt(C).
+
+        A GPU has one kernel for all of it, which takes the weight as it is."""
+        if x.is_cuda:
+            return F.rms_norm(x, scaled_weight.shape, scaled_weight, self.norm_eps)
         length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=self.eps.dtype)
         return (x / torch.hypot(length, self.eps) * scaled_weight).to(x.dtype)
 

@@ -60,8 +60,8 @@ def attention_logits(q: Tensor, k: Tensor, bias: Tensor) -> Tensor:
 
 
 def softmax(x: Tensor) -> Tensor:
-    """Computed in float32 where x is bfloat16."""
-    return upcast(x).softmax(-1).to(x.dtype)
+    """Computed in float32 where x is bfloat16; a GPU's kernel does that by itself."""
+    return x.softmax(-1) if x.is_cuda else upcast(x).softmax(-1).to(x.dtype)
 
 
 def grouped_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
@@ -73,4 +73,4 @@ def grouped_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     G = k.shape[1]
     mask = mask.repeat(1, 1, H // G, 1)  # (B, 1, R T, S)
     q = q.reshape(B, G, (H // G) * T, D)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).view(B, H, T, D)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).reshape(B, H, T, D)

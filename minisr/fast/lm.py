@@ -4,17 +4,20 @@ Each replacement is held to the core function by a test in tests/fast: in float6
 """
 
 import copy
+from dataclasses import replace
 
 import torch
 
 from minisr.dpo import EncodedPair
 from minisr.fast import losses, sampler
+from minisr.fast.cuda_graphs import GraphDecoder
 from minisr.fast.master_weights import make_master_optimizer
 from minisr.lm import LM, ResponseConfig
 from minisr.model import upcast
 from minisr.sft import Example
 
-REPLACEMENTS = ("prefix-sharing", "row-dropping", "decode-step", "target-selection", "packed-pairs")
+REPLACEMENTS = ("prefix-sharing", "row-dropping", "decode-step", "target-selection", "packed-pairs",
+                "cuda-graphs")
 
 
 class FastLM(LM):
@@ -28,17 +31,18 @@ class FastLM(LM):
         self.recorded: dict[tuple, float] = {}  # (prompt ids, response ids) -> log p under the present weights
         self.frozen = False
         self.gradient_checkpointing = False
+        self.graphs: tuple | None = None  # (what it was made for, GraphDecoder) of the last batch on a GPU
 
     def copy(self) -> "FastLM":
         twin = super().copy()
-        twin.recorded = dict(self.recorded)
+        twin.recorded, twin.graphs = dict(self.recorded), None
         return twin
 
     def frozen_copy(self) -> "FastLM":
         """Shares the weights: only a copy is ever trained, so nothing changes them."""
         twin = copy.copy(self)
         twin.model.eval()
-        twin.frozen = True
+        twin.frozen, twin.graphs = True, None
         return twin
 
     def generate(self, prompts, seeds, config, stop_ids):
@@ -47,12 +51,23 @@ class FastLM(LM):
         record = isinstance(config, ResponseConfig) and is_exact
         options = sampler.Options(record, "prefix-sharing" not in self.without, "row-dropping" not in self.without,
                                   "decode-step" not in self.without)
+        if self.model.embed.weight.is_cuda and "cuda-graphs" not in self.without:
+            options = replace(options, decoder=self.graph_decoder(config, stop_ids, options))
         results = sampler.generate(self.model, prompts, seeds, config, stop_ids, options)
         for prompt, completions in zip(prompts, results):
             for completion in completions:
                 if completion.logp is not None:
                     self.record(prompt, completion.ids, completion.logp)
         return results
+
+    def graph_decoder(self, config, stop_ids, options: sampler.Options) -> GraphDecoder:
+        """Captured graphs serve all batches of a step, so they are kept until another step begins."""
+        made_for = (config, stop_ids, options)
+        if self.graphs is None or self.graphs[0] != made_for:
+            self.graphs = None  # free the memory of the last step's
+            how = sampler.Decoding(config, stop_ids, options)
+            self.graphs = made_for, GraphDecoder(self.model, config.max_new_tokens, how)
+        return self.graphs[1]
 
     def record(self, prompt: list[int], response: list[int], logp: float) -> None:
         """Remember log p(response | prompt) under the present weights."""
@@ -83,6 +98,7 @@ class FastLM(LM):
 
     def prepare_training(self, config):
         self.recorded.clear()  # the weights will change
+        self.graphs = None
         self.gradient_checkpointing = getattr(config, "gradient_checkpointing", False)
         optimizer = super().prepare_training(config)
         if self.model.embed.weight.dtype == torch.bfloat16:

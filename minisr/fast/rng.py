@@ -23,6 +23,11 @@ def first_uniforms(seeds: Tensor, steps: int) -> Tensor:
     return splitmix64(seeds + torch.tensor(counters, dtype=torch.long, device=seeds.device)[:, None])
 
 
+def uniforms(seeds: Tensor, counters: Tensor) -> Tensor:
+    """uniform() at each of these counters (N,), which may lie on a GPU: (N, B)."""
+    return splitmix64(seeds + (counters + 1)[:, None] * to_int64(GOLDEN_GAMMA))
+
+
 def splitmix64(x: Tensor) -> Tensor:
     x = (x ^ shift_right(x, 30)) * to_int64(0xBF58476D1CE4E5B9)
     x = (x ^ shift_right(x, 27)) * to_int64(0x94D049BB133111EB)

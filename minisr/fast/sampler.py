@@ -32,6 +32,7 @@ class Options:
     prefix_sharing: bool = True
     row_dropping: bool = True
     decode_step: bool = True
+    decoder: object = None  # replaces decode(): decoder(logits, cache, seeds, max_new), see cuda_graphs.py
 
 
 @torch.inference_mode()
@@ -47,7 +48,8 @@ def generate(model: Decoder, prompts: list[list[int]], seeds: np.ndarray, config
         rows = [prompt for prompt in prompts for _ in range(n)]
         logits, cache = prefill(model, rows, 1, max_new, share=False)
     seeds_tensor = seeds_to_tensor(seeds.flatten(), model.device)  # (B,)
-    tokens, logps = decode(model, logits, cache, seeds_tensor, max_new, Decoding(config, stop_ids, options))
+    decoder = options.decoder or partial(decode, model, how=Decoding(config, stop_ids, options))
+    tokens, logps = decoder(logits, cache, seeds_tensor, max_new)
     completions = []
     for row, (ids, logp) in enumerate(zip(tokens.tolist(), logps.tolist())):
         room = model.config.max_seq_len - len(prompts[row // n])  # each row has its own
@@ -159,8 +161,8 @@ def decode(model: Decoder, logits: Tensor, cache: PrefixCache, seeds: Tensor, ma
         drawn = sample_top_p(logits, how, seeds, step, uniforms[step])  # (B,)
         tokens[step].index_copy_(0, rows, drawn)
         if how.options.record_logps:
-            token_logps = logits.gather(1, drawn[:, None])[:, 0] - logits.logsumexp(1)
-            logps.index_add_(0, rows, torch.where(alive, token_logps, 0.0).to(logps.dtype))
+            token_logps = upcast(logits).gather(1, drawn[:, None])[:, 0] - upcast(logits).logsumexp(1)
+            logps.index_add_(0, rows, torch.where(alive, token_logps, 0.0))
         alive = alive & ~is_stop[drawn]
         n_alive = int(alive.sum())
         if n_alive == 0 or step == max_new - 1:

@@ -33,6 +33,7 @@ class Run:
         check_consistency(config)
         self.device = "cuda" if uses_gpu(config) else "cpu"
         self.dtype = choose_dtype(config, self.device)
+        avoid_cudnn_attention()
         self.lm_class = run_lm_class(config.engine)
         self.has_oracle = config.seed_data.source == "world"
         stored = self.folder / "judge.txt"  # the template that the run began with
@@ -159,6 +160,12 @@ def uses_gpu(config: Config) -> bool:
     if config.device == "cuda" and not torch.cuda.is_available():
         raise InputError('device is "cuda", but PyTorch sees no GPU; set device to "auto" or "cpu"')
     return config.device != "cpu" and torch.cuda.is_available()
+
+
+def avoid_cudnn_attention() -> None:
+    """cuDNN's attention makes a new plan, for 20 ms and more, at each new length of a batch."""
+    if torch.cuda.is_available():
+        torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 def choose_dtype(config: Config, device: str) -> torch.dtype:
