@@ -2,6 +2,7 @@ from random import Random
 
 import pytest
 import torch
+from tiny import ENGINES
 
 from minisr.interop.chat_templates import chat_template
 from minisr.model import Decoder, ModelConfig
@@ -11,8 +12,14 @@ from minisr.worlds.tiny import corpus
 
 @pytest.fixture(autouse=True)
 def one_thread():
-    # How many threads share a sum decides its last bit; a run sets its own number, so set it each time.
+    # The number of threads that share a sum decides its last bit, and a run sets its own number.
     torch.set_num_threads(1)
+
+
+@pytest.fixture(params=ENGINES)
+def engine(request):
+    """The name of an engine: a test that uses it runs once on each engine that is installed."""
+    return request.param
 
 
 @pytest.fixture(scope="session")
@@ -33,26 +40,26 @@ def random_decoder():
                                               ffn_dim=64, max_seq_len=128, tie_embeddings=False), **shape}))
         generator = torch.Generator().manual_seed(seed)
         for weight in model.parameters():
-            centre = 1.0 if weight.dim() == 1 else 0.0  # norm weights too, or nothing would test them
-            weight.data = centre + std * torch.randn(weight.shape, generator=generator)
+            mean = 1.0 if weight.dim() == 1 else 0.0  # norm weights vary too, so that they are tested
+            weight.data = mean + std * torch.randn(weight.shape, generator=generator)
         return model.eval()
     return make
 
 
 @pytest.fixture(scope="session")
 def decoder(random_decoder, tokenizer):
-    # Weights far larger than at initialisation: greedy outputs wander instead of repeating one token.
+    # Weights far larger than at initialization: greedy outputs vary instead of repeating one token.
     return random_decoder(vocab_size=len(tokenizer))
 
 
 @pytest.fixture(scope="session")
-def SuccessorLM():
-    # After token k comes k + 1, whatever came before: what a sampler must return is known by hand.
-    def make(vocab_size=32, context=64):
+def successor_decoder():
+    """A decoder with attention and cache that always continues with the next number: 3 -> 4, 5, 6, ..."""
+    def make(vocab_size=32, max_seq_len=64):
         model = Decoder(ModelConfig(vocab_size, dim=vocab_size, n_layers=1, n_heads=2, n_kv_heads=1,
-                                    ffn_dim=8, max_seq_len=context, tie_embeddings=False))
+                                    ffn_dim=8, max_seq_len=max_seq_len, tie_embeddings=False))
         model.embed.weight.data = torch.eye(vocab_size)
-        model.head.weight.data = 20 * torch.eye(vocab_size).roll(1, 0)  # row k + 1 answers to k
+        model.head.weight.data = 20 * torch.eye(vocab_size).roll(1, 0)  # row k + 1 responds to k
         for block in model.blocks:
             block.attention.out_proj.weight.data.zero_()
             block.feed_forward.down_proj.weight.data.zero_()

@@ -1,9 +1,10 @@
-"""What several tests need: a throw-away tokenizer, a random decoder, a decoder that talks by rote."""
+"""What several tests need: a small tokenizer, random decoders, decoders whose output is known, a Llama to compare with."""
 
 import json
 from functools import cache
 from random import Random
 
+import numpy as np
 import pytest
 import torch
 
@@ -21,6 +22,9 @@ try:
 except ImportError:  # the core's tests also pass without this folder
     pass
 
+EXAMPLES = [{"prompt": "Write a story.", "response": "Once there was a fox. The end."},
+            {"prompt": "Plan a day with the king.", "response": "First we call the king. Have fun."},
+            {"prompt": "News?", "response": "Today we saw a bear."}]
 PAIRS = [{"prompt": "Write a story.", "chosen": "Once there was a fox.", "rejected": "No."},
          {"prompt": "News?", "chosen": "Today we saw a bear.", "rejected": "Today we saw. The end. The end."},
          {"prompt": "Plan a day with the king.", "chosen": "Have fun.", "rejected": "It felt sad."}]
@@ -47,28 +51,49 @@ def tiny_lm(engine: str = "plain", **shape) -> LM:
     return ENGINES[engine](tiny_model(**shape), tiny_tokenizer())
 
 
-def bigram(follows: dict[int, int], vocab_size: int, context: int = 96) -> Decoder:
-    """A decoder without blocks: after token a comes follows[a], with probability 1 to 30 digits."""
-    model = Decoder(ModelConfig(vocab_size=vocab_size, dim=vocab_size, n_layers=0, n_heads=1, n_kv_heads=1,
-                                max_seq_len=context, tie_embeddings=False)).eval()
+class LogMixin:
+    """Stores the log of the last training in .log."""
+
+    def fit(self, batches, loss_fn, config):
+        self.log = super().fit(batches, loss_fn, config)
+        return self.log
+
+
+def with_log(lm: LM) -> LM:
+    """The same LM. A trained copy of it holds the log of its training in .log."""
+    lm.__class__ = type("LoggingLM", (LogMixin, type(lm)), {})
+    return lm
+
+
+def bigram(logits: torch.Tensor, context: int = 96) -> Decoder:
+    """A decoder without blocks: after token a, the logits are logits[a] (V, V)."""
+    V = len(logits)
+    model = Decoder(ModelConfig(vocab_size=V, dim=V, n_layers=0, n_heads=1, n_kv_heads=1, max_seq_len=context,
+                                norm_eps=0.0, tie_embeddings=False)).eval()
     with torch.no_grad():
-        model.embed.weight.copy_(torch.eye(vocab_size))
-        model.head.weight.zero_()
-        for a, b in follows.items():
-            model.head.weight[b, a] = 80 / vocab_size**0.5  # RMSNorm makes the 1 of a row sqrt(V)
+        model.embed.weight.copy_(torch.eye(V))
+        model.head.weight.copy_(logits.T / V**0.5)  # RMSNorm turns the 1 of a one-hot row into sqrt(V)
     return model
 
 
+def chain(follows: dict[int, int], vocab_size: int, context: int = 96) -> Decoder:
+    """A decoder without blocks: after token a comes follows[a], with probability 1 to 30 digits."""
+    logits = torch.zeros(vocab_size, vocab_size)
+    for a, b in follows.items():
+        logits[a, b] = 80
+    return bigram(logits, context)
+
+
 def speaker(text: str, context: int = 96) -> Decoder:
-    """A decoder that answers text to whatever it is asked. No token of text may come twice."""
+    """A decoder whose response to any prompt is this text, in which no token may occur twice."""
     tokenizer = tiny_tokenizer()
-    said = [tokenizer.vocabulary.specials["<|assistant|>"], *tokenizer.encode(text), tokenizer.eos_id]
-    assert len(set(said)) == len(said), f"{text!r} repeats a token"
-    return bigram(dict(zip(said, said[1:])), len(tokenizer), context)
+    ids = [tokenizer.vocabulary.specials["<|assistant|>"], *tokenizer.encode(text), tokenizer.eos_id]
+    assert len(set(ids)) == len(ids), f"{text!r} repeats a token"
+    return chain(dict(zip(ids, ids[1:])), len(tokenizer), context)
 
 
 def llama_weights(c: ModelConfig, ours: dict) -> dict:
-    """Weights of ours, or their gradients, by transformers' names, and apart."""
+    """Our weights, or their gradients, under the names of transformers, with fused matrices split."""
     D, theirs = c.head_dim, {}
     for i in range(c.n_layers):
         layer, block = f"model.layers.{i}", f"blocks.{i}"
@@ -143,6 +168,15 @@ def assert_same_cached_logits(model: Decoder, parts, expected, atol: float) -> N
     step = DecodeStep(model, expected.shape[1])
     logits += [step(part[:, 0], cache)[:, None] for part in rest]
     torch.testing.assert_close(torch.cat(logits, dim=1), expected, atol=atol, rtol=0)
+
+
+def assert_drawn_from(expected, counts) -> None:
+    """A chi-square test: counts are those of draws with the expected probabilities."""
+    expected, counts = np.asarray(expected), np.asarray(counts)
+    assert counts[expected == 0].sum() == 0
+    mean = expected[expected > 0] * counts.sum()
+    chi_square, freedom = ((counts[expected > 0] - mean) ** 2 / mean).sum(), len(mean) - 1
+    assert chi_square < freedom + 5 * (2 * freedom) ** 0.5  # mean and 5 deviations of chi-square
 
 
 @cache

@@ -6,44 +6,35 @@ from math import log
 import numpy as np
 import pytest
 import torch
-from tiny import PAIRS, as_llama, bigram, llama_weights, tiny_model, tiny_tokenizer
+from tiny import ENGINES, PAIRS, as_llama, chain, llama_weights, tiny_lm, tiny_model, tiny_tokenizer
 
-from minisr import InputError, dpo, sft
-from minisr.dpo import dpo_loss, encode_pairs, pair_logps, reference_logps, sequence_logprobs
-from minisr.sft import collate
+from minisr import InputError
+from minisr.dpo import EncodedPair, dpo_loss, encode_pairs, sequence_logprobs
+from minisr.sft import right_pad
 
 
 def logprobs(model, rows: list[tuple[list[int], list[int]]]) -> torch.Tensor:
     """Of (prompt, response) ids, in one padded batch."""
-    ids, mask = collate([(x + y, [False] * len(x) + [True] * len(y)) for x, y in rows], "cpu")
+    ids, mask = right_pad([EncodedPair(prompt, response, []).example(response) for prompt, response in rows], "cpu")
     return sequence_logprobs(model(ids), ids, mask)
 
 
-def encoded() -> list[tuple]:
-    return encode_pairs(tiny_tokenizer(), PAIRS, context=96)
+# Log-probabilities.
 
 
 def test_logits_before_a_token_predict_it():
-    model = bigram({k: k + 1 for k in range(11)}, vocab_size=12)
+    model = chain({k: k + 1 for k in range(11)}, vocab_size=12)
     right, wrong = logprobs(model, [([2, 3], [4, 5, 6, 7]), ([2, 3], [3, 4, 5, 6])]).tolist()
     assert right == pytest.approx(0, abs=1e-6) and wrong < -50
 
 
 @pytest.mark.parametrize("prompt", [[0], [2, 1, 1]])
 def test_probabilities_of_all_responses_of_one_length_sum_to_1(prompt):
-    every = [(prompt, list(response)) for response in product(range(3), repeat=4)]
+    responses = [(prompt, list(response)) for response in product(range(3), repeat=4)]
     with torch.no_grad():
-        logps = logprobs(tiny_model(vocab_size=3), every)
+        logps = logprobs(tiny_model(vocab_size=3), responses)
     assert logps.exp().sum().item() == pytest.approx(1, abs=1e-5)
-    assert logps.exp().max() < 0.9  # or one string alone would do
-
-
-def test_a_pair_longer_than_the_context_is_refused_by_its_number():
-    longest = max(len(prompt) + max(map(len, sides)) for prompt, *sides in encoded())
-    assert len(encode_pairs(tiny_tokenizer(), PAIRS, longest)) == 3
-    long = {**PAIRS[0], "rejected": "\n" * longest}
-    with pytest.raises(InputError, match=rf"pair 3 .*context is {longest}"):
-        encode_pairs(tiny_tokenizer(), [*PAIRS[:2], long], longest)
+    assert logps.exp().max() < 0.9  # else one response alone would do
 
 
 def test_log_probabilities_are_summed_not_averaged():
@@ -54,9 +45,9 @@ def test_log_probabilities_are_summed_not_averaged():
 
 
 def test_prompt_and_padding_bear_no_gradient():
-    [[prompt, _, rejected], *_] = encoded()
-    row, mask = prompt + rejected, [False] * len(prompt) + [True] * len(rejected)
-    ids, mask = collate([(row, mask), (row + [5] * 4, [*mask, *[False] * 4])], "cpu")
+    [pair, *_] = encode_pairs(tiny_lm(), PAIRS)
+    ids, mask = right_pad([pair.example(pair.rejected), pair.example(pair.rejected + [5] * 4)], "cpu")
+    mask[1, -4:] = False
     torch.manual_seed(0)
     logits = torch.randn(*ids.shape, len(tiny_tokenizer()), requires_grad=True)
     sequence_logprobs(logits, ids, mask).sum().backward()
@@ -64,35 +55,49 @@ def test_prompt_and_padding_bear_no_gradient():
     assert not logits.grad[:, -1].any()  # it predicts what lies beyond
 
 
-def plain_logps(model, pairs):
-    """log p of each chosen and rejected response, as a row of its own without padding."""
-    return [logprobs(model, [(prompt, side)]) for prompt, *sides in pairs for side in sides]
+def test_a_pair_longer_than_max_seq_len_is_rejected_by_its_number():
+    pairs = encode_pairs(tiny_lm(), PAIRS)
+    longest = max(len(pair.prompt) + max(len(pair.chosen), len(pair.rejected)) for pair in pairs)
+    lm = tiny_lm(context=longest)
+    assert encode_pairs(lm, PAIRS) == pairs
+    for side in ("chosen", "rejected"):
+        long = {**PAIRS[0], side: "\n" * longest}
+        with pytest.raises(InputError, match=rf"pair 3 .*max_seq_len is {longest}"):
+            encode_pairs(lm, [*PAIRS[:2], long])
 
 
-@pytest.mark.parametrize("logits", [1, 4000, 2**24])
-def test_packed_pairs_have_the_log_probabilities_and_gradients_of_plain_rows(monkeypatch, logits):
-    monkeypatch.setattr(sft, "LOGITS", logits)
-    model, plain, pairs = tiny_model(), tiny_model(), encoded()
-    assert len({len(ids) for pair in pairs for ids in pair}) > 3  # or nothing would be padded
-    chosen, rejected, a_token = pair_logps(model, pairs)
-    wanted = torch.cat(plain_logps(plain, pairs)).view(-1, 2)
-    torch.testing.assert_close(torch.stack([chosen, rejected], 1), wanted, atol=1e-4, rtol=1e-5)
-    lengths = torch.tensor([len(side) for _, side, _ in pairs])
-    torch.testing.assert_close(a_token, -wanted[:, 0] / lengths, atol=1e-5, rtol=1e-5)
+def test_encoded_responses_end_with_the_end_token():
+    tokenizer = tiny_tokenizer()
+    for pair, encoded in zip(PAIRS, encode_pairs(tiny_lm(), PAIRS)):
+        for side in ("chosen", "rejected"):
+            ids, mask = tokenizer.encode_chat(pair["prompt"], pair[side])
+            assert encoded.example(getattr(encoded, side)) == (ids, mask) and ids[-1] == tokenizer.eos_id
+
+
+def test_pairs_have_the_log_probabilities_and_gradients_of_single_rows(engine):
+    lm, plain, pairs = tiny_lm(engine), tiny_model(), encode_pairs(tiny_lm(), PAIRS)
+    assert len({len(ids) for pair in pairs for ids in pair}) > 3  # else nothing would be padded
+    chosen, rejected = lm.pair_logps(pairs)
+    rows = [logprobs(plain, [(pair.prompt, side)]) for pair in pairs for side in (pair.chosen, pair.rejected)]
+    expected = torch.cat(rows).view(-1, 2)
+    torch.testing.assert_close(torch.stack([chosen, rejected], 1), expected, atol=1e-4, rtol=1e-5)
     (chosen * 0.7 - rejected * 0.3).sum().backward()
-    (wanted * torch.tensor([0.7, -0.3])).sum().backward()
-    for weight, other in zip(model.parameters(), plain.parameters()):
+    (expected * torch.tensor([0.7, -0.3])).sum().backward()
+    for weight, other in zip(lm.model.parameters(), plain.parameters()):
         torch.testing.assert_close(weight.grad, other.grad, atol=1e-4, rtol=1e-4)
 
 
-def test_neither_response_sees_the_other():
-    model, [(prompt, chosen, rejected), *_] = tiny_model(), encoded()
-    first = pair_logps(model, [(prompt, chosen, rejected)])
-    other = pair_logps(model, [(prompt, chosen, rejected[::-1])])
-    shorter = pair_logps(model, [(prompt, chosen[:2], rejected)])
+def test_neither_response_sees_the_other(engine):
+    lm, [pair, *_] = tiny_lm(engine), encode_pairs(tiny_lm(), PAIRS)
+    first = lm.pair_logps([pair])
+    other = lm.pair_logps([pair._replace(rejected=pair.rejected[::-1])])
+    shorter = lm.pair_logps([pair._replace(chosen=pair.chosen[:2])])
     assert first[0].item() == pytest.approx(other[0].item(), abs=1e-5)
     assert first[1].item() == pytest.approx(shorter[1].item(), abs=1e-5)
     assert first[1].item() != pytest.approx(other[1].item(), abs=1e-2)
+
+
+# The loss.
 
 
 def loss_by_hand(pc, pr, rc, rr, beta):
@@ -102,10 +107,11 @@ def loss_by_hand(pc, pr, rc, rr, beta):
     return np.logaddexp(0, -margin), [slope, -slope, -slope, slope]
 
 
-def test_policy_equal_to_reference_loses_log_2_and_earns_nothing():
+def test_a_policy_equal_to_the_reference_has_loss_log_2_and_no_reward():
     chosen, rejected = torch.tensor([-3.0, -40.0]), torch.tensor([-9.0, -1.0])
-    loss, r_w, r_l = dpo_loss(chosen, rejected, chosen, rejected, beta=0.1)
-    assert loss.tolist() == pytest.approx([log(2)] * 2) and r_w.tolist() == r_l.tolist() == [0, 0]
+    loss, chosen_reward, rejected_reward = dpo_loss(chosen, rejected, chosen, rejected, beta=0.1)
+    assert loss.tolist() == pytest.approx([log(2)] * 2)
+    assert chosen_reward.tolist() == rejected_reward.tolist() == [0, 0]
 
 
 @pytest.mark.parametrize("difference, loss", [
@@ -120,45 +126,36 @@ def test_the_loss_by_hand(difference, loss):  # log(1 + exp(-0.1 * difference))
 
 
 def test_rewards_are_beta_times_the_log_ratio_and_carry_no_gradient():
-    four = [torch.tensor([x], requires_grad=True) for x in (-2.0, -7.0, -4.0, -3.0)]
-    _, r_w, r_l = dpo_loss(*four, beta=0.5)
-    assert (r_w.item(), r_l.item()) == (1.0, -2.0) and not r_w.requires_grad and not r_l.requires_grad
+    logps = [torch.tensor([x], requires_grad=True) for x in (-2.0, -7.0, -4.0, -3.0)]
+    _, chosen_reward, rejected_reward = dpo_loss(*logps, beta=0.5)
+    assert (chosen_reward.item(), rejected_reward.item()) == (1.0, -2.0)
+    assert not chosen_reward.requires_grad and not rejected_reward.requires_grad
 
 
 def test_loss_and_gradient_equal_a_float64_implementation():
     rng = np.random.default_rng(0)
     for beta in (0.01, 0.1, 1.0):
         numbers = rng.normal(-30, 8, size=(4, 50))
-        four = [torch.tensor(x, requires_grad=True) for x in numbers]  # float64 too
-        loss, _, _ = dpo_loss(*four, beta)
+        logps = [torch.tensor(x, requires_grad=True) for x in numbers]  # float64 too
+        loss, _, _ = dpo_loss(*logps, beta)
         loss.sum().backward()
         expected, slopes = loss_by_hand(*numbers, beta)
         assert loss.tolist() == pytest.approx(expected.tolist(), abs=1e-10)
-        for side, slope in zip(four, slopes):
+        for side, slope in zip(logps, slopes):
             assert side.grad.tolist() == pytest.approx(slope.tolist(), abs=1e-10)
-        assert (four[0].grad < 0).all() and (four[1].grad > 0).all()  # a step raises chosen, lowers rejected
-
-
-def test_attention_written_out_is_the_kernels(monkeypatch):
-    made = []
-    for short in (0, 128):
-        monkeypatch.setattr(dpo, "SHORT", short)
-        model = tiny_model()
-        chosen, rejected, nll = pair_logps(model, encoded())
-        (chosen - 2 * rejected + nll).sum().backward()
-        made.append((chosen, rejected, nll, *(weight.grad for weight in model.parameters())))
-    torch.testing.assert_close(made[0], made[1], atol=1e-5, rtol=1e-5)
+        assert (logps[0].grad < 0).all() and (logps[1].grad > 0).all()  # a step raises chosen, lowers rejected
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # of names that trl uses inside transformers
-def test_loss_and_every_weights_gradient_equal_trls(tmp_path):
+def test_loss_and_every_weights_gradient_equal_trls(engine, tmp_path):
     trl, transformers = pytest.importorskip("trl"), pytest.importorskip("transformers")
     datasets, tokenizers = pytest.importorskip("datasets"), pytest.importorskip("tokenizers")
-    # Each a prompt, a chosen and a rejected response.
-    pairs = [([1, 3, 4], [5, 6, 2], [7, 2]), ([1, 9], [8, 8, 2], [7, 3, 3, 10, 2])]
-    policy, reference = tiny_model(vocab_size=11, seed=1), tiny_model(vocab_size=11, seed=2)
+    pairs = [EncodedPair([1, 3, 4], [5, 6, 2], [7, 2]), EncodedPair([1, 9], [8, 8, 2], [7, 3, 3, 10, 2])]
+    policy, reference = (ENGINES[engine](tiny_model(vocab_size=11, seed=seed), tokenizer=None) for seed in (1, 2))
 
-    loss = dpo_loss(*pair_logps(policy, pairs)[:2], *reference_logps(reference, pairs, 2), beta=0.3)[0].mean()
+    with torch.no_grad():
+        reference_logps = reference.frozen_copy().pair_logps(pairs)
+    loss = dpo_loss(*policy.pair_logps(pairs), *reference_logps, beta=0.3)[0].mean()
     loss.backward()
 
     # A trainer wants a tokenizer and some text; the batch is then made of ids, by trl's own collator.
@@ -166,7 +163,7 @@ def test_loss_and_every_weights_gradient_equal_trls(tmp_path):
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words, eos_token="w2", pad_token="w0")
     text = datasets.Dataset.from_list([{"prompt": "w3", "chosen": "w4", "rejected": "w5"}])
     config = trl.DPOConfig(str(tmp_path), beta=0.3, use_cpu=True, bf16=False, report_to=[])
-    trainer = trl.DPOTrainer(as_llama(policy), as_llama(reference), config, train_dataset=text,
+    trainer = trl.DPOTrainer(as_llama(policy.model), as_llama(reference.model), config, train_dataset=text,
                              processing_class=tokenizer)
     names = ("prompt_ids", "chosen_ids", "rejected_ids")
     batch = trainer.data_collator([dict(zip(names, pair)) for pair in pairs])
@@ -174,6 +171,6 @@ def test_loss_and_every_weights_gradient_equal_trls(tmp_path):
     theirs.backward()
 
     assert theirs.item() == pytest.approx(loss.item(), abs=1e-6) and abs(loss.item() - log(2)) > 0.01
-    ours = llama_weights(policy.config, {name: weight.grad for name, weight in policy.named_parameters()})
+    ours = llama_weights(policy.model.config, {name: p.grad for name, p in policy.model.named_parameters()})
     for name, weight in trainer.model.named_parameters():
         assert torch.allclose(weight.grad, ours[name], atol=1e-6), name

@@ -1,4 +1,4 @@
-"""Figures of answers and judges, against hand arithmetic, scipy and simulation."""
+"""Metrics of models and judges, against hand arithmetic, scipy and simulation."""
 
 from math import sqrt
 
@@ -6,12 +6,11 @@ import numpy as np
 import pytest
 
 from minisr.evaluate import (
-    answer_metrics,
+    bootstrap_ci,
     correlation,
-    interval,
     judge_metrics,
-    order_signs,
-    pair_agreement,
+    ordered_correctly,
+    pair_signs,
     ranks,
     win_rates,
 )
@@ -29,29 +28,29 @@ def random_ranking(rng: np.random.Generator) -> tuple[list, list]:
 def test_the_five_metrics_by_hand():
     truth = [[5, 3, 1], [2, 2, 4], [1, 1, 1], [4, 2]]
     given = [[5, 4, 4], [None, 5, 3], [5, 5, 0], [3.5, 1.25]]
-    # 1st: 5>3 and 5>1 seen, 3>1 a tie of the model: 2 of 3. 2nd: one unread, one inverted: 0 of 2.
+    # 1st: 5>3 and 5>1 found, 3>1 a tie of the model: 2 of 3. 2nd: one unparsed, one inverted: 0 of 2.
     # 3rd: the annotator ranks nothing. 4th: 1 of 1.
     metrics = judge_metrics(truth, given)
     assert metrics["pairwise"] == pytest.approx(3 / 6)
     assert metrics["exact"] == pytest.approx(1 / 3)
-    assert metrics["five_best"] == pytest.approx(1 / 2)  # the 5 of the second is none of its best
+    assert metrics["five_best"] == pytest.approx(1 / 2)  # the second one's 5 is not one of its best
     # Ranks of the first: 3 2 1 against 3 1.5 1.5, r = 1.5 / sqrt(2 * 1.5); tau-b = 2 / sqrt(3 * 2).
     assert metrics["spearman"] == pytest.approx((1.5 / sqrt(3) - 1 + 1) / 3)
     assert metrics["kendall"] == pytest.approx((2 / sqrt(6) - 1 + 1) / 3)
 
 
 def test_pairs_that_the_annotator_ties_do_not_count():
-    assert pair_agreement([3, 3, 1], [0, 5, 0]) == [False, True]
+    assert ordered_correctly([3, 3, 1], [0, 5, 0]) == [False, True]
 
 
-def test_an_unread_response_makes_its_pairs_wrong_but_leaves_the_correlation_of_the_rest():
+def test_an_unparsed_response_makes_its_pairs_wrong_and_is_left_out_of_the_correlations():
     metrics = judge_metrics([[3, 2, 1]], [[5, None, 0]])
     assert metrics["pairwise"] == pytest.approx(1 / 3)
     assert [metrics["spearman"], metrics["kendall"]] == pytest.approx([1, 1])
 
 
 @pytest.mark.parametrize("given", [[4, None, None], [None, None, None], [4, 4, None]])
-def test_too_little_read_to_rank_is_correlation_0(given):
+def test_with_too_little_to_rank_the_correlation_is_0(given):
     metrics = judge_metrics([[3, 2, 1]], [given])
     assert metrics["pairwise"] == metrics["exact"] == metrics["spearman"] == metrics["kendall"] == 0
 
@@ -76,7 +75,7 @@ def test_a_constant_judge_gets_0(score):
     assert metrics["five_best"] == (pytest.approx(3 / 6) if score == 5 else None)
 
 
-def test_without_any_ranking_there_is_no_figure():
+def test_without_any_ranking_there_is_no_metric():
     assert set(judge_metrics([[1, 1]], [[0, 5]]).values()) == {None}
 
 
@@ -86,12 +85,12 @@ def test_spearman_and_kendall_equal_scipy():
     for _ in range(200):
         a, b = random_ranking(rng)
         assert ranks(b).tolist() == stats.rankdata(b).tolist()
-        spearman, kendall = correlation(ranks(a), ranks(b)), correlation(order_signs(a), order_signs(b))
+        spearman, kendall = correlation(ranks(a), ranks(b)), correlation(pair_signs(a), pair_signs(b))
         assert spearman == pytest.approx(stats.spearmanr(a, b).statistic, abs=1e-12)
         assert kendall == pytest.approx(stats.kendalltau(a, b, variant="b").statistic, abs=1e-12)
 
 
-def test_metrics_are_means_over_instructions_of_scipys_figures():
+def test_correlations_are_means_over_instructions_of_scipys():
     stats = pytest.importorskip("scipy.stats")
     rng = np.random.default_rng(1)
     truth, given = zip(*(random_ranking(rng) for _ in range(30)))
@@ -117,18 +116,18 @@ def test_win_tie_and_lose_are_all_there_is():
         assert all(rates[f"{x}_ci95"][0] <= rates[x] <= rates[f"{x}_ci95"][1] for x in ("win", "tie", "lose"))
 
 
-def test_the_interval_holds_the_true_mean_19_times_in_20():
+def test_the_interval_contains_the_true_mean_19_times_in_20():
     rng = np.random.default_rng(0)
-    intervals = [interval(rng.random(100) < 0.6, seed) for seed in range(200)]
+    intervals = [bootstrap_ci(rng.random(100) < 0.6, seed) for seed in range(200)]
     hits = sum(low <= 0.6 <= high for low, high in intervals)
     assert 0.91 <= hits / 200 <= 0.985  # 0.95 more or less two and a half standard errors
 
 
 def test_the_interval_is_as_wide_as_the_normal_approximation_says():
     values = [0, 1] * 200
-    low, high = interval(values)
+    low, high = bootstrap_ci(values)
     assert [low, high] == pytest.approx([0.5 - 1.96 * 0.5 / 20, 0.5 + 1.96 * 0.5 / 20], abs=0.006)
-    assert interval(values) == [low, high] and interval([2.5] * 7) == [2.5, 2.5]
+    assert bootstrap_ci(values) == [low, high] and bootstrap_ci([2.5] * 7) == [2.5, 2.5]
 
 
 def test_the_pairwise_interval_resamples_instructions():
@@ -146,16 +145,3 @@ def test_the_pairwise_interval_counts_an_instruction_by_its_pairs():
     metrics = judge_metrics(truth, given)
     low, high = metrics["pairwise_ci95"]
     assert metrics["pairwise"] == pytest.approx(6 / 7) and low < 6 / 7 < high and high - low < 0.15
-
-
-def test_answer_figures_by_hand():
-    flawless, poor = [True] * 5, [True, False, False, True, False]
-    metrics = answer_metrics([
-        {"sampled": "abcd", "greedy": "x", "sampled_points": flawless, "greedy_points": poor},
-        {"sampled": "ab", "greedy": "y", "sampled_points": poor, "greedy_points": poor},
-    ])
-    assert metrics["flawless"] == 0.5 and metrics["flawless_greedy"] == 0
-    assert metrics["mean_score"] == 3.5 and metrics["mean_score_greedy"] == 2
-    assert metrics["criteria"] == [1, 0.5, 0.5, 1, 0.5] and metrics["criteria_greedy"] == [1, 0, 0, 1, 0]
-    assert metrics["length"] == 3
-    assert metrics["mean_score_ci95"] == [2, 5] and metrics["flawless_greedy_ci95"] == [0, 0]

@@ -1,18 +1,25 @@
-"""What counts as a score, that only the judge's own words are read, and what happens when none is."""
+"""What counts as a score, that only the judge's own text is parsed, and what happens without a score."""
 
 import re
-from pathlib import Path
 
 import pytest
 from tiny import speaker, tiny_tokenizer
 
-import minisr
-from minisr import InputError
-from minisr.judge import JudgeConfig, Judgement, judge, judge_prompt, load_template, parse_score, reward
+from minisr.judge import (
+    JudgeConfig,
+    Judgement,
+    judge,
+    judge_prompt,
+    judge_responses,
+    parse_score,
+    reward,
+    reward_records,
+)
+from minisr.lm import LM
 
 TEMPLATE = "Rate. {prompt} / {response}"
 
-READ = {
+PARSED = {
     "Score: 4": 4, "Score: 4/5": 4, "Score: 4 / 5": 4, "**Score:** 4": 4, "**Score: 4**": 4, "score:4": 4,
     "SCORE: 2": 2, "Score: 4.5": 4.5, "Score: 0": 0, "Score: 5": 5, "Score: 5.0": 5, "Score: +3": 3,
     "Score: 3.": 3, "Score: 3 out of 5": 3, "“Score: 3”": 3, "Score: “3”": 3, "“Score”: 3": 3,
@@ -20,7 +27,7 @@ READ = {
     "Score_: 1": 1, "Good.\nScore: 2\n": 2, "Score: 3 - well done": 3, "Score: 4 (of 3 things, all)": 4,
     "Score: **4**/5": 4, "Score: [4]/[5]": 4, "Score: **3** - well done": 3, "Score: “4” out of “5”": 4,
 }
-UNREAD = (
+UNPARSED = (
     "", "\n", "   ", "A fine answer.", "4", "4/5", "Score", "Score: ", "Score 4", "Score = 4", "Scores: 4",
     "underscore: 4", "Score: five", "Score: <total>", "Score: 10", "Score: 6", "Score: 5.01", "Score: -1",
     "Score: −1", "Score: 4-5", "Score: 4 - 5", "Score: 4–5", "Score: 4/10", "Score: 4 / 10", "Score: 4/50",
@@ -35,13 +42,13 @@ LAST_VALID = {
 }
 
 
-@pytest.mark.parametrize("text", READ)
-def test_a_single_number_out_of_five_is_read(text):
-    assert parse_score(text) == READ[text]
+@pytest.mark.parametrize("text", PARSED)
+def test_a_single_number_out_of_five_is_parsed(text):
+    assert parse_score(text) == PARSED[text]
 
 
-@pytest.mark.parametrize("text", UNREAD)
-def test_what_is_no_single_number_out_of_five_is_unread(text):
+@pytest.mark.parametrize("text", UNPARSED)
+def test_anything_but_a_single_number_out_of_five_is_unparsed(text):
     assert parse_score(text) is None
 
 
@@ -51,29 +58,29 @@ def test_the_last_valid_score_counts(text):
 
 
 @pytest.mark.parametrize("text", ["Score: 3\n- 2 things are missing", "Score: 3\n+ 1 thing too many"])
-def test_a_list_on_the_next_line_is_no_part_of_the_score(text):
+def test_a_list_on_the_next_line_is_not_part_of_the_score(text):
     assert parse_score(text) == 3
 
 
 @pytest.mark.parametrize("text", ["Score: 4−5", "Score: 4—5", "Score: 3 to 4", "Score: 3 or 4",
                                   "Score: 3 of 10", "Score: 4 (out of 10)"])
-def test_a_range_or_another_scale_is_unread_however_spelled(text):
+def test_a_range_or_another_scale_is_unparsed_however_spelled(text):
     assert parse_score(text) is None
 
 
-def judged(says: str, responses: list[str], context: int = 96, **config) -> list[list[Judgement]]:
-    """The judgements of a model that says one thing, whatever it is asked."""
-    return judge(speaker(says, context), tiny_tokenizer(), TEMPLATE, ["Write."] * len(responses), responses,
-                 JudgeConfig(**{"judgements": 1, "max_new_tokens": 20, **config}), key=0)
+def judged(judgement: str, responses: list[str], max_seq_len: int = 96, **config) -> list[list[Judgement]]:
+    """The judgements of a model that writes the same judgement about every response."""
+    return judge(LM(speaker(judgement, max_seq_len), tiny_tokenizer()), TEMPLATE, ["Write."] * len(responses), responses,
+                 JudgeConfig(**{"judgements": 1, "max_new_tokens": 20, **config}), seed=0)
 
 
 def response_of_length(tokens: int) -> str:
-    """A response whose judge prompt has so many tokens: a line break is always one."""
+    """A response whose judge prompt has this many tokens: a line break is always one token."""
     without = len(tiny_tokenizer().encode_prompt(judge_prompt(TEMPLATE, "Write.", "")))
     return "\n" * (tokens - without)
 
 
-def test_the_score_is_read_from_what_the_judge_says():
+def test_the_score_is_parsed_from_what_the_judge_writes():
     assert judged("Score:3", ["A fox."]) == [[Judgement("Score:3", 3)]]
 
 
@@ -97,7 +104,7 @@ def test_fields_spelled_in_a_prompt_or_response_stay_text():
     assert judge_prompt("{response} {prompt}", r"\1 \g<0>", "{0}") == r"{0} \1 \g<0>"
 
 
-def test_a_judgement_that_is_cut_off_is_unread_though_its_score_is_there():
+def test_a_judgement_that_is_cut_off_is_unparsed_though_it_has_a_score():
     text = "Score:4 yes"
     needed = len(tiny_tokenizer().encode(text)) + 1  # with its end
     assert judged(text, ["A fox."], max_new_tokens=needed)[0][0].score == 4
@@ -106,24 +113,24 @@ def test_a_judgement_that_is_cut_off_is_unread_though_its_score_is_there():
 
 
 @pytest.mark.parametrize("tokens", [96, 97, 300])
-def test_a_judge_prompt_beyond_the_context_is_unread_and_stops_no_other(tokens):
+def test_a_judge_prompt_beyond_max_seq_len_is_unparsed_and_stops_no_other(tokens):
     first, long, last = judged("Score:3", ["A fox.", response_of_length(tokens), "A bear."], judgements=2)
     assert [j.score for j in long] == [None, None] and reward(long) is None
     assert [j.score for j in first] == [j.score for j in last] == [3, 3]
 
 
-def test_only_judge_prompts_beyond_the_context_leave_nothing_to_sample():
+def test_without_any_judge_prompt_that_fits_nothing_is_sampled():
     assert reward(judged("Score:3", [response_of_length(96)])[0]) is None
 
 
 @pytest.mark.parametrize("room", [-1, 0, 1])
-def test_a_judgement_is_read_if_it_fits_into_the_rest_of_the_context(room):
+def test_a_judgement_is_parsed_if_it_fits_into_the_rest_of_max_seq_len(room):
     needed = len(tiny_tokenizer().encode("Score:3")) + 1
     [[judgement]] = judged("Score:3", [response_of_length(96 - needed - room)])
     assert judgement.score == (None if room < 0 else 3)
 
 
-def test_a_judge_prompt_that_just_fits_does_not_cut_its_neighbours_short():
+def test_a_judge_prompt_that_just_fits_does_not_cut_its_neighbors_short():
     short, long = judged("Score:3", ["A fox.", response_of_length(95)])
     assert long[0].score is None  # one token of room: cut
     assert short[0].score == 3
@@ -133,7 +140,7 @@ def test_a_judge_prompt_that_just_fits_does_not_cut_its_neighbours_short():
     ([4, 4, 3], 11 / 3), ([4, None, 3], 3.5), ([None, 0, None], 0), ([None, None], None), ([], None),
     ([4.5, 4, None], 4.25),
 ])
-def test_the_reward_is_the_plain_mean_of_the_scores_that_were_read(scores, mean):
+def test_the_reward_is_the_plain_mean_of_the_parsed_scores(scores, mean):
     given = reward([Judgement("", score) for score in scores])
     assert given is None if mean is None else given == pytest.approx(mean, abs=1e-12)
 
@@ -142,27 +149,19 @@ def test_each_response_is_judged_j_times():
     assert [[j.score for j in row] for row in judged("Score:3", ["A.", "B."], judgements=3)] == [[3] * 3] * 2
 
 
-def test_the_world_template_is_valid():
-    assert "Score:" in load_template(Path(minisr.__file__).parent / "worlds" / "tiny" / "judge.txt")
+def test_a_response_that_was_cut_off_has_no_reward_though_it_has_scores():
+    y = [{"prompt": "Write.", "responses": ["A fox.", "A be"], "finished": [True, False]},
+         {"prompt": "News?", "responses": ["A goat."], "finished": [True]}]
+    lm = LM(speaker("Score:3"), tiny_tokenizer())
+    records = judge_responses(lm, TEMPLATE, y, JudgeConfig(judgements=2, max_new_tokens=20), seed=0)
+    assert records == [
+        {"prompt": "Write.", "rewards": [3, None], "scores": [[3, 3], [3, 3]], "judgements": [["Score:3"] * 2] * 2},
+        {"prompt": "News?", "rewards": [3], "scores": [[3, 3]], "judgements": [["Score:3"] * 2]}]
 
 
-@pytest.mark.parametrize("text, field, times", [
-    ("Only {response}", "{prompt}", 0), ("Only {prompt}", "{response}", 0),
-    ("{prompt} {prompt} {response}", "{prompt}", 2), ("{prompt} {response} {response}", "{response}", 2),
-])
-def test_a_template_must_name_each_field_once(tmp_path, text, field, times):
-    path = tmp_path / "judge.txt"
-    path.write_text(text)
-    with pytest.raises(InputError, match=rf"judge\.txt.*{re.escape(field)}.*{times} times"):
-        load_template(path)
-
-
-def test_a_template_that_is_not_there_is_named(tmp_path):
-    with pytest.raises(InputError, match="no-such-file.txt"):
-        load_template(tmp_path / "no-such-file.txt")
-
-
-def test_the_newline_at_the_end_of_a_template_file_is_not_asked(tmp_path):
-    path = tmp_path / "judge.txt"
-    path.write_text("{prompt}\n{response}\n")
-    assert load_template(path) == "{prompt}\n{response}"
+def test_judgements_are_grouped_by_prompt_in_their_order():
+    y = [{"prompt": x, "responses": ["a", "b"], "finished": [True, True]} for x in ("p", "q")]
+    judgements = [[Judgement(f"{score}", score), Judgement("?", None)] for score in (1, 2, 3, 4)]
+    records = reward_records(y, judgements)
+    assert [(r["prompt"], r["rewards"]) for r in records] == [("p", [1, 2]), ("q", [3, 4])]
+    assert records[1]["scores"] == [[3, None], [4, None]] and records[1]["judgements"] == [["3", "?"], ["4", "?"]]

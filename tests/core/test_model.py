@@ -1,12 +1,13 @@
+"""The decoder against transformers' Llama and against formulas, and its KV cache against whole sequences."""
+
 import cmath
 
 import pytest
 import torch
-from minisr.fast.step import Step
-from tiny import as_llama
+import torch.nn.functional as F
+from tiny import as_llama, llama_weights
 
-from minisr.fast.cache import KVCache
-from minisr.model import Decoder, ModelConfig, init_weights, rotary, rotate
+from minisr.model import FeedForward, KVCache, ModelConfig, RMSNorm, apply_rope, rope_cos_sin
 
 SHAPES = {
     "MHA": dict(n_kv_heads=4),
@@ -18,70 +19,127 @@ SHAPES = {
 }
 
 
+def random_ids(rows, length, seed):
+    # Not 0, for which the Llama of as_llama has no gradient: its padding token.
+    return torch.randint(1, 60, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
-@torch.no_grad()
-def test_logits_equal_those_of_llama_on_the_same_weights(random_decoder, shape):
+def test_logits_and_gradients_equal_those_of_llama_with_the_same_weights(random_decoder, shape):
     model = random_decoder(std=0.2, **shape)
-    ids = torch.randint(60, (3, 40), generator=torch.Generator().manual_seed(1))
-    expected = as_llama(model)(ids).logits
+    llama, ids = as_llama(model), random_ids(3, 40, seed=1)
+    logits, expected = model(ids), llama(ids).logits
     assert expected.std() > 0.5  # else the bound below would say little
-    torch.testing.assert_close(model(ids), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
+
+    direction = torch.randn(logits.shape, generator=torch.Generator().manual_seed(2))
+    for values in (logits, expected):
+        (values * direction).sum().backward()
+    gradients = llama_weights(model.config, {name: p.grad for name, p in model.named_parameters()})
+    for name, weight in llama.named_parameters():
+        scale = weight.grad.abs().max()
+        assert scale > 0.1
+        torch.testing.assert_close(gradients[name] / scale, weight.grad / scale, atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("kv_heads", [1, 2, 4])
-@torch.no_grad()
-def test_forward_with_cache_equals_forward_without_for_every_split(random_decoder, kv_heads):
-    model = random_decoder(n_kv_heads=kv_heads)
-    ids = torch.randint(60, (2, 9), generator=torch.Generator().manual_seed(2))
-    expected = model(ids)
-    every_token_alone = [1] * 9
-    for parts in [[split, 9 - split] for split in range(1, 9)] + [[9], every_token_alone, [3, 1, 4, 1]]:
-        cache = KVCache(model.config, 2, 9, model.embed.weight)
-        cached = torch.cat([model(part, cache) for part in ids.split(parts, dim=1)], dim=1)
-        torch.testing.assert_close(cached, expected, atol=2e-5, rtol=1e-5)
-        if parts[0] < 9:
-            cache, step = KVCache(model.config, 2, 9, model.embed.weight), Step(model, 9)
-            model(ids[:, :parts[0]], cache)
-            stepped = torch.stack([step(token, cache) for token in ids[:, parts[0]:].unbind(1)], dim=1)
-            torch.testing.assert_close(stepped, expected[:, parts[0]:], atol=2e-5, rtol=1e-5)
+# Single operations, written as formulas in float64.
+
+SMALL = ModelConfig(dim=8, ffn_dim=6, n_heads=1, norm_eps=0.3)  # an eps that matters
+ANGLES = torch.arange(12.0, dtype=torch.float64).view(4, 3) / 5  # (T, D/2)
 
 
-@pytest.mark.parametrize("shared", [0, 1, 4])
-@torch.no_grad()
-def test_padding_and_a_shared_prefix_leave_no_trace_in_the_logits(random_decoder, shared):
-    model, lengths = random_decoder(), [1, 3, 6, 6]  # tokens of each row after the prefix
-    rest, answer = max(lengths), 3
-    text = torch.randint(60, (4, shared + rest + answer), generator=torch.Generator().manual_seed(3))
-    text[:, :shared] = text[0, :shared]
-    cache = KVCache(model.config, 1 if shared else 4, text.shape[1], model.embed.weight)
-    if shared:
-        model(text[:1, :shared], cache)
-        cache.share(4, rest + answer)
-    cache.set_padding(torch.tensor([rest - length for length in lengths]))
-    parts = text[:, shared:].split([rest, 1, 1, 1], dim=1)  # what is in a padding column is junk
-    step = Step(model, shared + rest + answer)
-    padded = torch.cat([model(parts[0], cache), *(step(part[:, 0], cache)[:, None] for part in parts[1:])], 1)
-    for row, pad in enumerate(cache.pad.tolist()):
-        alone = torch.cat([text[row, :shared], text[row, shared + pad:]])
-        expected = model(alone[None])[0, shared:]
-        torch.testing.assert_close(padded[row, pad:], expected, atol=2e-5, rtol=1e-5)
+def norm(x, weight):
+    module = RMSNorm(SMALL)
+    return torch.func.functional_call(module, {"weight": weight}, (x,))
 
 
-def test_a_loss_reaches_its_own_and_earlier_tokens_and_no_later_one(random_decoder):
-    model, kept = random_decoder(), []
-    model.embed.register_forward_hook(lambda module, inputs, x: (x.retain_grad(), kept.append(x))[0])
-    ids = torch.tensor([[5, 6, 7, 8, 9, 10, 11]])
-    for t in range(6):
-        model(ids)[0, t].log_softmax(-1)[ids[0, t + 1]].backward()
-        reached = kept.pop().grad[0].abs().amax(-1)  # (T,)
-        assert (reached[:t + 1] > 0).all()
-        assert (reached[t + 1:] == 0).all()
+def norm_formula(x, weight):
+    return F.rms_norm(x, weight.shape, weight, 0.3)
+
+
+def swiglu(x, gate_up, down):
+    weights = {"gate_up_proj.weight": gate_up, "down_proj.weight": down}
+    return torch.func.functional_call(FeedForward(SMALL), weights, (x,))
+
+
+def swiglu_formula(x, gate_up, down):
+    gate, up = (x @ gate_up.T).chunk(2, -1)
+    return (gate * gate.sigmoid() * up) @ down.T
+
+
+def rope(x):
+    cos, sin = ANGLES.cos().to(x.dtype), ANGLES.sin().to(x.dtype)
+    return apply_rope(x, torch.cat([cos, cos], -1), torch.cat([sin, sin], -1))
+
+
+def rope_formula(x):
+    """Each pair (x_i, x_{i + D/2}) is a complex number, rotated by its angle."""
+    rotated = torch.complex(*x.chunk(2, -1)) * torch.polar(torch.ones_like(ANGLES), ANGLES)
+    return torch.cat([rotated.real, rotated.imag], -1)
+
+
+OPERATIONS = {"RMSNorm": (norm, norm_formula, (2, 3, 8), (8,)),
+              "SwiGLU": (swiglu, swiglu_formula, (2, 3, 8), (12, 8), (8, 6)),
+              "RoPE": (rope, rope_formula, (2, 3, 4, 6))}
+
+
+def operation_and_inputs(name, dtype):
+    operation, formula, *shapes = OPERATIONS[name]
+    generator = torch.Generator().manual_seed(0)
+    inputs = [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes]
+    return operation, formula, [x.requires_grad_() for x in inputs]
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_values_and_gradients_are_those_of_the_formula(name):
+    operation, formula, inputs = operation_and_inputs(name, torch.float64)
+    values, expected = operation(*inputs), formula(*inputs)
+    torch.testing.assert_close(values, expected, atol=1e-12, rtol=1e-12)
+    direction = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    gradients = torch.autograd.grad(values, inputs, direction)
+    for gradient, wanted in zip(gradients, torch.autograd.grad(expected, inputs, direction)):
+        torch.testing.assert_close(gradient, wanted, atol=1e-12, rtol=1e-12)
+        assert wanted.abs().max() > 0.1
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_bfloat16_stays_bfloat16(name):
+    operation, formula, inputs = operation_and_inputs(name, torch.bfloat16)
+    wide = [x.detach().double().requires_grad_() for x in inputs]
+    values, expected = operation(*inputs), formula(*wide)
+    assert values.dtype == torch.bfloat16
+    torch.testing.assert_close(values.double(), expected, atol=0.05, rtol=0.05)
+    gradients = torch.autograd.grad(values.sum(), inputs)
+    for gradient, wanted in zip(gradients, torch.autograd.grad(expected.sum(), wide)):
+        assert gradient.dtype == torch.bfloat16
+        torch.testing.assert_close(gradient.double(), wanted, atol=0.1, rtol=0.1)
+
+
+def test_norm_feed_forward_and_rope_are_those_of_transformers():
+    llama = pytest.importorskip("transformers.models.llama.modeling_llama")
+    generator = torch.Generator().manual_seed(5)
+    x, weight = torch.randn(2, 3, 8, generator=generator), torch.randn(8, generator=generator)
+    theirs = llama.LlamaRMSNorm(8, eps=0.3)
+    theirs.weight.data = weight
+    torch.testing.assert_close(norm(x, weight), theirs(x))
+
+    gate_up, down = torch.randn(12, 8, generator=generator), torch.randn(8, 6, generator=generator)
+    theirs = llama.LlamaMLP(llama.LlamaConfig(hidden_size=8, intermediate_size=6, num_attention_heads=1))
+    for layer, matrix in zip((theirs.gate_proj, theirs.up_proj, theirs.down_proj), (*gate_up.chunk(2), down)):
+        layer.weight.data = matrix
+    torch.testing.assert_close(swiglu(x, gate_up, down), theirs(x))
+
+    q, k = torch.randn(2, 2, 3, 4, 6, generator=generator)  # (B, H, T, D) each
+    cos, sin = rope_cos_sin(torch.arange(4)[None], ModelConfig(dim=6, n_heads=1))  # (1, 1, T, D)
+    expected = llama.apply_rotary_pos_emb(q, k, cos[:, 0], sin[:, 0])
+    torch.testing.assert_close((apply_rope(q, cos, sin), apply_rope(k, cos, sin)), expected)
 
 
 def test_rope_makes_a_dot_product_depend_on_the_distance_alone():
     config, generator = ModelConfig(dim=32, n_heads=4), torch.Generator().manual_seed(4)
+    cos, sin = rope_cos_sin(torch.arange(60)[None], config)
     q, k = torch.randn(2, 1, 1, 1, 8, generator=generator).expand(2, 1, 1, 60, 8)
-    q, k = (rotate(x, rotary(torch.arange(60)[None], config))[0, 0] for x in (q, k))
+    q, k = (apply_rope(x, cos, sin)[0, 0] for x in (q, k))
     dots = q @ k.T  # [m, n]
     for distance in range(-59, 60):
         same = dots.diagonal(distance)
@@ -90,30 +148,63 @@ def test_rope_makes_a_dot_product_depend_on_the_distance_alone():
     assert by_distance.std() > 0.1
 
 
-def test_rope_turns_each_pair_by_position_times_its_own_frequency():
+def test_rope_rotates_each_pair_by_position_times_its_own_frequency():
     config, x = ModelConfig(dim=12, n_heads=2, rope_theta=100.0), torch.arange(1.0, 7.0)
     for position in (0, 1, 17):
-        got = rotate(x.view(1, 1, 1, 6), rotary(torch.tensor([[position]]), config)).flatten()
-        for i in range(3):  # (x_i, x_{i+3}) as a complex number, turned by position * 100^(-2i/6)
-            turned = complex(x[i], x[i + 3]) * cmath.exp(1j * position * 100.0 ** (-2 * i / 6))
-            assert complex(got[i], got[i + 3]) == pytest.approx(turned, abs=1e-5)
+        cos, sin = rope_cos_sin(torch.tensor([[position]]), config)
+        rotated = apply_rope(x.view(1, 1, 1, 6), cos, sin).flatten()
+        for i in range(3):  # (x_i, x_{i+3}) as a complex number, rotated by position * 100^(-2i/6)
+            expected = complex(x[i], x[i + 3]) * cmath.exp(1j * position * 100.0 ** (-2 * i / 6))
+            assert complex(rotated[i], rotated[i + 3]) == pytest.approx(expected, abs=1e-5)
 
 
-@pytest.mark.parametrize("layers", [2, 8])
-def test_initial_std_is_002_and_what_writes_to_the_stream_is_scaled_by_depth(layers):
-    model = Decoder(ModelConfig(n_layers=layers, tie_embeddings=False))
-    init_weights(model, torch.Generator().manual_seed(0))
-    smaller = {2: 0.01, 8: 0.005}[layers]  # 0.02 / sqrt(2 * layers)
-    writers = 0
-    for name, weight in model.named_parameters():
-        if weight.dim() == 1:
-            assert (weight == 1).all(), name
-            continue
-        writes = "out_proj" in name or "down_proj" in name
-        writers += writes
-        assert weight.std().item() == pytest.approx(smaller if writes else 0.02, rel=0.03), name
-        assert abs(weight.mean().item()) < 0.001, name
-    assert writers == 2 * layers
+# Sequences.
+
+
+@pytest.mark.parametrize("n_kv_heads", [1, 2, 4])
+@torch.no_grad()
+def test_forward_with_cache_equals_forward_without_for_every_split(random_decoder, n_kv_heads):
+    model, ids = random_decoder(n_kv_heads=n_kv_heads), random_ids(2, 9, seed=2)
+    expected = model(ids)
+    every_token_alone = [1] * 9
+    for parts in [[split, 9 - split] for split in range(1, 9)] + [[9], every_token_alone, [3, 1, 4, 1]]:
+        cache = KVCache(model, batch_size=2, max_len=9)
+        cached = torch.cat([model(part, cache) for part in ids.split(parts, dim=1)], dim=1)
+        torch.testing.assert_close(cached, expected, atol=2e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_padding_on_the_left_leaves_no_trace_in_the_logits(random_decoder):
+    model, lengths, T, steps = random_decoder(), [1, 3, 6, 6], 6, 3
+    text = random_ids(4, T + steps, seed=3)  # the ids in padding columns are arbitrary
+    is_token = torch.arange(T + steps) >= torch.tensor([T - length for length in lengths])[:, None]  # (B, S)
+    whole = model(text, is_token=is_token)
+    cache = KVCache(model, batch_size=4, max_len=T + steps)
+    parts = [model(text[:, :T], cache, is_token[:, :T])]
+    parts += [model(text[:, end - 1:end], cache, is_token[:, :end]) for end in range(T + 1, T + steps + 1)]
+    for padded in (whole, torch.cat(parts, dim=1)):
+        for row, length in enumerate(lengths):
+            expected = model(text[row:row + 1, T - length:])[0]
+            torch.testing.assert_close(padded[row, T - length:], expected, atol=2e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_padding_on_the_right_needs_no_mask(random_decoder):
+    model, text = random_decoder(), random_ids(1, 9, seed=6)
+    other = torch.cat([text[:, :5], torch.zeros(1, 4, dtype=torch.long)], dim=1)
+    torch.testing.assert_close(model(other)[:, :5], model(text[:, :5]), atol=2e-5, rtol=1e-5)
+
+
+def test_a_loss_reaches_its_own_and_earlier_tokens_and_no_later_one(random_decoder):
+    model, embedded = random_decoder(), []
+    hook = model.embed.register_forward_hook(lambda module, inputs, x: (x.retain_grad(), embedded.append(x))[0])
+    ids = torch.tensor([[5, 6, 7, 8, 9, 10, 11]])
+    for t in range(6):
+        model(ids)[0, t].log_softmax(-1)[ids[0, t + 1]].backward()
+        gradient = embedded.pop().grad[0].abs().amax(-1)  # (T,)
+        assert (gradient[:t + 1] > 0).all()
+        assert (gradient[t + 1:] == 0).all()
+    hook.remove()
 
 
 @pytest.mark.parametrize("rows, new", [(1, 1), (1, 5), (3, 1), (3, 5)])
@@ -122,67 +213,7 @@ def test_initial_std_is_002_and_what_writes_to_the_stream_is_scaled_by_depth(lay
 def test_forward_always_returns_logits_of_shape_B_T_V(random_decoder, rows, new, tied):
     model = random_decoder(tie_embeddings=tied, vocab_size=41)
     ids = torch.zeros(rows, new, dtype=torch.long)
-    cache = KVCache(model.config, rows, 2 * new, model.embed.weight)
+    cache = KVCache(model, rows, 2 * new)
     for logits in (model(ids), model(ids, cache), model(ids, cache)):
         assert logits.shape == (rows, new, 41)
     assert cache.length == 2 * new
-
-
-@pytest.mark.parametrize("kv_heads", [1, 2, 4])
-@pytest.mark.parametrize("shared, n", [(0, 3), (5, 3), (5, 1), (0, 1), (1, 2)])
-@torch.no_grad()
-def test_rows_that_share_and_leave_see_what_they_would_see_alone(random_decoder, shared, n, kv_heads):
-    # A prefix for all, 6 prompts of unlike length, n rows each; after every second token rows leave.
-    model, lengths = random_decoder(n_kv_heads=kv_heads), [1, 3, 6, 6, 2, 4]
-    generator, rest = torch.Generator().manual_seed(4), max(lengths)
-    prefix = torch.randint(60, (1, shared), generator=generator)
-    prompts = [torch.randint(60, (1, length), generator=generator) for length in lengths]
-    answers = torch.randint(60, (6 * n, 8), generator=generator)
-    cache = KVCache(model.config, 1 if shared else 6, shared or rest + 8, model.embed.weight)
-    if shared:
-        model(prefix, cache)
-        cache.share(6, rest + 8)
-    cache.set_padding(torch.tensor([rest - length for length in lengths]))
-    model(torch.cat([torch.nn.functional.pad(p, (rest - p.shape[1], 0)) for p in prompts]), cache)
-    if n > 1:
-        cache.share(n, 8)
-    rows, order = torch.arange(6 * n), torch.randperm(6 * n, generator=generator)
-    forward = Step(model, shared + rest + 8)
-    for step in range(8):
-        logits = forward(answers[rows, step], cache)
-        for row, found in zip(rows.tolist(), logits):
-            alone = torch.cat([prefix, prompts[row // n], answers[row:row + 1, :step + 1]], 1)
-            torch.testing.assert_close(found, model(alone)[0, -1], atol=3e-5, rtol=1e-5)
-        if step % 2:
-            kept = torch.isin(rows, order[:(6 * n * (7 - step)) // 8 + 1]).nonzero()[:, 0]
-            cache.keep(kept)
-            rows = rows[kept]
-    assert len(rows) < 2 * n
-
-
-@torch.no_grad()
-def test_what_rows_share_is_in_memory_once(random_decoder):
-    model = random_decoder()
-    cache = KVCache(model.config, 1, 50, model.embed.weight)
-    model(torch.ones(1, 50, dtype=torch.long), cache)
-    cache.share(10, 20)
-    model(torch.ones(10, 20, dtype=torch.long), cache)
-    cache.share(4, 3)
-    assert [part.k.shape[1] for part in cache.shared] == [1, 10] and cache.k.shape[1:4:2] == (40, 3)
-    cache.keep(torch.arange(0, 8))  # of the first two prompts
-    assert [part.k.shape[1] for part in cache.shared] == [1, 2] and cache.k.shape[1] == 8
-
-
-@torch.no_grad()
-def test_several_tokens_at_once_do_not_see_the_padding_of_what_they_share(random_decoder):
-    model, lengths = random_decoder(), [1, 4, 6]
-    text = torch.randint(60, (6, 9), generator=torch.Generator().manual_seed(5))
-    text[1::2, :6] = text[::2, :6]  # two rows a prompt
-    cache = KVCache(model.config, 3, 6, model.embed.weight)
-    cache.set_padding(torch.tensor([6 - length for length in lengths]))
-    model(text[::2, :6], cache)
-    cache.share(2, 3)
-    found = model(text[:, 6:], cache)
-    for row, logits in enumerate(found):
-        alone = text[row:row + 1, 6 - lengths[row // 2]:]
-        torch.testing.assert_close(logits, model(alone)[0, -3:], atol=2e-5, rtol=1e-5)

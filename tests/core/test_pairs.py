@@ -9,7 +9,7 @@ from minisr.pairs import select_pairs
 
 
 def select(*rewards: list, texts: list[list[str]] | None = None) -> tuple[list[tuple[str, str]], Counter]:
-    """(chosen, rejected) of each pair; the responses are called a, b, c ... unless texts are given."""
+    """(chosen, rejected) of each pair; the responses are named a, b, c and so on unless texts are given."""
     texts = texts or [list("abcdef"[:len(row)]) for row in rewards]
     pairs, counts = select_pairs([f"x{i}" for i in range(len(rewards))], texts, list(rewards))
     return [(p["chosen"], p["rejected"]) for p in pairs], counts
@@ -26,7 +26,7 @@ def test_the_best_is_chosen_and_the_worst_rejected():
     ([4.0, None, 2.0], ("a", "c")), ([None, 4.0, 2.0], ("b", "c")), ([2.0, 4.0, None], ("b", "a")),
     ([None, 0.0, 1.0, None], ("c", "b")),
 ])
-def test_an_unread_response_is_neither_chosen_nor_rejected(rewards, pair):
+def test_an_unparsed_response_is_neither_chosen_nor_rejected(rewards, pair):
     assert select(rewards)[0] == [pair]
 
 
@@ -35,7 +35,7 @@ def test_a_reward_of_zero_is_a_reward():
 
 
 @pytest.mark.parametrize("rewards", [[], [None], [5.0], [None, None], [4.0, None], [None, None, 0.0]])
-def test_fewer_than_two_read_responses_are_dropped_as_unread(rewards):
+def test_a_prompt_with_fewer_than_two_rewards_is_dropped_as_unread(rewards):
     assert select(rewards) == ([], Counter(pairs=0, unread=1, tie=0, identical=0))
 
 
@@ -60,14 +60,14 @@ def test_of_equal_rewards_the_first_response_is_taken():
     assert select([5.0, 1.0, 1.0, 5.0])[0] == [("a", "b")]
 
 
-def test_prompts_keep_their_order_and_their_responses():
+def test_pairs_are_in_the_order_of_prompts_with_their_own_responses():
     pairs, _ = select_pairs(["p", "q", "r"], [["p1", "p2"], ["q1", "q2"], ["r1", "r2"]],
                             [[1.0, 2.0], [None, 2.0], [2.0, 1.0]])
-    kept = [(p["prompt"], p["chosen"], p["rejected"]) for p in pairs]
-    assert kept == [("p", "p2", "p1"), ("r", "r1", "r2")]
+    found = [(p["prompt"], p["chosen"], p["rejected"]) for p in pairs]
+    assert found == [("p", "p2", "p1"), ("r", "r1", "r2")]
 
 
-def test_every_prompt_is_counted_once_and_no_pair_can_be_bettered():
+def test_every_prompt_is_counted_once_and_no_pair_could_be_better():
     rng = Random(1)
     rewards = [[rng.choice([None, 0.0, 1.0, 4.5]) for _ in range(rng.randint(0, 4))] for _ in range(400)]
     texts = [[rng.choice("uvw") for _ in row] for row in rewards]
@@ -75,8 +75,8 @@ def test_every_prompt_is_counted_once_and_no_pair_can_be_bettered():
     assert sum(counts.values()) == 400 and counts["pairs"] == len(pairs)
     assert min(counts[name] for name in ("pairs", "unread", "tie", "identical")) > 0
     for pair in pairs:
-        read = [r for r in rewards[pair["prompt"]] if r is not None]
-        assert pair["chosen_reward"] == sorted(read)[-1] > sorted(read)[0] == pair["rejected_reward"]
+        known = sorted(r for r in rewards[pair["prompt"]] if r is not None)
+        assert pair["chosen_reward"] == known[-1] > known[0] == pair["rejected_reward"]
         assert pair["chosen"] != pair["rejected"]
 
 

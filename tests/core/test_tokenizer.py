@@ -1,19 +1,22 @@
+"""Text to token ids and back: nothing is lost, and only the chat template makes special tokens."""
+
 from random import Random
 
 import pytest
 import sentencepiece
 
-from minisr.tokenizer import train_tokenizer
+from minisr.runner.pretrain import train_tokenizer
+from minisr.tokenizer import TemplateError, Tokenizer
 
 TEMPLATE = "<s><|user|>{prompt}<|assistant|>{response}</s>"
-SPELLED = ["<s>", "</s>", "<|user|>", "<|assistant|>", "<unk>", "<0x41>", "a</s>", " <|assistant|> </s> ",
+SPECIAL = ["<s>", "</s>", "<|user|>", "<|assistant|>", "<unk>", "<0x41>", "a</s>", " <|assistant|> </s> ",
            "</s><|user|>no<|assistant|>"]
 NASTY = ["", " ", "  both ends  ", "\n", "\n\n", "one\n\ntwo", " \n \n", "a\n b ", "\t\r\n", "a\rb", "🙂",
          "🏳️‍🌈 é", "漢字かな", "\x00", "a\x00\x07\x1b[0mb", "\x85\u2028\u2029", "\u200b\ufeff", "e\u0301 Ａ ﬁ",
          "x" * 500, "12345 1,000.5"]
 
 
-@pytest.mark.parametrize("text", SPELLED)
+@pytest.mark.parametrize("text", SPECIAL)
 def test_text_that_spells_a_special_token_stays_text(tokenizer, text):
     template = [tokenizer.vocabulary.specials[name] for name in ("<s>", "<|user|>", "<|assistant|>", "</s>")]
     assert len({*template, tokenizer.vocabulary.pieces.unk_id()}) == 5
@@ -31,7 +34,7 @@ def test_any_text_comes_back_as_it_was(tokenizer, text):
 
 def test_random_unicode_comes_back_as_it_was(tokenizer):
     rng = Random(0)
-    # Left out: surrogates, which are no text, and U+2581, SentencePiece's own sign for a space.
+    # Without surrogates, which are not text, and U+2581, SentencePiece's own sign for a space.
     alphabet = [chr(i) for i in range(0x11000) if not 0xD800 <= i < 0xE000 and i != 0x2581]
     for _ in range(300):
         text = "".join(rng.choices(alphabet + [" ", "\n"] * 20000, k=rng.randint(1, 20)))
@@ -47,16 +50,16 @@ def test_special_tokens_leave_no_trace_in_decoded_text(tokenizer):
 
 @pytest.mark.parametrize("response", ["Once there was a fox.", " begins with a space", "\nnew", "</s>", ""])
 @pytest.mark.parametrize("prompt", ["Write a story.", "ends with a space ", "<|assistant|>", ""])
-def test_chat_is_prompt_response_end_and_the_mask_is_on_response_and_end(tokenizer, prompt, response):
+def test_a_chat_is_prompt_response_end_and_the_mask_is_on_response_and_end(tokenizer, prompt, response):
     pieces = sentencepiece.SentencePieceProcessor(model_proto=tokenizer.vocabulary.content)
     bos, eos, user, assistant = map(pieces.piece_to_id, ("<s>", "</s>", "<|user|>", "<|assistant|>"))
-    asked = [bos, user, *pieces.encode(prompt), assistant]
-    answered = [*pieces.encode(response), eos]
+    prompt_ids = [bos, user, *pieces.encode(prompt), assistant]
+    response_ids = [*pieces.encode(response), eos]
     ids, mask = tokenizer.encode_chat(prompt, response)
-    assert ids == asked + answered
-    assert mask == [False] * len(asked) + [True] * len(answered)
-    # What is sampled from is what was trained on.
-    assert tokenizer.encode_prompt(prompt) == asked
+    assert ids == prompt_ids + response_ids
+    assert mask == [False] * len(prompt_ids) + [True] * len(response_ids)
+    # Sampling continues the same ids that training began with.
+    assert tokenizer.encode_prompt(prompt) == prompt_ids and tokenizer.encode_response(response) == response_ids
 
 
 def test_the_same_texts_give_the_same_tokenizer_bytes(tokenizer, world_lines):
@@ -67,8 +70,24 @@ def test_the_same_texts_give_the_same_tokenizer_bytes(tokenizer, world_lines):
 
 
 def test_a_line_break_is_a_token_of_its_own(tokenizer):
-    # New prompts are sampled until a line break: one hidden in a longer token would be missed.
+    # New prompts are sampled until a line break: one inside a longer token would be missed.
     line_break = tokenizer.encode("\n")[-1]
     assert tokenizer.encode("fox\n\nhen").count(line_break) == 2
     containing = [i for i in range(len(tokenizer)) if "\n" in tokenizer.vocabulary.pieces.id_to_piece(i)]
     assert containing == [line_break]
+    assert set(tokenizer.newline_ids) == {line_break, tokenizer.vocabulary.pieces.piece_to_id("<0x0A>")}
+
+
+def test_plain_text_begins_with_bos_and_responses_end_with_an_end_token(tokenizer):
+    specials = tokenizer.vocabulary.specials
+    assert tokenizer.bos_ids == [specials["<s>"]] and tokenizer.eos_id == specials["</s>"]
+    assert tokenizer.stop_ids == (specials["</s>"],)
+    other = Tokenizer(tokenizer.vocabulary, "<s>{prompt}<|user|>{response}<|assistant|>")
+    assert other.eos_id == specials["<|assistant|>"] and other.stop_ids == (specials["<|assistant|>"], specials["</s>"])
+
+
+@pytest.mark.parametrize("template", ["", "{prompt}", "{prompt}{response}", "{response}{prompt}</s>",
+                                      "{prompt}{prompt}{response}</s>", "{prompt}{response}<|none|>"])
+def test_a_template_without_its_fields_or_an_end_is_rejected(tokenizer, template):
+    with pytest.raises(TemplateError, match="prompt.*response.*ends the response"):
+        Tokenizer(tokenizer.vocabulary, template)

@@ -1,129 +1,187 @@
-"""One DPO training: the frozen reference, the margin, and the two optional terms."""
+"""One DPO training on each engine: the frozen reference, the margin, and the two optional terms."""
 
-import json
+from functools import partial
 from math import log
 
 import pytest
 import torch
-from tiny import PAIRS, tiny_model, tiny_tokenizer
+from tiny import PAIRS, tiny_lm, tiny_model, with_log
 
 from minisr import dpo
-from minisr.dpo import DPOConfig, dpo_loss, encode_pairs, pair_logps, reference_logps, train_dpo
-from minisr.sft import collate, encode_examples, target_loss
+from minisr.dpo import DPOConfig, dpo_loss, encode_pairs, train_dpo
+from minisr.lm import LM
+from minisr.sft import encode_examples
 
 REPLAY = [{"prompt": "Rate it.", "response": "Score: 4"},
           {"prompt": "Rate this.", "response": "Bad. Score: 1"}]
-FROZEN = {"learning_rate": 0.0, "final_learning_rate": 0.0}
-
-
-def encoded() -> list[tuple]:
-    return encode_pairs(tiny_tokenizer(), PAIRS, context=96)
+NO_STEP = {"learning_rate": 0.0, "min_learning_rate": 0.0}
 
 
 @pytest.fixture
-def train(monkeypatch, tmp_path):
-    """Train on PAIRS: the model, the four log-probabilities of each call of dpo_loss, and the log."""
-    def run(model=None, examples=(), pairs=PAIRS, known=None, **config):
+def train(engine, monkeypatch):
+    """Train on PAIRS: the trained LM, the four log-probabilities of each call of dpo_loss, and the log."""
+    def run(lm=None, eft=(), pairs=PAIRS, **config):
         calls = []
 
         def spy(*arguments):
-            calls.append([x.detach().clone() for x in arguments[:4]])
+            calls.append([logps.detach().clone() for logps in arguments[:4]])
             return dpo_loss(*arguments)
 
-        monkeypatch.setattr(dpo, "dpo_loss", spy)
-        model = train_dpo(model or tiny_model(), tiny_tokenizer(), pairs, list(examples),
-                          DPOConfig(**{"batch_size": 2, **config}), 0, "test", tmp_path / "log", known)
-        return model, calls, [json.loads(line) for line in (tmp_path / "log").read_text().splitlines()]
+        monkeypatch.setattr(dpo, "fit_dpo", partial(fit_dpo, preference_loss=spy))
+        trained = train_dpo(with_log(lm or tiny_lm(engine)), pairs, list(eft), DPOConfig(**{"batch_size": 2, **config}),
+                            seed=0)
+        return trained, calls, trained.log
+    fit_dpo = dpo.fit_dpo
     return run
 
 
-def by_value(*columns: torch.Tensor) -> torch.Tensor:
-    """Pairs (chosen, rejected) in an order of their own: batches come shuffled."""
-    return torch.tensor(sorted(torch.stack(columns, 1).tolist()))
+def sorted_pairs(chosen: torch.Tensor, rejected: torch.Tensor) -> torch.Tensor:
+    """The (chosen, rejected) values of pairs in a fixed order, because batches are shuffled."""
+    return torch.tensor(sorted(torch.stack([chosen, rejected], 1).tolist()))
 
 
-def reference_of(model) -> torch.Tensor:
-    return by_value(*reference_logps(model, encoded(), 3))
+@torch.no_grad()
+def plain_logps(model) -> tuple[torch.Tensor, torch.Tensor]:
+    """log p of PAIRS under the present weights, with the plain engine."""
+    lm = LM(model, tiny_lm().tokenizer)
+    return lm.pair_logps(encode_pairs(lm, PAIRS))
 
 
-def test_the_reference_is_the_model_the_step_began_from_in_every_epoch(train):
+# The reference.
+
+
+@pytest.fixture
+def references(monkeypatch):
+    """Every reference that train_dpo creates."""
+    created = []
+
+    def spy(policy, reference, *others):
+        created.append(reference)
+        before = plain_logps(reference.model)
+        fit_dpo(policy, reference, *others)
+        reference.logps_before, reference.logps_after = before, plain_logps(reference.model)
+
+    fit_dpo = dpo.fit_dpo
+    monkeypatch.setattr(dpo, "fit_dpo", spy)
+    return created
+
+
+def test_the_reference_and_M_t_do_not_move(engine, references):
+    lm = tiny_lm(engine)
+    before = {name: weight.clone() for name, weight in lm.model.state_dict().items()}
+    logps_before = plain_logps(lm.model)
+    trained = train_dpo(lm, PAIRS, REPLAY, DPOConfig(learning_rate=1e-2, epochs=10, batch_size=2, replay_weight=0.1), 0)
+    [reference] = references
+    for moved, logps in zip(plain_logps(trained.model), logps_before):
+        assert (moved - logps).abs().max() > 1  # the policy has moved
+    for logps in (reference.logps_before, reference.logps_after, plain_logps(lm.model)):
+        assert torch.equal(torch.stack(logps), torch.stack(logps_before))
+    with torch.no_grad():  # as the training reads it
+        as_read = reference.pair_logps(encode_pairs(lm, PAIRS))
+    torch.testing.assert_close(torch.stack(as_read), torch.stack(logps_before), atol=1e-4, rtol=1e-5)
+    for name, weight in lm.model.state_dict().items():
+        assert torch.equal(weight, before[name]), name
+        assert not torch.equal(weight, trained.model.state_dict()[name]), name
+
+
+def test_the_log_probabilities_of_the_reference_carry_no_gradient(engine):
+    lm = tiny_lm(engine)
+    logps = lm.frozen_copy().pair_logps(encode_pairs(lm, PAIRS))
+    assert not any(values.requires_grad for values in logps)
+
+
+def test_the_reference_is_M_t_in_every_epoch(train):
     _, calls, _ = train(epochs=4, learning_rate=1e-2)
     assert len(calls) == 8  # 3 pairs, two at a time
     for first, second in zip(calls[::2], calls[1::2]):
         p_w, p_l, r_w, r_l = (torch.cat(both) for both in zip(first, second))
-        assert torch.allclose(by_value(r_w, r_l), reference_of(tiny_model()), atol=1e-3)
+        expected = sorted_pairs(*plain_logps(tiny_model()))
+        torch.testing.assert_close(sorted_pairs(r_w, r_l), expected, atol=1e-3, rtol=0)
     assert (p_w - p_l - r_w + r_l > 1).all()  # the policy has moved away
 
 
-def test_each_pair_meets_its_own_reference(train):
-    _, calls, _ = train(epochs=3, **FROZEN)
+def test_each_pair_is_compared_with_its_own_reference(train):
+    _, calls, _ = train(epochs=3, **NO_STEP)
     assert len(calls) == 6
     for p_w, p_l, r_w, r_l in calls:
-        assert torch.allclose(p_w, r_w, atol=1e-3) and torch.allclose(p_l, r_l, atol=1e-3)
+        torch.testing.assert_close((p_w, p_l), (r_w, r_l), atol=1e-3, rtol=0)
 
 
-def test_the_reference_has_no_dropout_though_the_policy_has(train):
-    model = tiny_model().train()
-    for module in model.modules():
+def test_the_reference_has_no_dropout_though_the_policy_has(train, engine):
+    lm = tiny_lm(engine)
+    lm.model.train()
+    for module in lm.model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.5  # as an earlier training may have left it
-    _, [[p_w, p_l, r_w, r_l]], _ = train(model, dropout=0.5, batch_size=3, **FROZEN)
-    assert torch.allclose(by_value(r_w, r_l), reference_of(tiny_model()), atol=1e-3)
+    _, [[p_w, p_l, r_w, r_l]], _ = train(lm, dropout=0.5, batch_size=3, **NO_STEP)
+    expected = sorted_pairs(*plain_logps(tiny_model()))
+    torch.testing.assert_close(sorted_pairs(r_w, r_l), expected, atol=1e-3, rtol=0)
     assert (p_w - r_w).abs().max() > 0.1 and (p_l - r_l).abs().max() > 0.1
 
 
+# What training does.
+
+
 def test_training_raises_the_margin_of_every_pair(train):
-    model, _, records = train(epochs=10, learning_rate=5e-3)
-    with torch.no_grad():
-        (p_w, p_l, _), (r_w, r_l, _) = (pair_logps(m, encoded()) for m in (model, tiny_model()))
+    trained, _, log_records = train(epochs=10, learning_rate=5e-3)
+    (p_w, p_l), (r_w, r_l) = plain_logps(trained.model), plain_logps(tiny_model())
     assert (p_w - r_w - (p_l - r_l) > 5).all()
-    first, last = records[0], records[-1]
+    first, last = log_records[0], log_records[-1]
     assert [first["dpo_loss"], first["margin"]] == pytest.approx([log(2), 0], abs=1e-3)
     assert last["dpo_loss"] < first["dpo_loss"] and last["margin"] > 0.5 and last["accuracy"] == 1
 
 
-def test_nll_adds_the_chosen_responses_mean_loss_a_token(train):
+def test_the_log_holds_the_mean_log_probabilities_of_both_responses(train):
+    _, _, [record] = train(batch_size=3, **NO_STEP)
+    chosen, rejected = plain_logps(tiny_model())
+    assert record["chosen_logp"] == pytest.approx(chosen.mean().item(), abs=1e-3)
+    assert record["rejected_logp"] == pytest.approx(rejected.mean().item(), abs=1e-3)
+    assert record["accuracy"] in (0, 1 / 3, 2 / 3, 1)
+
+
+def test_without_pairs_the_model_stays_the_same(train, engine):
+    trained, calls, records = train(pairs=[])
+    assert calls == records == []
+    for weight, other in zip(trained.model.parameters(), tiny_model().parameters()):
+        assert torch.equal(weight, other)
+
+
+def test_nll_weight_adds_the_chosen_responses_mean_loss_per_token(train):
     model, losses = tiny_model(), []
-    for prompt, chosen, _ in encoded():
-        ids = torch.tensor([prompt + chosen])
-        logps = model(ids)[0, len(prompt) - 1:-1].log_softmax(-1)
+    for prompt, chosen, _ in encode_pairs(tiny_lm(), PAIRS):
+        logps = model(torch.tensor([prompt + chosen]))[0, len(prompt) - 1:-1].log_softmax(-1)
         losses.append(-logps[range(len(chosen)), chosen].mean().item())
     for weight in (0.0, 2.0):  # long or short, each response counts the same
-        _, _, [record] = train(nll=weight, batch_size=3, **FROZEN)
+        _, _, [record] = train(nll_weight=weight, batch_size=3, **NO_STEP)
         assert record["loss"] == pytest.approx(log(2) + weight * sum(losses) / 3, abs=1e-4)
 
 
-def test_replay_adds_the_loss_of_the_replayed_examples(train):
-    ids, mask = collate(encode_examples(tiny_tokenizer(), REPLAY, 96), "cpu")
-    loss = target_loss(tiny_model(), ids, mask).item() / mask.sum().item()
+def test_replay_weight_adds_the_loss_of_the_replayed_examples(train):
+    lm = tiny_lm()
+    examples = encode_examples(lm, REPLAY)
+    loss = lm.target_loss(examples).item() / sum(sum(example.mask) for example in examples)
     for weight in (0.0, 0.5):
-        _, _, records = train(examples=REPLAY, replay=weight, batch_size=3, epochs=3, **FROZEN)
+        _, _, records = train(eft=REPLAY, replay_weight=weight, batch_size=3, epochs=3, **NO_STEP)
         assert [r["loss"] for r in records] == pytest.approx([log(2) + weight * loss] * 3, abs=1e-4)
 
 
 @pytest.mark.parametrize("micro_batch", [1, 2])
-def test_micro_batches_change_no_figure_and_no_gradient(micro_batch, train):
-    settings = {"batch_size": 3, "nll": 0.5, "replay": 0.5, **FROZEN}
-    _, _, [whole] = train(examples=REPLAY, **settings)
-    _, calls, [parts] = train(examples=REPLAY, micro_batch=micro_batch, **settings)
+def test_micro_batches_change_no_metric_and_no_gradient(train, micro_batch):
+    settings = {"batch_size": 3, "nll_weight": 0.5, "replay_weight": 0.5, **NO_STEP}
+    _, _, [whole] = train(eft=REPLAY, **settings)
+    _, calls, [parts] = train(eft=REPLAY, micro_batch=micro_batch, **settings)
     assert len(calls) == -(-3 // micro_batch)
     assert parts == {name: pytest.approx(value, rel=1e-4, abs=1e-5) for name, value in whole.items()}
 
 
 def test_replay_lasts_as_long_as_the_pairs(train):
-    _, _, records = train(examples=REPLAY * 2, pairs=PAIRS[:1], replay=1.0, batch_size=8, epochs=3)
+    _, _, records = train(eft=REPLAY * 2, pairs=PAIRS[:1], replay_weight=1.0, batch_size=8, epochs=3)
     assert len(records) == 3
 
 
-def test_what_was_recorded_while_sampling_is_the_reference_and_only_the_rest_is_computed(train, monkeypatch):
-    chosen, rejected = reference_logps(tiny_model(), encoded(), 3)
-    known = {(p["prompt"], p[side]): logps[i].item() + 0.5 for i, p in enumerate(PAIRS[:2])
-             for side, logps in (("chosen", chosen), ("rejected", rejected))}
-    known.pop((PAIRS[1]["prompt"], PAIRS[1]["rejected"]))
-    computed = []
-    monkeypatch.setattr(dpo, "reference_logps", lambda model, pairs, size: (
-        computed.extend(pairs), reference_logps(model, pairs, size))[1])
-    _, [[_, _, r_w, r_l]], _ = train(batch_size=3, known=known, **FROZEN)
-    expected = chosen + torch.tensor([0.5, 0.0, 0.0]), rejected + torch.tensor([0.5, 0.0, 0.0])
-    assert torch.allclose(by_value(r_w, r_l), by_value(*expected), atol=1e-4)
-    assert computed == encoded()[1:]  # of the second only one side was known
+def test_replay_takes_one_example_for_each_pair(engine):
+    lm = tiny_lm(engine)
+    config = DPOConfig(batch_size=2, epochs=2, replay_weight=1.0)
+    batches = dpo.dpo_batches(lm, PAIRS, REPLAY * 4, config, seed=0)
+    assert [len(pairs) for pairs, _ in batches] in ([2, 1, 2, 1], [2, 1, 1, 2], [1, 2, 2, 1], [1, 2, 1, 2])
+    assert [len(replayed) for _, replayed in batches] == [2] * 4

@@ -1,13 +1,13 @@
-"""pairs.jsonl goes into TRL's DPOTrainer as it is, and its loss is ours."""
+"""pairs.jsonl goes into TRL's DPOTrainer as it is, and TRL's loss is ours."""
 
-import json
 from math import log
 from random import Random
 
 import pytest
 import torch
+from tiny import ENGINES, with_log
 
-from minisr.dpo import DPOConfig, dpo_loss, encode_pairs, pair_logps, train_dpo
+from minisr.dpo import DPOConfig, dpo_loss, encode_pairs, train_dpo
 from minisr.interop import hf
 from minisr.runner.checkpoint import SEED_MODEL, load_model
 from minisr.runner.files import write_jsonl
@@ -63,15 +63,15 @@ def trainer(exported, pairs, tmp_path):
     return make
 
 
-def test_the_trainer_takes_the_file_as_it_is_and_its_first_loss_is_ours(trainer, exported, pairs, tmp_path):
+def test_the_trainer_reads_the_file_as_it_is_and_its_first_loss_is_ours(trainer, exported, pairs):
     theirs = trainer("M0", "M0", chat=False, max_steps=1, logging_steps=1)
     theirs.train()
-    model, tokenizer = load_model(SEED_MODEL)
+    M0, _, tokenizer, _ = exported
     config = DPOConfig(batch_size=len(pairs), beta=BETA)
-    train_dpo(model, tokenizer, pairs, [], config, 0, "test", tmp_path / "log")
-    first = json.loads((tmp_path / "log").read_text().splitlines()[0])
-    assert first["dpo_loss"] == pytest.approx(log(2), abs=1e-5)
-    assert theirs.state.log_history[0]["loss"] == pytest.approx(first["dpo_loss"], abs=1e-4)  # rounded by TRL
+    for LM in ENGINES.values():
+        [record] = train_dpo(with_log(LM(M0, tokenizer)), pairs, [], config, seed=0).log
+        assert record["dpo_loss"] == pytest.approx(log(2), abs=1e-5)
+        assert theirs.state.log_history[0]["loss"] == pytest.approx(record["dpo_loss"], abs=1e-4)  # rounded by TRL
 
 
 def test_with_the_chat_template_ids_and_loss_are_ours(trainer, exported, pairs):
@@ -83,9 +83,11 @@ def test_with_the_chat_template_ids_and_loss_are_ours(trainer, exported, pairs):
             ids, _ = tokenizer.encode_chat(pair["prompt"], pair[side])
             assert row["prompt_ids"] + row[f"{side}_ids"] == ids
     batch = theirs.data_collator(list(theirs.train_dataset))
-    encoded = encode_pairs(tokenizer, pairs, M0.config.max_seq_len)
     with torch.no_grad():
-        policy, reference = pair_logps(other, encoded), pair_logps(M0, encoded)
-        ours = dpo_loss(*policy[:2], *reference[:2], BETA)[0].mean().item()
         loss = theirs.compute_loss(theirs.model, batch).item()
-    assert loss == pytest.approx(ours, abs=1e-5) and abs(ours - log(2)) > 0.01
+    for LM in ENGINES.values():
+        policy, reference = LM(other, tokenizer), LM(M0, tokenizer).frozen_copy()
+        encoded = encode_pairs(policy, pairs)
+        with torch.no_grad():
+            ours = dpo_loss(*policy.pair_logps(encoded), *reference.pair_logps(encoded), BETA)[0].mean().item()
+        assert loss == pytest.approx(ours, abs=1e-5) and abs(ours - log(2)) > 0.01

@@ -1,4 +1,4 @@
-"""The golden vectors: minisr gives what they say, and they are what their generator makes."""
+"""The golden vectors: minisr computes their outputs, and the files are the output of their generator."""
 
 import json
 import runpy
@@ -68,7 +68,7 @@ def test_judge_metrics(case):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_file_is_what_its_generator_makes(name):
+def test_the_file_is_the_output_of_its_generator(name):
     # Numbers approximately: the last bit of exp and log differs between machines.
     generator = runpy.run_path(str(FOLDER / "make.py"))
     made = json.loads(generator["text"](generator[name]()))
@@ -82,7 +82,7 @@ def flat(value) -> list:
     return [leaf for v in value for leaf in flat(v)] if isinstance(value, list) else [value]
 
 
-def test_every_vector_file_is_used_and_says_its_rule():
+def test_every_vector_file_is_used_and_states_its_rule():
     assert {path.stem for path in FOLDER.glob("*.json")} == set(NAMES)
     for name in NAMES:
         assert len(load(name)["description"]) > 100 and len(load(name)["cases"]) >= 5

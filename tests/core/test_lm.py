@@ -1,0 +1,65 @@
+"""A language model as one object: candidate responses, and copies whose weights are their own."""
+
+import pytest
+import torch
+from tiny import EXAMPLES, PAIRS, chain, speaker, tiny_lm, tiny_tokenizer
+
+from minisr.dpo import encode_pairs
+from minisr.lm import LM, ResponseConfig, respond
+from minisr.sft import encode_examples
+
+
+def test_responses_are_grouped_by_prompt_and_finished_with_their_end_token(engine):
+    lm = type(tiny_lm(engine))(speaker("A fox."), tiny_tokenizer())
+    records = respond(lm, ["Write.", "News?"], ResponseConfig(candidates=3, max_new_tokens=20), seed=0)
+    assert [record["prompt"] for record in records] == ["Write.", "News?"]
+    for record in records:
+        assert record["responses"] == ["A fox."] * 3 and record["finished"] == [True] * 3
+        assert len(record["logps"]) == 3
+
+
+def test_a_response_without_its_end_token_counts_as_cut_off(engine):
+    lm = type(tiny_lm(engine))(speaker("A fox."), tiny_tokenizer())
+    needed = len(tiny_tokenizer().encode_response("A fox."))
+    [record] = respond(lm, ["Write."], ResponseConfig(candidates=1, max_new_tokens=needed), seed=0)
+    assert record["finished"] == [True]
+    [record] = respond(lm, ["Write."], ResponseConfig(candidates=1, max_new_tokens=needed - 1), seed=0)
+    assert record["finished"] == [False] and record["logps"] == [None]
+
+
+@pytest.mark.parametrize("spare, finished", [(0, True), (-1, False)])
+def test_a_response_that_training_could_not_hold_counts_as_cut_off(spare, finished):
+    # The model writes "the" in letters; training would encode it in fewer tokens or more, as its text requires.
+    tokenizer = tiny_tokenizer()
+    specials, [letter] = tokenizer.vocabulary.specials, tokenizer.encode("\n")[-1:]
+    byte = tokenizer.vocabulary.pieces.piece_to_id("<0xC3>")  # half of a character: its text is U+FFFD, 3 bytes
+    model = chain({specials["<|assistant|>"]: byte, byte: letter, letter: tokenizer.eos_id}, len(tokenizer))
+    prompt = tokenizer.encode_prompt("Hi")
+    as_trained = tokenizer.encode_response(tokenizer.decode([byte, letter, tokenizer.eos_id]))
+    assert len(as_trained) > 3
+    model.config = model.config.__class__(**{**vars(model.config), "max_seq_len": len(prompt) + len(as_trained) + spare})
+    [record] = respond(LM(model, tokenizer), ["Hi"], ResponseConfig(candidates=1, max_new_tokens=20), seed=0)
+    assert record["finished"] == [finished] and record["logps"] == [None]
+
+
+def test_a_copy_has_weights_of_its_own_and_computes_the_same(engine):
+    lm = tiny_lm(engine)
+    twin, pairs, examples = lm.copy(), encode_pairs(lm, PAIRS), encode_examples(lm, EXAMPLES)
+    assert type(twin) is type(lm) and twin.max_seq_len == lm.max_seq_len == 96
+    assert torch.equal(torch.stack(twin.pair_logps(pairs)), torch.stack(lm.pair_logps(pairs)))
+    assert twin.target_loss(examples).item() == lm.target_loss(examples).item()
+    with torch.no_grad():
+        for weight in twin.model.parameters():
+            weight.zero_()
+    assert all(weight.any() for weight in lm.model.parameters())
+
+
+def test_no_training_can_move_a_plain_frozen_copy():
+    lm = tiny_lm()
+    frozen = lm.frozen_copy()
+    assert not any(weight.requires_grad for weight in frozen.model.parameters())
+    assert all(weight.requires_grad for weight in lm.model.parameters())
+    own = {weight.data_ptr() for weight in frozen.model.parameters()}
+    assert own.isdisjoint(weight.data_ptr() for weight in lm.model.parameters())
+    with pytest.raises(RuntimeError, match="does not require grad"):
+        frozen.target_loss(encode_examples(lm, EXAMPLES)).backward()
