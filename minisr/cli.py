@@ -1,5 +1,7 @@
-"""The command line: minisr run | pretrain | experiment | report | eval | show | chat | import | export
-| bench."""
+"""The command line of minisr. `minisr --help` lists its commands.
+
+Each command has two functions here: one that runs it, and one that describes its options.
+"""
 
 import argparse
 import sys
@@ -9,20 +11,29 @@ from pathlib import Path
 from minisr import InputError, __version__
 from minisr.runner.stop import Stop
 
-SOURCES = "a Hugging Face folder, a .gguf file, or package:NAME for the .gguf in an installed package"
-EPILOG = """\
-start here:
-  minisr run tiny_configs/tiny.toml            M0 -> M1 -> M2 -> M3 on this CPU, ends in a table
-  minisr show runs/tiny                        one prompt's whole way through an iteration
-  minisr chat runs/tiny/M3                     ask it something, see how it judges its own answers
+MODEL_SOURCES = ("a Hugging Face folder, a .gguf file, or package:NAME for the .gguf file in an installed "
+                 "package")
+RESUME = "To resume an interrupted run, run the same command again."
 
-A run that was stopped goes on where it was: give the same command again.
-exit codes: 0 done, 2 wrong input (one line on stderr), 130 interrupted (resumable)
+DESCRIPTION = """\
+Self-Rewarding Language Models in pure PyTorch. A language model writes new
+prompts, samples several responses to each, scores them itself, and is trained
+with DPO on the resulting pairs."""
+
+EPILOG = f"""\
+start here:
+  minisr run tiny_configs/tiny.toml   train M0 -> M1 -> M2 -> M3, print results
+  minisr show runs/tiny               follow one prompt through an iteration
+  minisr chat runs/tiny/M3            ask the last model; it judges its answers
+  minisr COMMAND --help               what a command does, with an example
+
+{RESUME}
+exit codes: 0 success; 2 wrong input (one line on stderr); 130 interrupted
 """
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Parse the arguments, run the command, turn expected failures into one line and a code."""
+    """Run a command; report an expected failure as one line on stderr and return the exit code."""
     options = _parser().parse_args(arguments)
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")  # for a terminal that is not UTF-8
@@ -33,240 +44,69 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"minisr: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("\nminisr: interrupted; the same command goes on where it stopped", file=sys.stderr)
+        print("\nminisr: interrupted; to resume, run the same command again", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # `minisr show ... | head`
+    except BrokenPipeError:  # the reader has gone, e.g. `minisr show ... | head`
         sys.stderr.close()
         return 0
-    except OSError as error:  # a disk that is full or read-only, where no one looked
-        print(f"minisr: {' '.join(str(error).split())[:300]}; mend it, and the same command goes on",
-              file=sys.stderr)
+    except OSError as error:  # e.g. a disk that is full or read-only
+        reason = " ".join(str(error).split())[:300]
+        print(f"minisr: {reason}; fix this, then run the same command again to resume", file=sys.stderr)
         return 2
-
-
-def run(options) -> None:
-    """Close the loop: everything from seed data to the table."""
-    Stop.on_signals()
-    from minisr.loop import run_loop
-    from minisr.report.show import show_answers
-    from minisr.report.table import LEGEND, line, table
-    from minisr.runner.resume import locked
-    run = _open_run(options)
-    with locked(run.folder):
-        metrics = run_loop(run, after=lambda so_far: print(line(so_far), flush=True))
-    print()
-    print(table(metrics))
-    print(f"\n{LEGEND}\nFiles: {run.folder}/ (metrics.json; M1/prompts.jsonl, responses.jsonl, "
-          f"rewards.jsonl, pairs.jsonl)\nSee one prompt's way: minisr show {run.folder}\n"
-          f"Ask it: minisr chat {run.folder}/{list(metrics['models'])[-1]}")
-    _write_page(run.folder)
-    if not run.has_oracle:
-        print(f"\nNobody here can tell which answers are better: read them (more: minisr show {run.folder} "
-              f"--answers 9) or ask an outside judge (minisr eval {run.folder} --export FOLDER).\n")
-        show_answers(run.folder, 2)
-
-
-def pretrain(options) -> None:
-    """Make a seed model M0 from the world's text."""
-    Stop.on_signals()
-    from minisr.runner.config import PretrainConfig, load_config
-    from minisr.runner.pretrain import pretrain
-    config = load_config(options.config, PretrainConfig, options.set)
-    pretrain(config, options.out)
-    print(f"M0 is in {options.out}/")
-
-
-def experiment(options) -> None:
-    """Variants and seeds of one config, and the table with intervals."""
-    Stop.on_signals()
-    from minisr.runner.experiment import compared_markdown, experiment, markdown
-    out = options.out or Path("runs") / options.config.stem
-    results = experiment(options.config, out, options.jobs, options.only)
-    print(f"{markdown(results)}\n\nDifferences on the same seed:\n\n{compared_markdown(results)}")
-    print(f"\nMeans over seeds, ± the 95 % interval (bold: without 0). Files: {out}/")
-    _write_page(out)
-
-
-def report(options) -> None:
-    """A run or an experiment as one HTML page."""
-    from minisr.report.page import write_page
-    print(f"{write_page(options.folder, options.out)}: open it in a browser")
-
-
-def evaluate(options) -> None:
-    """Evaluate the models a run has so far, making what is missing, and print the table."""
-    from minisr.loop import evaluate, finished_models
-    from minisr.report.table import LEGEND, table
-    from minisr.runner.config import load_config
-    from minisr.runner.resume import locked
-    from minisr.runner.run import Run
-    from minisr.runner.seed_data import read_prompts
-    if options.prompts and not options.export:
-        raise InputError("--prompts are answered for an outside judge: say where with --export FOLDER")
-    run = Run(options.run, load_config(options.run / "config.toml"))
-    models = finished_models(run)
-    if not models:
-        raise InputError(f"{options.run} has no trained model yet; minisr run makes them")
-    if options.export:
-        prompts = read_prompts(options.prompts) if options.prompts else run.evaluation()
-        for model in models:
-            model.export_answers(prompts, options.export / f"{model.name}.json")
-        print(f"Answers of {', '.join(model.name for model in models)} to {len(prompts)} prompts are in "
-              f"{options.export}/, one file a model, in AlpacaEval's format")
-        return
-    with locked(run.folder):
-        print(table(evaluate(run, models)))
-    print(f"\n{LEGEND}")
-
-
-def show(options) -> None:
-    """One prompt's whole way through an iteration, or all models' answers."""
-    from minisr.report.show import show_answers, show_way
-    if options.answers is not None:
-        show_answers(options.run, options.answers)
-    else:
-        show_way(options.run, options.model, options.prompt)
-
-
-def chat(options) -> None:
-    """Ask a model; it answers several times and judges each answer."""
-    from minisr.report.show import chat
-    from minisr.sampler import SampleConfig
-    config = SampleConfig(temperature=options.temperature, max_new_tokens=options.max_new_tokens)
-    chat(options.model, options.ask, options.n, options.template, config, options.seed)
-
-
-def import_(options) -> None:
-    """Make a minisr model folder from a Hugging Face folder or a GGUF file."""
-    from minisr.interop.source import load_source, source_digest
-    from minisr.runner.checkpoint import save_model
-    if (options.out / "meta.json").exists():
-        raise InputError(f"{options.out} holds a model already; choose another folder with --out")
-    model, tokenizer = load_source(options.source, chat=options.chat)
-    save_model(options.out, model, tokenizer, {"made_by": "import", "from": source_digest(options.source)})
-    size = sum(p.numel() for p in model.parameters()) / 1e6
-    print(f"{options.out}/ holds a model of {size:.1f} M parameters, {len(tokenizer)} pieces, chat template\n"
-          f"{tokenizer.template}\nAs M0 of a run: --set seed_model={options.out}")
-
-
-def export(options) -> None:
-    """Write a Hugging Face folder of any model."""
-    from minisr.interop import hf
-    from minisr.interop.source import load_source
-    if (options.out / "config.json").exists():
-        raise InputError(f"{options.out} holds a model already; choose another folder with --out")
-    hf.export(*load_source(options.model), options.out)
-    print(f"{options.out}/ is a Hugging Face folder: transformers loads it, and so can what builds on it")
-
-
-def bench(options) -> None:
-    """Speed, memory and share of the machine's limit of each arrow of the figure."""
-    from minisr.bench import bench
-    bench(options.model, options.only, options.without, options.repeats, options.threads)
 
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str):
-        """A wrong option is wrong input like any other: one line, code 2."""
+        """Report a wrong option as one line with exit code 2, like all wrong input."""
         self.exit(2, f"minisr: {message}; see {self.prog} --help\n")
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
-        prog="minisr", description="Self-Rewarding Language Models in pure PyTorch: a model writes "
-        "prompts, answers them, judges its answers and is trained on its own preferences.",
-        epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = _Parser(prog="minisr", description=DESCRIPTION, epilog=EPILOG,
+                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--version", action="version", version=f"minisr {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-
-    def command(function, name, help):
-        sub = commands.add_parser(name, help=help, description=help)
-        sub.set_defaults(command=function)
-        return sub
-
-    _run_commands(command)
-    _model_commands(command)
+    for add in (_add_run, _add_pretrain, _add_experiment, _add_report, _add_eval, _add_show, _add_chat,
+                _add_import, _add_export, _add_bench):
+        add(commands)
     return parser
 
 
-def _run_commands(command) -> None:
-    """What makes and looks at runs."""
-    sub = command(run, "run", "the main job: the whole loop, M0 to M3, resumable")
-    sub.add_argument("config", type=Path, help="a TOML file, e.g. tiny_configs/tiny.toml")
-    sub.add_argument("--out", type=Path, help="folder of the run; default runs/NAME_OF_CONFIG")
-    _set(sub)
-    sub = command(pretrain, "pretrain", "make a seed model M0 from the tiny world's text")
-    sub.add_argument("config", type=Path, help="a TOML file, e.g. tiny_configs/pretrain.toml")
-    sub.add_argument("--out", type=Path, default=Path("runs/M0"), help="folder of the model; default runs/M0")
-    _set(sub)
-    sub = command(experiment, "experiment", "variants and seeds of one config, a table with intervals")
-    sub.add_argument("config", type=Path, help="a TOML file, e.g. tiny_configs/experiments/main.toml")
-    sub.add_argument("--out", type=Path, help="folder of the runs; default runs/NAME_OF_CONFIG")
-    sub.add_argument("--jobs", type=int, default=1, choices=range(1, 65), metavar="K",
-                     help="runs side by side; default 1")
-    sub.add_argument("--only", nargs="+", metavar="VARIANT", help="these variants, e.g. one row again")
-    sub = command(report, "report", "a run or an experiment as one HTML page with pictures")
-    sub.add_argument("folder", type=Path, help="of a run or an experiment, e.g. runs/tiny; finished or not")
-    sub.add_argument("--out", type=Path, metavar="FILE", help="the page; default FOLDER/report.html")
-    sub = command(evaluate, "eval", "evaluate the models that a run has so far, print the table")
-    sub.add_argument("run", type=Path, help="folder of a run, e.g. runs/tiny")
-    sub.add_argument("--export", type=Path, metavar="FOLDER", help="instead write every model's answers to "
-                     "FOLDER/MODEL.json in AlpacaEval's format, for an outside judge")
-    sub.add_argument("--prompts", type=Path, metavar="FILE", help="with --export: answer these (JSON or "
-                     "JSONL records with instruction or prompt), not the run's held-out prompts")
-    sub = command(show, "show", "one prompt's answers, judgements in words, pair and log-probabilities")
-    sub.add_argument("run", type=Path, help="folder of a run, e.g. runs/tiny")
-    sub.add_argument("--model", default="M1", help="whose iteration: M1 (default), M2, ...")
-    sub.add_argument("--prompt", type=int, default=0, metavar="I", help="which x_i; default 0")
-    sub.add_argument("--answers", type=int, metavar="K",
-                     help="instead K held-out prompts with the answers of SFT, M1, M2, ...")
+def _add_command(commands, function, name: str, summary: str, details: str) -> argparse.ArgumentParser:
+    """A command's parser. Its help shows the summary and the details: an example and what to do next."""
+    parser = commands.add_parser(name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.",
+                                 epilog=details, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.set_defaults(command=function)
+    return parser
 
 
-def _model_commands(command) -> None:
-    """What takes one model."""
-    sub = command(chat, "chat", "ask a model, see several answers and how it judges them")
-    sub.add_argument("model", help=f"a model, e.g. runs/tiny/M3, or {SOURCES}")
-    sub.add_argument("--ask", metavar="PROMPT", help="one question; without it, read them from the terminal")
-    sub.add_argument("-n", type=int, default=4, metavar="N",
-                     help="answers to each; default 4")
-    sub.add_argument("--temperature", type=float, default=0.7, help="default 0.7; 0 is greedy")
-    sub.add_argument("--max-new-tokens", type=int, default=256, metavar="K",
-                     help="longest answer and judgement; default 256")
-    sub.add_argument("--template", type=Path, help="your own judge prompt, a text file with {prompt} and "
-                     "{response}; default: the tiny world's for its models, else the one in English")
-    sub.add_argument("--seed", type=int, default=0, help="another seed, other answers")
-    sub = command(import_, "import", "make a minisr model folder from a Hugging Face folder or a GGUF file")
-    sub.add_argument("source", help=SOURCES)
-    sub.add_argument("--out", type=Path, required=True, help="folder of the model")
-    sub.add_argument("--chat", default="", help="chat template: chatml, llama2, llama3, zephyr, plain, tiny "
-                     "or a text file with {prompt} and {response}; default: the one most like the model's")
-    sub = command(export, "export", "write a model as a Hugging Face folder, for transformers and its kin")
-    sub.add_argument("model", help="folder of a model, e.g. runs/tiny/M3")
-    sub.add_argument("--out", type=Path, required=True, help="the Hugging Face folder")
-    sub = command(bench, "bench", "how fast each arrow of the figure is on this machine, and its limit")
-    sub.add_argument("--model", help="tiny, smollm2 or a model's folder; default tiny, and smollm2 if its "
-                     "package is there")
-    sub.add_argument("--only", nargs="+", default=[], metavar="WORK",
-                     help="of prompts, responses, judging, reference, dpo, sft")
-    sub.add_argument("--without", action="append", default=[], metavar="TRICK",
-                     help="do it the plain way: prefix-sharing or dropping (prompts, responses, judging), "
-                     "prompt-sharing (reference, dpo); repeatable")
-    sub.add_argument("--repeats", type=int, default=5, metavar="K", help="timed turns; default 5")
-    sub.add_argument("--threads", type=int, default=2, metavar="K", help="of the CPU; default 2")
+def _add_set_option(parser) -> None:
+    parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE",
+                        help="change one key of the config, e.g. --set judge.by=random; repeatable")
 
 
-def _set(sub) -> None:
-    sub.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE",
-                     help="change one key of the config, e.g. --set judge.by=random (repeatable)")
+# minisr run
 
-
-def _write_page(folder: Path) -> None:
-    """The page at the end of a run or an experiment, if what it needs is installed."""
-    from minisr.report.page import write_page
-    if find_spec("matplotlib"):
-        print(f"Page: {write_page(folder)}")
-    else:
-        print(f'No page: pip install "minisr[report]", then minisr report {folder}')
+def run(options) -> None:
+    """Train and evaluate SFT, M1, M2, ... and print the table."""
+    Stop.on_signals()
+    from minisr.report.show import show_answers
+    from minisr.report.table import LEGEND, line, table
+    from minisr.runner.steps import run_loop
+    from minisr.runner.storage import folder_lock
+    run = _open_run(options)
+    with folder_lock(run.folder):
+        metrics = run_loop(run, on_evaluated=lambda so_far: print(line(so_far), flush=True))
+    print(f"\n{table(metrics)}\n\n{LEGEND}")
+    print(f"Files: {run.folder}/ (metrics.json; M1/prompts.jsonl, responses.jsonl, rewards.jsonl, "
+          "pairs.jsonl)")
+    print(f"Follow one prompt through an iteration: minisr show {run.folder}")
+    print(f"Ask the last model: minisr chat {run.folder}/{list(metrics['models'])[-1]}")
+    _write_page(run.folder)
+    if not run.has_oracle:
+        print("\nThis data has no oracle, so answers are not scored. Read them (more with minisr show "
+              f"{run.folder} --answers 9) or have them judged (minisr eval {run.folder} --export FOLDER).\n")
+        show_answers(run.folder, 2)
 
 
 def _open_run(options):
@@ -274,3 +114,345 @@ def _open_run(options):
     from minisr.runner.run import Run
     config = load_config(options.config, overrides=tuple(options.set))
     return Run.open(options.out or Path("runs") / options.config.stem, config)
+
+
+def _add_run(commands) -> None:
+    parser = _add_command(
+        commands, run, "run", "run the whole loop: SFT baseline, M1, M2, ...", f"""\
+SFT(M0) on IFT data is the SFT baseline; SFT(M0) on IFT and EFT data is M1.
+Each iteration then trains M(t+1) with DPO on preferences that M(t) produced
+itself. {RESUME}
+
+example:
+  minisr run tiny_configs/tiny.toml --set iterations=3 --out runs/four
+
+next:
+  minisr show runs/four       follow one prompt through an iteration
+  minisr chat runs/four/M4    ask the last model
+  minisr report runs/four     charts on one HTML page, runs/four/report.html
+""")
+    parser.add_argument("config", type=Path, help="a TOML file, e.g. tiny_configs/tiny.toml")
+    parser.add_argument("--out", type=Path, help="the run's folder; default runs/NAME_OF_CONFIG")
+    _add_set_option(parser)
+
+
+# minisr pretrain
+
+def pretrain(options) -> None:
+    """Train a seed model M0 on the tiny world's text."""
+    Stop.on_signals()
+    from minisr.runner.config import PretrainConfig, load_config
+    from minisr.runner.pretrain import pretrain
+    config = load_config(options.config, PretrainConfig, options.set)
+    pretrain(config, options.out)
+    print(f"M0 is in {options.out}/\nUse it in a run: --set seed_model={options.out}")
+
+
+def _add_pretrain(commands) -> None:
+    parser = _add_command(
+        commands, pretrain, "pretrain", "train a seed model M0 on the tiny world's text", f"""\
+minisr ships such a model, so this step is optional.
+{RESUME}
+
+example:
+  minisr pretrain tiny_configs/pretrain.toml --out runs/M0
+
+next:
+  minisr run tiny_configs/tiny.toml --set seed_model=runs/M0 --out runs/own_M0
+""")
+    parser.add_argument("config", type=Path, help="a TOML file, e.g. tiny_configs/pretrain.toml")
+    parser.add_argument("--out", type=Path, default=Path("runs/M0"),
+                        help="the model's folder; default runs/M0")
+    _add_set_option(parser)
+
+
+# minisr experiment
+
+def experiment(options) -> None:
+    """Run variants and seeds of one config, and print the tables with intervals."""
+    Stop.on_signals()
+    from minisr.report.experiment_table import differences_table, results_table
+    from minisr.runner.experiment import experiment
+    out = options.out or Path("runs") / options.config.stem
+    results = experiment(options.config, out, options.jobs, options.only)
+    print(f"{results_table(results)}\n\nDifferences on the same seed:\n\n{differences_table(results)}\n")
+    print(f"Means over seeds ± the 95 % interval; bold: the interval excludes 0. Files: {out}/")
+    _write_page(out)
+
+
+def _add_experiment(commands) -> None:
+    parser = _add_command(
+        commands, experiment, "experiment", "run variants and seeds of one config and compare them", f"""\
+The experiment file names a base config, seeds, and variants, each with the
+config keys it changes. Each run is an ordinary run in OUT/VARIANT-SEED; what a
+variant shares with the base is copied. Prints means over seeds with confidence
+intervals. {RESUME}
+
+example:
+  minisr experiment tiny_configs/experiments/main.toml --jobs 2 --only random
+
+next:
+  minisr report runs/main           charts of all variants on one HTML page
+  minisr show runs/main/random-0    one prompt in one of the runs
+""")
+    parser.add_argument("config", type=Path,
+                        help="an experiment file, e.g. tiny_configs/experiments/main.toml")
+    parser.add_argument("--out", type=Path, help="the folder of the runs; default runs/NAME_OF_CONFIG")
+    parser.add_argument("--jobs", type=int, default=1, choices=range(1, 65), metavar="K",
+                        help="number of runs at the same time; default 1")
+    parser.add_argument("--only", nargs="+", metavar="VARIANT",
+                        help="run only these variants, and the base runs they are compared with")
+
+
+# minisr report
+
+def report(options) -> None:
+    """Write the page of a run or an experiment."""
+    from minisr.report.page import write_page
+    print(f"{write_page(options.folder, options.out)}: open it in a browser")
+
+
+def _write_page(folder: Path) -> None:
+    """Write the page at the end of a run or an experiment, if matplotlib is installed."""
+    from minisr.report.page import write_page
+    if find_spec("matplotlib"):
+        print(f"Page: {write_page(folder)}")
+    else:
+        print(f'No page: pip install "minisr[report]", then minisr report {folder}')
+
+
+def _add_report(commands) -> None:
+    parser = _add_command(
+        commands, report, "report", "write one HTML page about a run or an experiment, with charts", """\
+An unfinished run gets a page about what it has so far. Needs matplotlib:
+pip install "minisr[report]"
+
+example:
+  minisr report runs/tiny
+
+next: open runs/tiny/report.html in a browser
+""")
+    parser.add_argument("folder", type=Path, help="folder of a run or an experiment, e.g. runs/tiny")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="the page; default FOLDER/report.html")
+
+
+# minisr eval
+
+def evaluate(options) -> None:
+    """Evaluate the models that a run has so far, or export their answers."""
+    from minisr.report.table import LEGEND, table
+    from minisr.runner.config import load_config
+    from minisr.runner.evaluation import evaluate
+    from minisr.runner.run import Run
+    from minisr.runner.steps import finished_models, keep
+    from minisr.runner.storage import folder_lock
+    if options.prompts and not options.export:
+        raise InputError("--prompts needs --export FOLDER, the folder for the answers")
+    run = Run(options.run, load_config(options.run / "config.toml"))
+    models = finished_models(run)
+    if not models:
+        raise InputError(f"{options.run} has no trained model yet; train one with minisr run")
+    if options.export:
+        _export_answers(run, models, options)
+        return
+    with folder_lock(run.folder):
+        print(table(evaluate(run, models, keep)))
+    print(f"\n{LEGEND}")
+
+
+def _export_answers(run, models: list, options) -> None:
+    """Write each model's answers in AlpacaEval's format."""
+    from minisr.runner.evaluation import export_answers
+    from minisr.runner.seed_data import read_prompts
+    prompts = read_prompts(options.prompts) if options.prompts else run.evaluation_prompts
+    for model in models:
+        export_answers(model, prompts, options.export / f"{model.name}.json")
+    names = ", ".join(model.name for model in models)
+    print(f"The answers of {names} to {len(prompts)} prompts are in {options.export}/, one file per model, "
+          "in AlpacaEval's format")
+
+
+def _add_eval(commands) -> None:
+    parser = _add_command(
+        commands, evaluate, "eval", "evaluate the models of a run and print the table of results", """\
+Every trained model answers the held-out prompts and judges the held-out
+responses, unless it has done so already. With --export, writes the models'
+answers for an external judge instead.
+
+examples:
+  minisr eval runs/tiny
+  minisr eval runs/tiny --export answers --prompts my_prompts.jsonl
+
+next:
+  minisr show runs/tiny --answers 5    read the models' answers side by side
+""")
+    parser.add_argument("run", type=Path, help="a run's folder, e.g. runs/tiny")
+    parser.add_argument("--export", type=Path, metavar="FOLDER",
+                        help="write every model's answers to FOLDER/MODEL.json in AlpacaEval's format, for "
+                        "an external judge")
+    parser.add_argument("--prompts", type=Path, metavar="FILE",
+                        help="with --export: answer these prompts, JSON or JSONL records with instruction or "
+                        "prompt; default: the run's held-out prompts")
+
+
+# minisr show
+
+def show(options) -> None:
+    """Print one prompt's path through an iteration, or all models' answers."""
+    from minisr.report.show import show_answers, show_prompt
+    if options.answers is not None:
+        show_answers(options.run, options.answers)
+    else:
+        show_prompt(options.run, options.model, options.prompt)
+
+
+def _add_show(commands) -> None:
+    parser = _add_command(
+        commands, show, "show", "follow one prompt through an iteration", """\
+Prints a prompt x_i, its responses y_i^n with their scores and a judgement of
+each, the preference pair, and the pair's log-probabilities before and after
+DPO. A judgement that holds no valid score is "unparsed".
+
+examples:
+  minisr show runs/tiny --model M2 --prompt 3
+  minisr show runs/tiny --answers 5
+
+next:
+  minisr chat runs/tiny/M3    ask a model yourself
+""")
+    parser.add_argument("run", type=Path, help="a run's folder, e.g. runs/tiny")
+    parser.add_argument("--model", default="M1",
+                        help="the model that wrote and judged the responses: M1 (default), M2, ...")
+    parser.add_argument("--prompt", type=int, default=0, metavar="I", help="index of the prompt; default 0")
+    parser.add_argument("--answers", type=int, metavar="K",
+                        help="print K held-out prompts with the answers of SFT, M1, M2, ... instead")
+
+
+# minisr chat
+
+def chat(options) -> None:
+    """Ask a model, which answers several times and judges each answer."""
+    from minisr.report.chat import chat
+    from minisr.sampler import SamplingConfig
+    config = SamplingConfig(temperature=options.temperature, max_new_tokens=options.max_new_tokens)
+    chat(options.model, options.ask, options.n, options.template, config, options.seed)
+
+
+def _add_chat(commands) -> None:
+    parser = _add_command(
+        commands, chat, "chat", "ask a model, which also judges its own answers", """\
+Prints the answers with their rewards, best first. An answer is "unparsed" if
+none of its judgements holds a valid score. Models of the tiny world understand
+only requests of that world.
+
+example:
+  minisr chat runs/tiny/M3 --ask "Write a story about a sad pig at the river."
+
+next:
+  minisr chat runs/tiny/SFT    compare: this model was not trained to judge
+  minisr show runs/tiny        how such judgements become training data
+""")
+    parser.add_argument("model", help=f"a model's folder, e.g. runs/tiny/M3, or {MODEL_SOURCES}")
+    parser.add_argument("--ask", metavar="PROMPT",
+                        help="one question; default: read questions from the terminal")
+    parser.add_argument("-n", type=int, default=4, metavar="N", help="answers to each question; default 4")
+    parser.add_argument("--temperature", type=float, default=0.7, help="default 0.7; 0 is greedy")
+    parser.add_argument("--max-new-tokens", type=int, default=256, metavar="K",
+                        help="maximum length of an answer and of a judgement; default 256")
+    parser.add_argument("--template", type=Path,
+                        help="a judge prompt, a text file with {prompt} and {response}; default: the tiny "
+                        "world's for its models, an English one for all others")
+    parser.add_argument("--seed", type=int, default=0, help="random seed of the answers; default 0")
+
+
+# minisr import
+
+def import_(options) -> None:
+    """Make a minisr model folder from a Hugging Face folder or a GGUF file."""
+    from minisr.interop.source import load_source, source_digest
+    from minisr.runner.checkpoint import save_model
+    _check_no_model(options.out, "meta.json")
+    model, tokenizer = load_source(options.source, chat=options.chat)
+    save_model(options.out, model, tokenizer, {"made_by": "import", "from": source_digest(options.source)})
+    size = sum(p.numel() for p in model.parameters()) / 1e6
+    print(f"{options.out}/ holds a model of {size:.1f} M parameters with a vocabulary of {len(tokenizer)} "
+          f"tokens and the chat template\n{tokenizer.template}\n"
+          f"Use it as M0 of a run: --set seed_model={options.out}")
+
+
+def _check_no_model(folder: Path, file: str) -> None:
+    if (folder / file).exists():
+        raise InputError(f"{folder} holds a model already; choose another folder with --out")
+
+
+def _add_import(commands) -> None:
+    parser = _add_command(
+        commands, import_, "import", "convert a Hugging Face or GGUF model to a minisr model folder", """\
+example:
+  minisr import path/to/model.gguf --out runs/imported --chat chatml
+
+next:
+  minisr chat runs/imported --ask "Why is the sky blue?"
+  minisr run CONFIG --set seed_model=runs/imported
+""")
+    parser.add_argument("source", help=MODEL_SOURCES)
+    parser.add_argument("--out", type=Path, required=True, help="the model's folder")
+    parser.add_argument("--chat", default="",
+                        help="chat template: chatml, llama2, llama3, zephyr, plain, tiny or a text file with "
+                        "{prompt} and {response}; default: the one closest to the model's own")
+
+
+# minisr export
+
+def export(options) -> None:
+    """Write any model as a Hugging Face folder."""
+    from minisr.interop import hf
+    from minisr.interop.source import load_source
+    _check_no_model(options.out, "config.json")
+    hf.export(*load_source(options.model), options.out)
+    print(f"{options.out}/ is a Hugging Face folder, which transformers and tools built on it can load")
+
+
+def _add_export(commands) -> None:
+    parser = _add_command(
+        commands, export, "export", "write a model as a Hugging Face folder", """\
+example:
+  minisr export runs/tiny/M3 --out runs/tiny/M3-hf
+
+next, in Python:
+  transformers.AutoModelForCausalLM.from_pretrained("runs/tiny/M3-hf")
+""")
+    parser.add_argument("model", help="a model's folder, e.g. runs/tiny/M3")
+    parser.add_argument("--out", type=Path, required=True, help="the Hugging Face folder")
+
+
+# minisr bench
+
+def bench(options) -> None:
+    """Measure the speed of each step of the loop."""
+    from minisr.bench import bench
+    bench(options.model, options.only, options.without, options.repeats, options.threads)
+
+
+def _add_bench(commands) -> None:
+    parser = _add_command(
+        commands, bench, "bench", "measure the speed of each step of the loop on this machine", """\
+Times the plain engine and the fast engine in turns. Prints tokens per second
+of both, their ratio, seconds, the share of this machine's theoretical limit
+that the fast engine reaches, and its peak memory. The last line repeats this
+as one JSON document.
+
+example:
+  minisr bench --model tiny --only responses judging
+
+next: compare with the measured results in benchmarks/README.md
+""")
+    parser.add_argument("--model", help="tiny, smollm2 or a model's folder; default: tiny, and smollm2 if "
+                        "its package is installed")
+    parser.add_argument("--only", nargs="+", default=[], metavar="STEP",
+                        help="measure only these of prompts, responses, judging, reference, dpo, sft")
+    parser.add_argument("--without", action="append", default=[], metavar="OPTIMIZATION",
+                        help="turn one off in the fast engine: prefix-sharing, row-dropping, decode-step, "
+                        "target-selection or packed-pairs; repeatable")
+    parser.add_argument("--repeats", type=int, default=5, metavar="K", help="timed repetitions; default 5")
+    parser.add_argument("--threads", type=int, default=2, metavar="K", help="CPU threads; default 2")

@@ -1,90 +1,73 @@
-"""How good a model is: answers held against the oracle, models against each other, the judge
-against the true ranking (paper, sections 3.1.2, 3.2 and 3.3). Nothing here reaches training.
+"""How good a model is: win rates between models, and the judge's agreement with human rankings (sections 3.1.2 to 3.3).
 
-TIE_RULE says how equal scores count; it is printed beside the numbers.
+Nothing here reaches training. TIE_RULE says how equal scores count; it is printed beside the numbers.
 """
-
-from collections import Counter
 
 import numpy as np
 
-TIE_RULE = ("pairs the annotator scored equally are left out; a pair that the model scores equally, "
-            "or of which it left a response unread, counts as wrong; Spearman and Kendall (tau-b) are "
-            "means over instructions, 0 where the model gives all responses one score")
+TIE_RULE = ("pairs that the annotator scored equally are left out; a pair that the model scores equally, or with an "
+            "unparsed judgement, counts as wrong; Spearman and Kendall (tau-b) are means over instructions, 0 where "
+            "the model gives all responses the same score")
 
-RESAMPLES = 2000
+RESAMPLES = 2000  # of every bootstrap
 
 
-def answer_metrics(answers: list[dict]) -> dict:
-    """Figures of one model's answers: shares of flawless ones, mean scores, length, points by criterion.
+def win_rates(scores: list[float], other_scores: list[float], seed: int = 0) -> dict:
+    """Shares of prompts on which the first model scores higher ("win"), equally ("tie") and lower ("lose").
 
-    Each record has "sampled" and "greedy" texts, with their five points if there is an oracle. Length is
-    in characters."""
-    result = {"length": float(np.mean([len(record["sampled"]) for record in answers]))}
-    if "sampled_points" not in answers[0]:
-        return result
-    for way, suffix in (("sampled", ""), ("greedy", "_greedy")):
-        points = np.array([record[f"{way}_points"] for record in answers])  # (prompts, 5)
-        flawless, scores = points.all(1), points.sum(1)
-        result[f"flawless{suffix}"] = float(flawless.mean())
-        result[f"flawless{suffix}_ci95"] = interval(flawless)
-        result[f"mean_score{suffix}"] = float(scores.mean())
-        result[f"mean_score{suffix}_ci95"] = interval(scores)
-        result[f"criteria{suffix}"] = [float(share) for share in points.mean(0)]
+    Each with a 95 % confidence interval from a paired bootstrap over prompts."""
+    signs = np.sign(np.array(scores) - np.array(other_scores))
+    rates = {}
+    for name, sign in (("win", 1), ("tie", 0), ("lose", -1)):
+        rates[name] = float((signs == sign).mean())
+        rates[f"{name}_ci95"] = bootstrap_ci(signs == sign, seed)
+    return rates
+
+
+def bootstrap_ci(groups, seed: int = 0) -> list[float] | None:
+    """95 % bootstrap confidence interval of the mean of all values, [low, high]; None without any.
+
+    Each item is a value, or a group of values that belong together: whole groups are resampled."""
+    if len(groups) == 0:
+        return None
+    sums, sizes = np.array([np.sum(group, dtype=float) for group in groups]), np.array([np.size(g) for g in groups])
+    picks = np.random.default_rng(seed).integers(len(groups), size=(RESAMPLES, len(groups)))
+    low, high = np.quantile(sums[picks].sum(1) / sizes[picks].sum(1), (0.025, 0.975))
+    return [float(low), float(high)]
+
+
+def judge_metrics(human_scores: list[list[float]], model_rewards: list[list[float | None]]) -> dict:
+    """The paper's five judge metrics (section 3.1.2), over the responses of each instruction.
+
+    A reward is None where no judgement could be parsed. Instructions on which the annotator gave all responses the
+    same score rank nothing and are left out."""
+    pairwise, exact, five_best, spearman, kendall = [], [], [], [], []
+    for human, model in zip(human_scores, model_rewards, strict=True):
+        ordered = ordered_correctly(human, model)
+        if not ordered:
+            continue
+        pairwise.append(ordered)
+        exact.append(all(ordered))
+        five_best += [h == max(human) for h, m in zip(human, model) if m == 5]
+        scored = [i for i, reward in enumerate(model) if reward is not None]
+        human, model = [human[i] for i in scored], [model[i] for i in scored]
+        spearman.append(correlation(ranks(human), ranks(model)))
+        kendall.append(correlation(pair_signs(human), pair_signs(model)))
+    return {"pairwise": mean([hit for ordered in pairwise for hit in ordered]),
+            "pairwise_ci95": bootstrap_ci(pairwise), "five_best": mean(five_best), "exact": mean(exact),
+            "spearman": mean(spearman), "kendall": mean(kendall)}
+
+
+def ordered_correctly(human: list[float], model: list[float | None]) -> list[bool]:
+    """For each pair of responses that the annotator scored differently: does the model order it the same way?"""
+    result = []
+    for i in range(len(human)):
+        for j in range(i):
+            if human[i] == human[j]:
+                continue
+            scored = model[i] is not None and model[j] is not None and model[i] != model[j]
+            result.append(scored and (human[i] > human[j]) == (model[i] > model[j]))
     return result
-
-
-def win_rates(scores: list[float], others: list[float], seed: int = 0) -> dict:
-    """Shares of prompts on which the first scores more than, as much as, less than the second.
-
-    With 95 % intervals from a paired bootstrap over prompts."""
-    difference = np.sign(np.array(scores) - np.array(others))
-    shares = {name: difference == sign for name, sign in (("win", 1), ("tie", 0), ("lose", -1))}
-    result = {name: float(hit.mean()) for name, hit in shares.items()}
-    result |= {f"{name}_ci95": interval(hit, seed) for name, hit in shares.items()}
-    return result
-
-
-def histogram(scores) -> dict[str, int]:
-    """How often each score was given; "unread" for those that could not be read."""
-    counts = Counter("unread" if score is None else f"{score:g}" for score in scores)
-    return dict(sorted(counts.items()))
-
-
-def interval(values, seed: int = 0) -> list[float]:
-    """95 % bootstrap interval of the mean: [low, high]."""
-    values = np.asarray(values, dtype=float)
-    picks = np.random.default_rng(seed).integers(len(values), size=(RESAMPLES, len(values)))
-    return [float(q) for q in np.quantile(values[picks].mean(axis=1), (0.025, 0.975))]
-
-
-def judge_metrics(truth: list[list[float]], given: list[list[float | None]]) -> dict:
-    """The paper's five metrics (section 3.1.2), for the responses of each instruction.
-
-    truth: the annotator's scores; given: the model's rewards, None where it was unread."""
-    pairwise, exact, perfect_is_best, spearman, kendall = [], [], [], [], []
-    for human, model in zip(truth, given, strict=True):
-        agree = pair_agreement(human, model)
-        if not agree:
-            continue  # the annotator ranks nothing here
-        pairwise.append(agree)
-        exact.append(all(agree))
-        perfect_is_best += [h == max(human) for h, m in zip(human, model) if m == 5]
-        read = [(h, m) for h, m in zip(human, model) if m is not None]
-        human_read, model_read = ([pair[k] for pair in read] for k in (0, 1))
-        spearman.append(correlation(ranks(human_read), ranks(model_read)))
-        kendall.append(correlation(order_signs(human_read), order_signs(model_read)))
-    hits = [hit for agree in pairwise for hit in agree]
-    return {"pairwise": _mean(hits), "pairwise_ci95": _cluster_interval(pairwise),
-            "five_best": _mean(perfect_is_best), "exact": _mean(exact),
-            "spearman": _mean(spearman), "kendall": _mean(kendall)}
-
-
-def pair_agreement(human: list[float], model: list[float | None]) -> list[bool]:
-    """For each pair of responses the annotator scored differently: does the model order it so?"""
-    return [model[i] is not None and model[j] is not None
-            and (human[i] > human[j]) == (model[i] > model[j]) and model[i] != model[j]
-            for i in range(len(human)) for j in range(i) if human[i] != human[j]]
 
 
 def ranks(values: list[float]) -> np.ndarray:
@@ -93,8 +76,8 @@ def ranks(values: list[float]) -> np.ndarray:
     return (v[:, None] > v).sum(1) + ((v[:, None] == v).sum(1) + 1) / 2
 
 
-def order_signs(values: list[float]) -> np.ndarray:
-    """Sign of every pair's difference; their correlation is Kendall's tau-b."""
+def pair_signs(values: list[float]) -> np.ndarray:
+    """Sign of the difference of every two values. The correlation of two such vectors is Kendall's tau-b."""
     v = np.array(values, dtype=float)
     return np.sign(v[:, None] - v).flatten()
 
@@ -106,15 +89,5 @@ def correlation(a: np.ndarray, b: np.ndarray) -> float:
     return float(np.corrcoef(a, b)[0, 1])
 
 
-def _mean(values: list) -> float | None:
-    return float(np.mean(values)) if len(values) else None
-
-
-def _cluster_interval(groups: list[list[bool]]) -> list[float] | None:
-    """Bootstrap interval of the pooled mean that resamples instructions, not their pairs."""
-    if not groups:
-        return None
-    hits, sizes = np.array([sum(g) for g in groups]), np.array([len(g) for g in groups])
-    picks = np.random.default_rng(0).integers(len(groups), size=(RESAMPLES, len(groups)))
-    means = hits[picks].sum(1) / sizes[picks].sum(1)
-    return [float(q) for q in np.quantile(means, (0.025, 0.975))]
+def mean(values: list) -> float | None:
+    return float(np.mean(values)) if values else None

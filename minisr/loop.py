@@ -1,49 +1,111 @@
-"""The loop: M0 -> SFT baseline and M1 -> M2 -> M3 -> ...
+"""The loop: M0 -> SFT baseline and M1 -> M2 -> M3 -> ... (Figure 1 and section 2.4 of the paper).
 
-`self_reward` is figure 1 of the paper. What an arrow makes is kept in a file (stages.py), so that
-a run that was stopped goes on at its first unfinished arrow.
+Every step goes through `keep(step, *inputs)`. By default that just calls the step, and the whole loop runs in memory; a
+runner passes a function that stores each result and restores it after an interruption.
 """
 
-from minisr.runner.files import read_json, write_json
-from minisr.runner.metrics import model_metrics
-from minisr.runner.run import Run
-from minisr.runner.stages import Model
+from collections import Counter
+from dataclasses import dataclass, field
+
+from minisr.dpo import DPOConfig, train_dpo
+from minisr.judge import JudgeConfig, judge_responses
+from minisr.lm import LM, ResponseConfig, respond
+from minisr.pairs import select_pairs
+from minisr.prompts import PromptConfig, new_prompts
+from minisr.rng import derive_seed
+from minisr.sft import train_sft
+from minisr.train import TrainConfig
 
 
-def self_reward(M_t: Model) -> Model:
-    """One turn of figure 1: the model makes its own training data, and is trained on it."""
-    x = M_t.new_prompts()  # {x_i}
-    y = M_t.respond(x)  # {y_i^1 .. y_i^N}
-    r = M_t.judge(x, y)  # {r_i^1 .. r_i^N}
-    pairs = M_t.select_pairs(x, y, r)  # {x_i, y_i^w, y_i^l}
-    return M_t.train_dpo(pairs)  # M_{t+1}
+def call(step, *inputs):
+    """The simplest way to keep a result: in memory."""
+    return step(*inputs)
 
 
-def run_loop(run: Run, after=lambda metrics: None) -> dict:
-    """M0 to M_{T+1} and every model's evaluation; `after` is shown the metrics as they grow.
-
-    Returns what metrics.json holds: {"models": {"SFT": {...}, "M1": {...}, ...}}."""
-    M0 = Model(run, "M0").copy_seed_model()
-    models = [M0.train_sft("SFT", run.ift())]
-    after(evaluate(run, models))
-    models.append(M0.train_sft("M1", run.ift() + run.eft(baseline=models[0])))
-    after(evaluate(run, models))
-    for _ in range(run.config.iterations):
-        models.append(self_reward(models[-1]))
-        after(evaluate(run, models))
-    return read_json(run.folder / "metrics.json", "metrics")
+def self_reward(M_t, keep=call):
+    """One iteration of Figure 1: the model makes its own training data and is trained on it."""
+    x = keep(M_t.new_prompts)                    # {x_i}
+    y = keep(M_t.respond, x)                     # {y_i^1 .. y_i^N}
+    r = keep(M_t.judge, x, y)                    # {r_i^1 .. r_i^N}
+    pairs = keep(M_t.select_pairs, x, y, r)      # {x_i, y_i^w, y_i^l}
+    return keep(M_t.train_dpo, pairs)            # M_{t+1}
 
 
-def finished_models(run: Run) -> list[Model]:
-    """SFT, M1, M2, ... as far as the run has come."""
-    names = ["SFT", *(f"M{t}" for t in range(1, run.config.iterations + 2))]
-    return [Model(run, name) for name in names if (run.folder / name / "meta.json").exists()]
+def self_rewarding_training(M0, keep=call):
+    """Yield the SFT baseline, M1, M2, .. M_{T+1}, each as soon as it is trained."""
+    yield keep(M0.train_sft, "SFT", M0.data.ift)
+    M_t = keep(M0.train_sft, "M1", M0.data.ift + M0.data.eft)
+    yield M_t
+    for _ in range(M0.config.iterations):
+        M_t = self_reward(M_t, keep)
+        yield M_t
 
 
-def evaluate(run: Run, models: list[Model]) -> dict:
-    """Write and return metrics.json: each model by itself, against the one before, against SFT."""
-    answers = {model.name: model.answer(run.evaluation()) for model in models}
-    metrics = {"seed": run.config.seed, "models": {
-        model.name: model_metrics(model, answers, run.judge_evaluation()) for model in models}}
-    write_json(run.folder / "metrics.json", metrics)
-    return metrics
+@dataclass
+class SeedData:
+    """What people provide (section 2.1). IFT and EFT records are {"prompt", "response"}."""
+
+    ift: list[dict]  # instruction following: a prompt and its response
+    eft: list[dict]  # judging: a judge prompt and its justification with a score
+    held_out: set[str]  # prompts kept for evaluation
+    judge_template: str  # the judge prompt, with {prompt} and {response}
+
+
+@dataclass(frozen=True)
+class LoopConfig:
+    """A whole run, M0 to M_{T+1}. Each section is documented where its dataclass is defined."""
+
+    seed: int = 0
+    iterations: int = 2  # T rounds of DPO after M1: M2 .. M_{T+1}
+    sft: TrainConfig = field(default_factory=TrainConfig)
+    prompts: PromptConfig = field(default_factory=PromptConfig)
+    responses: ResponseConfig = field(default_factory=ResponseConfig)
+    judge: JudgeConfig = field(default_factory=JudgeConfig)
+    dpo: DPOConfig = field(default_factory=DPOConfig)
+
+
+class Model:
+    """M_t: a language model, and what it needs to make its own training data and M_{t+1}."""
+
+    def __init__(self, name: str, lm: LM, data: SeedData, config: LoopConfig):
+        self.name, self.lm, self.data, self.config = name, lm, data, config
+        self.counts: dict[str, Counter] = {}  # what became of the candidate prompts and pairs, by reason
+
+    def new_prompts(self) -> list[str]:
+        seeds = [record["prompt"] for record in self.data.ift]
+        x, self.counts["prompts"] = new_prompts(
+            self.lm, seeds, self.data.held_out, self.config.prompts, self.seed("prompts"))
+        return x
+
+    def respond(self, x: list[str]) -> list[dict]:
+        return respond(self.lm, x, self.config.responses, self.seed("responses"))
+
+    def judge(self, x: list[str], y: list[dict]) -> list[dict]:
+        return judge_responses(self.lm, self.data.judge_template, y, self.config.judge, self.seed("judge"))
+
+    def select_pairs(self, x: list[str], y: list[dict], r: list[dict]) -> list[dict]:
+        responses = [record["responses"] for record in y]
+        rewards = [record["rewards"] for record in r]
+        pairs, self.counts["pairs"] = select_pairs(x, responses, rewards)
+        return pairs
+
+    def train_dpo(self, pairs: list[dict]) -> "Model":
+        name = self.next_name
+        seed = derive_seed(self.config.seed, name, "DPO")
+        return self.successor(name, train_dpo(self.lm, pairs, self.data.eft, self.config.dpo, seed))
+
+    def train_sft(self, name: str, examples: list[dict]) -> "Model":
+        seed = derive_seed(self.config.seed, name, "SFT")
+        return self.successor(name, train_sft(self.lm, examples, self.config.sft, seed))
+
+    def successor(self, name: str, lm: LM) -> "Model":
+        return Model(name, lm, self.data, self.config)
+
+    @property
+    def next_name(self) -> str:
+        """M2 after M1."""
+        return f"M{int(self.name[1:]) + 1}"
+
+    def seed(self, purpose: str) -> int:
+        """The random seed of one of this model's steps."""
+        return derive_seed(self.config.seed, self.name, purpose)

@@ -1,25 +1,18 @@
-"""The decoder: a small Llama-style transformer. The KV cache (cache.py) is handed to it.
+"""The decoder: a small Llama-style transformer with a KV cache.
 
 Shape legend, used in every module:
-    B  rows of a batch        H  query heads           V  vocabulary
-    T  new tokens             G  key/value heads       L  layers
-    S  tokens seen so far     R  = H / G queries that share one key/value head
-    C  dim                    D  head_dim
-
-Differs from Llama in nothing but size. Read from the top; stop when satisfied.
+    B  rows of a batch            H  query heads           V  vocabulary size
+    T  new tokens of each row     G  key/value heads       L  layers
+    S  tokens so far, T included  D  dimension of a head   C  model dimension
 """
 
 import math
-from dataclasses import dataclass, fields
-from functools import lru_cache, partial
+from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
-
-from minisr.fast.cache import KVCache
-from minisr.fast.lean import Norm, Rotate, SwiGLU
 
 
 @dataclass(frozen=True)
@@ -27,77 +20,77 @@ class ModelConfig:
     """The shape of a decoder."""
 
     vocab_size: int = 1152
-    dim: int = 128
-    n_layers: int = 4
-    n_heads: int = 4
-    n_kv_heads: int = 2
-    ffn_dim: int = 344  # inner dimension of the SwiGLU feed-forward
-    max_seq_len: int = 256  # the longest sequence, prompt and response together
-    head_dim: int = 0  # 0: dim / n_heads
+    dim: int = 128  # C
+    n_layers: int = 4  # L
+    n_heads: int = 4  # H
+    n_kv_heads: int = 2  # G: each serves H / G query heads
+    ffn_dim: int = 344  # inner dimension of the feed-forward network
+    max_seq_len: int = 256  # of prompt and response together
+    head_dim: int = 0  # D; 0: dim / n_heads
     rope_theta: float = 10000.0
-    rope_scaling: tuple[float, ...] = ()  # (factor,), or Llama 3's (factor, low, high, original context)
+    rope_scaling: tuple[float, ...] = ()  # linear: (factor,); Llama 3: (factor, low, high, original_max_seq_len)
     norm_eps: float = 1e-5
-    tie_embeddings: bool = True  # one matrix for the embedding and the head
+    tie_embeddings: bool = True  # the embedding and the output head share one matrix
 
     def __post_init__(self):
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if field.type is int:
-                if type(value) is not int or value < (field.name not in ("n_layers", "head_dim")):
-                    raise ValueError(f"{field.name} must be a whole number of 1 or more, not {value!r}")
-                if value > 2**24:  # told before memory is taken
-                    raise ValueError(f"{field.name} cannot be {value}")
-            elif field.type is float and not (type(value) in (int, float) and 0 <= value < math.inf):
-                raise ValueError(f"{field.name} must be a number, not negative, not {value!r}")
-        if not self.head_dim and self.dim % (2 * self.n_heads) or self.n_heads % self.n_kv_heads:
-            raise ValueError("dim must be an even multiple of n_heads, and n_heads a multiple of n_kv_heads")
         object.__setattr__(self, "head_dim", self.head_dim or self.dim // self.n_heads)
-        object.__setattr__(self, "rope_scaling", tuple(self.rope_scaling))
-        if self.head_dim % 2 or len(self.rope_scaling) not in (0, 1, 4) or 0 in self.rope_scaling:
-            raise ValueError("head_dim must be even, and rope_scaling have 0, 1 or 4 numbers, none 0")
+
+
+class KVCache:
+    """Keys and values of all tokens so far, for every layer: (L, B, G, max_len, D) each."""
+
+    def __init__(self, model: "Decoder", batch_size: int, max_len: int):
+        config, weight = model.config, model.embed.weight
+        shape = (config.n_layers, batch_size, config.n_kv_heads, max_len, config.head_dim)
+        self.k, self.v = weight.new_zeros(shape), weight.new_zeros(shape)
+        self.length = 0  # tokens in the cache; the decoder advances it
+
+    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Store the new k, v (B, G, T, D) of one layer; return all of its keys and values (B, G, S, D)."""
+        end = self.length + k.shape[2]
+        self.k[layer, :, :, self.length:end] = k
+        self.v[layer, :, :, self.length:end] = v
+        return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
 
 
 class Decoder(nn.Module):
-    """token ids (B, T) -> logits (B, T, V). All state but the weights is in the cache it is handed."""
+    """Token ids (B, T) -> logits (B, T, V). Logits at t predict the token at t + 1."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
         self.embed = nn.Embedding(config.vocab_size, config.dim)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
         self.norm = RMSNorm(config)
         self.head = nn.Linear(config.dim, config.vocab_size, bias=False)
-        self.dropout = nn.Dropout(0.0)  # a training sets it
-        self.recompute = False  # activations in the backward pass: a third slower, far less memory
-        self.tie()
+        self.dropout = nn.Dropout(0.0)
+        self.tie_weights()
 
-    def tie(self) -> None:
-        """One matrix for embedding and head, if the config says so; again after weights were replaced."""
+    def tie_weights(self) -> None:
+        """Let embedding and head share one matrix, if the config says so."""
         if self.config.tie_embeddings:
             self.head.weight = self.embed.weight
 
-    def forward(self, ids: Tensor, cache: KVCache | None = None) -> Tensor:
-        return self.head(self.hidden(ids, cache))  # (B, T, V)
+    def forward(self, ids: Tensor, cache: KVCache | None = None, is_token: Tensor | None = None) -> Tensor:
+        return self.head(self.hidden_states(ids, cache, is_token))  # (B, T, V)
 
-    def hidden(self, ids: Tensor, cache: KVCache | None = None, wanted: Tensor | None = None) -> Tensor:
-        """The last layer's output (B, T, C), before the head; or of N `wanted` tokens alone, by their
-        numbers in the flattened (B T): (N, C). The last feed-forward is computed for no others."""
-        new = ids.shape[1]
-        positions = torch.arange(new, device=ids.device)[None] if cache is None else cache.begin(new)
+    def hidden_states(self, ids: Tensor, cache: KVCache | None = None, is_token: Tensor | None = None) -> Tensor:
+        """The last layer's output (B, T, C), normalized, before the head.
+
+        ids (B, T) are the new tokens; `cache` holds those before them. is_token (B, S) is False on padding; it may be
+        left out where there is none, or only on the right."""
+        B, T = ids.shape
+        S = T + (cache.length if cache else 0)
+        if is_token is None:
+            is_token = ids.new_ones(B, S, dtype=torch.bool)
+        positions = (is_token.cumsum(-1) - 1).clamp(min=0)[:, -T:]  # (B, T); padding does not count
+        cos, sin = rope_cos_sin(positions, self.config)
+        mask = causal_mask(is_token, T)  # (B, 1, T, S)
         x = self.dropout(self.embed(ids))  # (B, T, C)
-        rotation = rotary(positions, self.config)
-        for layer, block in enumerate(self.blocks):
-            # Without a cache (training) there is no padding on the left, so causal is all it takes.
-            attend = causal if cache is None else partial(cache.attend, layer)
-            rest = (rotation, attend, wanted if layer == self.config.n_layers - 1 else None)
-            if self.recompute and self.training:
-                x = checkpoint(block, x, *rest, use_reentrant=False)
-            else:
-                x = block(x, *rest)
-        if cache is not None:
-            cache.end(new)
-        if wanted is not None and not self.blocks:
-            x = x.flatten(0, 1)[wanted]
+        for block in self.blocks:
+            x = block(x, cos, sin, mask, cache)
+        if cache:
+            cache.length += T
         return self.norm(x)
 
     @property
@@ -106,121 +99,112 @@ class Decoder(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm: attention, then feed-forward, each added to the stream."""
+    """Pre-norm transformer block: attention, then feed-forward, each added to the residual stream."""
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
         self.attention_norm = RMSNorm(config)
-        self.attention = Attention(config)
+        self.attention = Attention(config, layer)
         self.feed_forward_norm = RMSNorm(config)
         self.feed_forward = FeedForward(config)
         self.dropout = nn.Dropout(0.0)
 
-    def forward(self, x, rotation, attend, wanted=None):
-        x = x + self.dropout(self.attention(self.attention_norm(x), rotation, attend))
-        if wanted is not None:
-            x = x.flatten(0, 1).index_select(0, wanted)  # (N, C)
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, cache: KVCache | None) -> Tensor:
+        x = x + self.dropout(self.attention(self.attention_norm(x), cos, sin, mask, cache))
         return x + self.dropout(self.feed_forward(self.feed_forward_norm(x)))
 
 
-class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps), times a weight. On a CPU, PyTorch's own is three times as slow to train."""
-
-    def __init__(self, config: ModelConfig):
-        super().__init__()
-        self.eps, self.weight = config.norm_eps, nn.Parameter(torch.ones(config.dim))
-
-    def forward(self, x):
-        if x.is_cuda:
-            return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
-        return Norm.apply(x, self.weight, self.eps)
-
-
 class Attention(nn.Module):
-    """Grouped-query attention with rotary positions: R query heads share one key/value head."""
+    """Grouped-query attention with rotary position embeddings (RoPE)."""
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
-        self.n_heads, self.n_kv_heads, self.head_dim = config.n_heads, config.n_kv_heads, config.head_dim
-        heads = config.n_heads + 2 * config.n_kv_heads
-        self.qkv_proj = nn.Linear(config.dim, heads * self.head_dim, bias=False)  # one product for all
-        self.out_proj = nn.Linear(self.n_heads * self.head_dim, config.dim, bias=False)
+        self.config, self.layer = config, layer
+        H, G, D = config.n_heads, config.n_kv_heads, config.head_dim
+        self.qkv_proj = nn.Linear(config.dim, (H + 2 * G) * D, bias=False)  # queries, keys, values in one matrix
+        self.out_proj = nn.Linear(H * D, config.dim, bias=False)
 
-    def forward(self, x, rotation, attend):
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, cache: KVCache | None) -> Tensor:
         B, T, _ = x.shape
-        heads = self.qkv_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, H + 2 G, T, D)
-        turning, v = heads.split((self.n_heads + self.n_kv_heads, self.n_kv_heads), 1)
-        q, k = rotate(turning, rotation).split((self.n_heads, self.n_kv_heads), 1)
-        y = attend(q, k, v)  # (B, H, T, D)
-        return self.out_proj(y.transpose(1, 2).reshape(B, T, -1))
-
-
-def causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Each of q (B, H, T, D) looks at k, v (B, G, T, D) up to its own place."""
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        H, G, D = self.config.n_heads, self.config.n_kv_heads, self.config.head_dim
+        qkv = self.qkv_proj(x).view(B, T, H + 2 * G, D).transpose(1, 2)  # (B, H + 2 G, T, D)
+        q, k, v = qkv.split((H, G, G), dim=1)
+        q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
+        if cache:
+            k, v = cache.append(self.layer, k, v)  # (B, G, S, D)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)  # (B, H, T, D)
+        return self.out_proj(y.transpose(1, 2).reshape(B, T, H * D))
 
 
 class FeedForward(nn.Module):
-    """SwiGLU: down(silu(gate(x)) * up(x))."""
+    """SwiGLU (Shazeer, 2020): down(silu(gate(x)) * up(x))."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.gate_up_proj = nn.Linear(config.dim, 2 * config.ffn_dim, bias=False)
+        self.gate_up_proj = nn.Linear(config.dim, 2 * config.ffn_dim, bias=False)  # gate and up in one matrix
         self.down_proj = nn.Linear(config.ffn_dim, config.dim, bias=False)
 
-    def forward(self, x):
-        return SwiGLU.apply(self.gate_up_proj(x), self.down_proj.weight)
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)  # (B, T, ffn_dim) each
+        return self.down_proj(F.silu(gate) * up)
 
 
-def rotary(positions: Tensor, config: ModelConfig) -> tuple[Tensor, Tensor]:
-    """cos and sin (B, 1, T, D) of the angle position * frequency; the sines of the first half negated."""
-    angle = positions[:, None, :, None].float() * frequencies(config, positions.device)
-    cos, sin = angle.cos(), angle.sin()
-    return torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps), times a learned weight (Zhang and Sennrich, 2019)."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.eps = config.norm_eps
+        self.weight = nn.Parameter(torch.ones(config.dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = upcast(x)
+        normalized = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        return normalized.to(x.dtype) * self.weight
+
+
+def causal_mask(is_token: Tensor, T: int) -> Tensor:
+    """Which of S tokens each of the last T may attend to: itself and the tokens before it, never padding.
+
+    is_token (B, S) -> (B, 1, T, S). Padding attends to itself, because a softmax needs at least one term."""
+    keys = torch.arange(is_token.shape[1], device=is_token.device)  # (S,)
+    queries = keys[-T:, None]  # (T, 1)
+    mask = (keys == queries) | (keys < queries) & is_token[:, None]  # (B, T, S)
+    return mask[:, None]
+
+
+def rope_cos_sin(positions: Tensor, config: ModelConfig) -> tuple[Tensor, Tensor]:
+    """cos and sin of the angle position * frequency: positions (B, T) -> (B, 1, T, D) each."""
+    angles = positions[:, None, :, None].float() * rope_frequencies(config, positions.device)  # (B, 1, T, D/2)
+    angles = torch.cat([angles, angles], dim=-1)
+    return angles.cos(), angles.sin()
 
 
 @lru_cache
-def frequencies(config: ModelConfig, device) -> Tensor:
-    """theta^(-2i/D), and slower for a context longer than that of pretraining: (D/2,).
+def rope_frequencies(config: ModelConfig, device: torch.device) -> Tensor:
+    """theta^(-2i/D) for i < D/2 (Su et al., 2021), scaled down for contexts longer than in pretraining: (D/2,).
 
-    Linear scaling divides all by a factor. Llama 3 does so where a turn is longer than context / low,
-    not where it is shorter than context / high, and in between a share of it."""
-    D = config.head_dim
-    exponent = torch.arange(0, D, 2, device=device, dtype=torch.float32) / D
-    frequency = 1.0 / config.rope_theta**exponent  # Llama's own rounding: at position 8000 the last bit shows
+    Linear scaling divides every frequency by a factor. Llama 3 divides those that turn fewer than `low` times within
+    the original context, leaves those that turn more than `high` times, and interpolates between the two."""
+    exponents = torch.arange(0, config.head_dim, 2, device=device, dtype=torch.float32) / config.head_dim
+    frequencies = 1.0 / config.rope_theta**exponents
     if not config.rope_scaling:
-        return frequency
-    factor, *rest = config.rope_scaling
-    if not rest:
-        return frequency / factor
-    low, high, context = rest
-    turns = context * frequency / (2 * math.pi)  # full turns within the original context
-    keep = ((turns - low) / (high - low)).clamp(0, 1)
-    return frequency * (keep + (1 - keep) / factor)
+        return frequencies
+    if len(config.rope_scaling) == 1:
+        return frequencies / config.rope_scaling[0]
+    factor, low, high, original_max_seq_len = config.rope_scaling
+    turns = original_max_seq_len * frequencies / (2 * math.pi)
+    unscaled_share = ((turns - low) / (high - low)).clamp(0, 1)
+    return frequencies * (unscaled_share + (1 - unscaled_share) / factor)
 
 
-def rotate(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
-    """Turn each pair (x_i, x_{i+D/2}) by its angle (RoPE, half-split as in Llama's HF weights): to
-    x_i cos - x_{i+D/2} sin and x_{i+D/2} cos + x_i sin."""
-    return Rotate.apply(x, *rotation)
+def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate each pair (x_i, x_{i + D/2}) of x (B, heads, T, D) by its angle, as Llama's weights expect."""
+    first, second = x.chunk(2, dim=-1)
+    rotated = torch.cat([-second, first], dim=-1)
+    return (x * cos + rotated * sin).to(x.dtype)
 
 
-def part_rows(name: str, config: ModelConfig) -> list[int]:
-    """How many rows of a weight each matrix has that it is made of; [] if it is one."""
-    q, k = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
-    return [q, k, k] if "qkv_proj" in name else [config.ffn_dim] * 2 if "gate_up_proj" in name else []
-
-
-def init_weights(model: Decoder, generator: torch.Generator) -> None:
-    """Normal with std 0.02; what writes to the stream (out, down) is scaled by 1/sqrt(2 L)."""
-    for name, weight in model.named_parameters():
-        if weight.dim() < 2:
-            continue
-        writes = name.endswith(("out_proj.weight", "down_proj.weight"))
-        std = 0.02 / math.sqrt(2 * model.config.n_layers) if writes else 0.02
-        nn.init.normal_(weight, std=std, generator=generator)
-
-
-def out_of_memory(error: Exception) -> bool:
-    """Whether this is what PyTorch raises then; a CPU's has no type of its own."""
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "alloc" in str(error).lower()
+def upcast(x: Tensor) -> Tensor:
+    """At least float32: bfloat16 and float16 are converted, float32 and float64 stay."""
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x

@@ -1,7 +1,7 @@
-"""{x_i}: new prompts by few-shot prompting, 6 seed and 2 generated ones (sections 2.3, 3.1.1).
+"""{x_i}: the model writes new prompts by few-shot prompting, from 6 seed and 2 generated ones (sections 2.2, 3.1.1).
 
-Filters follow Self-Instruct (Wang et al., 2022): too long or short, unsuitable keywords, already
-there, too similar by ROUGE-L. Every rejection is counted by its reason.
+The filters follow Self-Instruct (Wang et al., 2022): length, unsuitable keywords, exact matches, and ROUGE-L similarity
+to any prompt already there. Every rejection is counted by its reason.
 """
 
 import re
@@ -9,164 +9,135 @@ from collections import Counter
 from dataclasses import dataclass
 from random import Random
 
-import numpy as np
 from tqdm import tqdm
 
-from minisr.rng import key as coordinates
-from minisr.runner.resume import UNKEPT
-from minisr.sampler import SampleConfig, sample
-
-HEADER = "Come up with a series of tasks:"
+from minisr.lm import LM
+from minisr.rng import derive_seed
+from minisr.sampler import SamplingConfig
 
 
 @dataclass(frozen=True)
-class PromptConfig(SampleConfig):
-    """How new prompts are made. The paper's sampling: T = 0.6, p = 0.9."""
+class PromptConfig(SamplingConfig):
+    """How new prompts are generated and filtered. Sampling is the paper's: T = 0.6, p = 0.9."""
 
     temperature: float = 0.6
     max_new_tokens: int = 40
     count: int = 1500  # new prompts an iteration
     seed_shots: int = 6
-    own_shots: int = 2
-    attempts: float = 3.0  # give up after count * attempts generations
-    rouge: float = 0.7  # reject a prompt this similar to one already there
+    generated_shots: int = 2
+    max_attempts_factor: float = 3.0  # give up after count * max_attempts_factor generations
+    max_rouge_l: float = 0.7  # reject a prompt that is this similar to a known one
     min_words: int = 3
     max_words: int = 150
-    written_by: str = "self"  # "people": prompts of the tiny world's people instead
     keywords: tuple[str, ...] = ("image", "images", "graph", "graphs", "picture", "pictures",
                                  "file", "files", "draw", "plot", "video", "audio", "music")
 
 
-def new_prompts(model, tokenizer, seeds: list[str], forbidden: set[str], config: PromptConfig,
-                key: int, journal=UNKEPT) -> tuple[list[str], Counter]:
-    """Up to config.count new prompts, none of them a seed or forbidden, and counts by reason."""
-    pool = Pool(seeds, forbidden, config)
-    asked, limit, wave = 0, int(config.count * config.attempts), 0
-    room = model.config.max_seq_len - config.max_new_tokens - len(tokenizer.bos_ids)
+def new_prompts(lm: LM, seeds: list[str], held_out: set[str], config: PromptConfig, seed: int
+                ) -> tuple[list[str], Counter]:
+    """Up to config.count new prompts, and how many candidates were accepted or rejected, by reason.
 
-    def fits(text):
-        return len(tokenizer.encode(text)) <= room
-    stop = (*tokenizer.newline_ids, *tokenizer.stop_ids)  # a line of the list, one prompt
-    with tqdm(total=config.count, desc="prompts", leave=False) as bar:
-        while len(pool.accepted) < config.count and asked < limit:
-            batch = min(config.rows, limit - asked)
-            rng = Random(coordinates(key, wave))
-            shots = [few_shot(seeds, pool.accepted, config, rng, fits) for _ in range(batch)]
-            ids = [[*tokenizer.bos_ids, *tokenizer.encode(text)] for text in shots]
-            for (drawn,) in sample(model, ids, 1, config, key=coordinates(key, wave, "draw"),
-                                   stop=stop, title="prompts", journal=journal):
-                if len(pool.accepted) < config.count:
-                    bar.update(pool.offer(first_prompt(tokenizer.decode(drawn.ids)), drawn.finished))
-            asked, wave = asked + batch, wave + 1
+    `seeds` are the seed prompts shown as examples; neither they nor a held-out prompt is ever returned."""
+    pool = PromptPool(seeds, held_out, config)
+    stop_ids = (*lm.tokenizer.newline_ids, *lm.tokenizer.stop_ids)  # one line of the list is one prompt
+    room = lm.max_seq_len - config.max_new_tokens - len(lm.tokenizer.bos_ids)
+    attempts = int(config.count * config.max_attempts_factor)
+    for round_, start in enumerate(tqdm(range(0, attempts, config.rows), "prompts", leave=False, disable=None)):
+        rng, encoded = Random(derive_seed(seed, round_)), []
+        for _ in range(min(config.rows, attempts - start)):
+            text = few_shot_prompt(lm.tokenizer, seeds, pool.accepted, config, rng, room)
+            encoded.append([*lm.tokenizer.bos_ids, *lm.tokenizer.encode(text)])
+        for [completion] in lm.sample(encoded, 1, config, derive_seed(seed, round_, "draw"), stop_ids):
+            pool.try_add(first_line(lm.tokenizer.decode(completion.ids)), completion.finished)
+            if len(pool.accepted) == config.count:
+                return pool.accepted, pool.counts
     return pool.accepted, pool.counts
 
 
-def prompts_of_people(source, seeds: list[str], forbidden: set[str], config: PromptConfig
-                      ) -> tuple[list[str], Counter]:
-    """The same number of prompts from an endless source, through the same filters."""
-    pool = Pool(seeds, forbidden, config)
-    for _ in range(int(config.count * config.attempts)):
-        if len(pool.accepted) < config.count:
-            pool.offer(next(source), True)
-    return pool.accepted, pool.counts
+def few_shot_prompt(tokenizer, seeds: list[str], generated: list[str], config: PromptConfig, rng: Random,
+                    max_tokens: int) -> str:
+    """A numbered list of example prompts that ends where the model writes the next one.
 
-
-def few_shot(seeds: list[str], own: list[str], config: PromptConfig, rng: Random, fits=lambda text: True
-             ) -> str:
-    """A numbered list of example prompts that breaks off where the next one should come; fewer of them
-    where not all fit."""
-    own_shots = min(config.own_shots, len(own))  # the first wave has only seeds to show
-    wanted = config.seed_shots + config.own_shots - own_shots
-    shots = rng.sample(own, own_shots) + rng.sample(seeds, min(wanted, len(seeds)))
+    In the first round there are only seed prompts to show. Where not all examples fit, the last ones are left out."""
+    n_generated = min(config.generated_shots, len(generated))
+    n_seeds = min(config.seed_shots + config.generated_shots - n_generated, len(seeds))
+    shots = rng.sample(generated, n_generated) + rng.sample(seeds, n_seeds)
     rng.shuffle(shots)
     while True:
         lines = [f"{i}. {' '.join(shot.split())}" for i, shot in enumerate(shots, 1)]
-        text = "\n".join([HEADER, *lines, f"{len(shots) + 1}."])
-        if len(shots) < 2 or fits(text):
+        text = "\n".join(["Come up with a series of tasks:", *lines, f"{len(shots) + 1}."])
+        if len(shots) < 2 or len(tokenizer.encode(text)) <= max_tokens:
             return text
         shots.pop()
 
 
-def first_prompt(text: str) -> str:
-    """One prompt only: models like to go on with more prompts or with an answer (appendix A.5)."""
+def first_line(text: str) -> str:
+    """One prompt only: models tend to continue with more prompts or with an answer (appendix A.5)."""
     lines = text.strip().splitlines()
     return lines[0].strip() if lines else ""
 
 
-class Pool:
-    """The prompts accepted so far, and what a new one must differ from."""
+class PromptPool:
+    """The prompts accepted so far, and the filters that a new one must pass."""
 
-    def __init__(self, seeds: list[str], forbidden: set[str], config: PromptConfig):
+    def __init__(self, seeds: list[str], held_out: set[str], config: PromptConfig):
         self.config = config
         self.accepted: list[str] = []
         self.counts = Counter(accepted=0)
-        self.seen = {normal(p) for p in seeds}
-        self.forbidden = {normal(p) for p in forbidden}
-        self.similar = RougeIndex(map(words, seeds))
+        self.known = [split_words(prompt) for prompt in seeds]
+        self.known_texts = {normalize(prompt) for prompt in seeds}
+        self.held_out_texts = {normalize(prompt) for prompt in held_out}
         self.keywords = re.compile(rf"\b(?:{'|'.join(map(re.escape, config.keywords))})\b")
 
-    def offer(self, prompt: str, finished: bool) -> bool:
-        """Accept a prompt or count why not."""
-        reason = self._objection(prompt, finished)
+    def try_add(self, prompt: str, finished: bool) -> None:
+        """Accept a prompt, or count why not."""
+        reason = self.rejection_reason(prompt, finished)
         self.counts[reason or "accepted"] += 1
         if reason is None:
             self.accepted.append(prompt)
-            self.seen.add(normal(prompt))
-            self.similar.add(words(prompt))
-        return reason is None
+            self.known.append(split_words(prompt))
+            self.known_texts.add(normalize(prompt))
 
-    def _objection(self, prompt: str, finished: bool) -> str | None:
-        said = words(prompt)
+    def rejection_reason(self, prompt: str, finished: bool) -> str | None:
+        words = split_words(prompt)
         if not finished:
             return "cut off"
-        if not self.config.min_words <= len(said) <= self.config.max_words:
+        if not self.config.min_words <= len(words) <= self.config.max_words:
             return "length"
         if self.config.keywords and self.keywords.search(prompt.lower()):
             return "keyword"
-        if normal(prompt) in self.forbidden:
+        if normalize(prompt) in self.held_out_texts:
             return "evaluation prompt"
-        if normal(prompt) in self.seen:
+        if normalize(prompt) in self.known_texts:
             return "exact match"
-        return "similar" if self.similar.highest(said) >= self.config.rouge else None
+        if any(self.is_similar(words, other) for other in self.known):
+            return "similar"
+        return None
+
+    def is_similar(self, words: list[str], other: list[str]) -> bool:
+        """ROUGE-L F1 = 2 LCS / (length + length) (Lin, 2004) of at least max_rouge_l."""
+        total = len(words) + len(other)
+        in_both = sum(word in other for word in words)  # no common subsequence is longer
+        if 2 * in_both / total < self.config.max_rouge_l:
+            return False
+        return 2 * lcs_length(words, other) / total >= self.config.max_rouge_l
 
 
-class RougeIndex:
-    """ROUGE-L F1 of one text against all texts added so far, one numpy row operation a word."""
-
-    def __init__(self, texts):
-        self.ids: dict[str, int] = {}
-        self.table = np.zeros((0, 0), dtype=np.int32)  # (texts, words), 0 = no word
-        self.lengths: list[int] = []
-        for text in texts:
-            self.add(text)
-
-    def add(self, text: list[str]) -> None:
-        row = [self.ids.setdefault(word, len(self.ids) + 1) for word in text]
-        count = len(self.lengths)
-        if count == len(self.table) or len(row) > self.table.shape[1]:
-            grown = np.zeros((2 * count + 64, max(len(row), self.table.shape[1])), dtype=np.int32)
-            grown[:len(self.table), :self.table.shape[1]] = self.table
-            self.table = grown
-        self.table[count, :len(row)] = row
-        self.lengths.append(len(row))
-
-    def highest(self, text: list[str]) -> float:
-        """max over the texts of F1 = 2 LCS / (length + length) (Lin, 2004); 0 if there is none."""
-        if not self.lengths or not text:
-            return 0.0
-        table = self.table[:len(self.lengths)]
-        lcs = np.zeros((len(table), table.shape[1] + 1), dtype=np.int32)  # (texts, words + 1)
-        for word in text:
-            match = table == self.ids.get(word, -1)
-            lcs[:, 1:] = np.maximum(lcs[:, 1:], lcs[:, :-1] + match)
-            np.maximum.accumulate(lcs, axis=1, out=lcs)  # LCS[i, j] >= LCS[i, j-1]
-        return float((2 * lcs[:, -1] / (np.array(self.lengths) + len(text))).max())
+def lcs_length(a: list[str], b: list[str]) -> int:
+    """Length of the longest common subsequence, by dynamic programming over rows of the table."""
+    previous = [0] * (len(b) + 1)
+    for word in a:
+        row = [0]
+        for j, other in enumerate(b):
+            row.append(previous[j] + 1 if word == other else max(previous[j + 1], row[j]))
+        previous = row
+    return previous[-1]
 
 
-def words(text: str) -> list[str]:
+def split_words(text: str) -> list[str]:
     return re.findall(r"\w+", text.lower())
 
 
-def normal(text: str) -> str:
-    """What counts as the same prompt: case, spaces and punctuation aside."""
-    return " ".join(words(text))
+def normalize(text: str) -> str:
+    """Equal for prompts that differ only in case, spaces and punctuation."""
+    return " ".join(split_words(text))

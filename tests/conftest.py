@@ -5,7 +5,7 @@ import torch
 
 from minisr.interop.chat_templates import chat_template
 from minisr.model import Decoder, ModelConfig
-from minisr.tokenizer import train_tokenizer
+from minisr.runner.pretrain import train_tokenizer
 from minisr.worlds.tiny import corpus
 
 

@@ -5,11 +5,11 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from minisr.fast.step import Step
 from tiny import PAIRS, tiny_model, tiny_tokenizer
 
 from minisr import bench, dpo
 from minisr.cli import main
-from minisr.fast.step import Step
 from minisr.sampler import Sample, SampleConfig, sample
 from minisr.train import OptimConfig
 

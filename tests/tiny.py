@@ -7,12 +7,19 @@ from random import Random
 import pytest
 import torch
 
-from minisr.fast.cache import KVCache
-from minisr.fast.step import Step
 from minisr.interop.chat_templates import chat_template
-from minisr.model import Decoder, ModelConfig
-from minisr.tokenizer import Tokenizer, train_tokenizer
+from minisr.lm import LM
+from minisr.model import Decoder, KVCache, ModelConfig
+from minisr.runner.pretrain import train_tokenizer
+from minisr.tokenizer import Tokenizer
 from minisr.worlds.tiny.corpus import document
+
+ENGINES = {"plain": LM}  # by name; a test of an operation runs on each
+try:
+    from minisr.fast import FastLM
+    ENGINES["fast"] = FastLM
+except ImportError:  # the core's tests also pass without this folder
+    pass
 
 PAIRS = [{"prompt": "Write a story.", "chosen": "Once there was a fox.", "rejected": "No."},
          {"prompt": "News?", "chosen": "Today we saw a bear.", "rejected": "Today we saw. The end. The end."},
@@ -33,6 +40,11 @@ def tiny_model(vocab_size: int | None = None, context: int = 96, seed: int = 0) 
     with torch.no_grad():
         model.embed.weight.mul_(0.3)  # tied to the head: keeps probabilities away from 0 and 1
     return model
+
+
+def tiny_lm(engine: str = "plain", **shape) -> LM:
+    """A random decoder and the throw-away tokenizer."""
+    return ENGINES[engine](tiny_model(**shape), tiny_tokenizer())
 
 
 def bigram(follows: dict[int, int], vocab_size: int, context: int = 96) -> Decoder:
@@ -112,11 +124,25 @@ def assert_same_logits(model: Decoder, llama, length: int = 256, atol: float = 1
     expected = llama(ids).logits
     assert expected.std() > 1  # else the bound would say little
     torch.testing.assert_close(model(ids), expected, atol=atol, rtol=0)
-    cache = KVCache(model.config, 2, length, model.embed.weight)
-    first, *rest = ids.split([length // 2] + [1] * (length - length // 2), dim=1)
-    step = Step(model, length)
-    cached = torch.cat([model(first, cache), *(step(part[:, 0], cache)[:, None] for part in rest)], dim=1)
-    torch.testing.assert_close(cached, expected, atol=atol, rtol=0)
+    parts = ids.split([length // 2] + [1] * (length - length // 2), dim=1)
+    cache = KVCache(model, 2, length)
+    torch.testing.assert_close(torch.cat([model(part, cache) for part in parts], dim=1), expected, atol=atol, rtol=0)
+    if "fast" in ENGINES:
+        assert_same_cached_logits(model, parts, expected, atol)
+
+
+def assert_same_cached_logits(model: Decoder, parts, expected, atol: float) -> None:
+    """The same with the fast engine's cache and decode step."""
+    from minisr.fast.cache import PrefixCache
+    from minisr.fast.decode_step import DecodeStep
+    from minisr.fast.sampler import extend
+    first, *rest = parts
+    cache = PrefixCache(model.config, len(first), expected.shape[1], model.embed.weight)
+    everything = torch.arange(first.numel())
+    logits = [model.head(extend(model, first, cache, everything)).view(*first.shape, -1)]
+    step = DecodeStep(model, expected.shape[1])
+    logits += [step(part[:, 0], cache)[:, None] for part in rest]
+    torch.testing.assert_close(torch.cat(logits, dim=1), expected, atol=atol, rtol=0)
 
 
 @cache

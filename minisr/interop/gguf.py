@@ -12,8 +12,9 @@ import torch
 from minisr import InputError
 from minisr.interop.chat_templates import recognize_chat_template
 from minisr.interop.names import weights_from
+from minisr.interop.shape import fused_weight_sizes, model_config
 from minisr.interop.tokenizer_json import TokenizerJSON
-from minisr.model import Decoder, ModelConfig, frequencies, part_rows
+from minisr.model import Decoder, ModelConfig, rope_frequencies
 from minisr.runner.checkpoint import build_decoder, check_vocab_size
 from minisr.runner.files import need, short_reason
 from minisr.tokenizer import SentencePiece, Tokenizer
@@ -74,7 +75,7 @@ def read_config(metadata: dict, tensors: dict, path: Path) -> ModelConfig:
     try:
         n_heads = metadata["llama.attention.head_count"]
         linear_factor = metadata.get("llama.rope.scaling.factor", 1.0)
-        config = ModelConfig(
+        config = model_config(
             vocab_size=int(tensors["token_embd.weight"].shape[1]),
             dim=metadata["llama.embedding_length"],
             n_layers=metadata["llama.block_count"],
@@ -113,7 +114,8 @@ def with_llama3_scaling(config: ModelConfig, tensors: dict, path: Path) -> Model
         return config
     divisors = torch.from_numpy(tensors["rope_freqs.weight"].data.copy()).float()
     scaled = replace(config, rope_scaling=(float(divisors.max()), 1.0, 4.0, 8192.0))
-    if not torch.allclose(frequencies(config, "cpu") / frequencies(scaled, "cpu"), divisors, rtol=1e-3):
+    expected = rope_frequencies(config, "cpu") / rope_frequencies(scaled, "cpu")
+    if not torch.allclose(expected, divisors, rtol=1e-3):
         raise InputError(f"{path}: minisr does not support this RoPE scaling (rope_freqs); it reads "
                          "Llama 3's")
     return scaled
@@ -128,7 +130,7 @@ def read_weights(gguf, tensors: dict, config: ModelConfig, path: Path) -> dict[s
     weights = weights_from(config, tensors, path, WEIGHTS, dequantize)
     for name, weight in weights.items():
         if "qkv_proj" in name:
-            q, k, v = weight.split(part_rows(name, config))
+            q, k, v = weight.split(fused_weight_sizes(name, config))
             q, k = pairs_to_halves(q, config.head_dim), pairs_to_halves(k, config.head_dim)
             weights[name] = torch.cat([q, k, v])
     return weights

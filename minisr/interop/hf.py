@@ -15,7 +15,7 @@ from minisr.interop.chat_templates import recognize_chat_template, to_jinja
 from minisr.interop.sentencepiece_json import to_tokenizer_json
 from minisr.interop.tokenizer_json import TokenizerJSON
 from minisr.model import Decoder
-from minisr.runner.checkpoint import build_decoder, check_vocab_size
+from minisr.runner.checkpoint import build_decoder, check_vocab_size, tokenizer_files
 from minisr.runner.files import need, read_bytes, read_json, short_reason, write_bytes, write_json
 from minisr.tokenizer import SentencePiece, Tokenizer
 
@@ -134,7 +134,7 @@ def export(model: Decoder, tokenizer: Tokenizer, folder: Path) -> None:
     safetensors = need("safetensors.torch", "hf")
     weights = names.weights_to_hf(model.config, model.state_dict())
     weights = {name: weight.contiguous() for name, weight in weights.items()}
-    files = dict(tokenizer.files)
+    files = tokenizer_files(tokenizer)
     if isinstance(tokenizer.vocabulary, SentencePiece):
         files[TokenizerJSON.FILE] = to_tokenizer_json(tokenizer.vocabulary)
     files["model.safetensors"] = safetensors.save(weights, metadata={"format": "pt"})

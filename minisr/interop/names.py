@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from minisr import InputError
-from minisr.model import ModelConfig, part_rows
+from minisr.interop.shape import fused_weight_sizes, model_config
+from minisr.model import ModelConfig
 
 # Our weight -> Hugging Face's weights that it consists of, in order. "{}" is the number of the block.
 HF_WEIGHTS = {
@@ -60,7 +61,7 @@ def weights_from(config: ModelConfig, stored: dict, where, mapping: dict = HF_WE
             if name not in stored:
                 raise InputError(f"{where}: the weight {name} is missing; the checkpoint is not complete")
         parts = [to_tensor(stored.pop(name)) for name in theirs]
-        for name, part, rows in zip(theirs, parts, part_rows(ours, config)):
+        for name, part, rows in zip(theirs, parts, fused_weight_sizes(ours, config)):
             check_part(name, part, [rows, config.dim], where)
         weights[ours] = parts[0] if len(parts) == 1 else torch.cat(parts)
     return weights
@@ -77,8 +78,8 @@ def weights_to_hf(config: ModelConfig, weights: dict[str, Tensor]) -> dict[str, 
     """Our weights by Hugging Face's names. No number changes."""
     converted = {}
     for ours, theirs in weight_names(config).items():
-        rows = part_rows(ours, config)
-        parts = weights[ours].split(rows) if rows else [weights[ours]]
+        sizes = fused_weight_sizes(ours, config)
+        parts = weights[ours].split(sizes) if sizes else [weights[ours]]
         converted |= dict(zip(theirs, parts))
     return converted
 
@@ -97,9 +98,9 @@ def config_from_hf(hf_config: dict, where) -> ModelConfig:
             raise InputError(f"{where}: the key {theirs} is missing")
     values.setdefault("n_kv_heads", values["n_heads"])
     try:
-        return ModelConfig(**values, head_dim=hf_config.get("head_dim") or 0,
-                           rope_theta=float(rope["rope_theta"]), rope_scaling=rope_scaling(rope),
-                           tie_embeddings=bool(hf_config.get("tie_word_embeddings", False)))
+        return model_config(**values, head_dim=hf_config.get("head_dim") or 0,
+                            rope_theta=float(rope["rope_theta"]), rope_scaling=rope_scaling(rope),
+                            tie_embeddings=bool(hf_config.get("tie_word_embeddings", False)))
     except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
         raise InputError(f"{where}: {type(error).__name__}: {error}") from error
 

@@ -1,1 +1,1 @@
-"""What people look at: the table, the HTML page, `minisr show` and `minisr chat`."""
+"""What people read: the results table, the HTML page, `minisr show` and `minisr chat`."""

@@ -1,13 +1,16 @@
-"""The report's HTML: texts escaped and cut, tables, answers, cards with pictures, the document."""
+"""The report's HTML: escaped texts, tables, answers, charts with captions, the document."""
 
 import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from html import escape
 
+from minisr.report import experiment_table as experiment_tables
 from minisr.report.table import COLUMNS as RUN_COLUMNS
-from minisr.runner.experiment import COLUMNS, compared_markdown, markdown
+from minisr.report.table import NOT_MEASURED, label
 from minisr.worlds.tiny import oracle
 
-LONGEST = 600  # characters of one text
+MAX_TEXT = 600  # characters of one text that are shown
 CSS = """
 :root{color-scheme:light dark;--ink:#1d1f23;--soft:#5d636b;--back:#fff;--card:#f4f5f6;--line:#dcdfe3;
 --good:#00694d;--bad:#a33c00;--picture:#f4f5f6}
@@ -36,11 +39,22 @@ padding:6px 0;border-top:1px solid var(--line)}.answer p{margin:0}
 """
 
 
+@dataclass(frozen=True)
+class Chart:
+    """A chart with its title and caption. draw(title, *arguments) returns its SVG."""
+
+    draw: Callable[..., str]
+    title: str
+    caption: str
+    arguments: tuple
+
+
 def text(value) -> str:
-    """Anything as a piece of HTML: control characters replaced, cut to LONGEST characters, escaped."""
+    """Any value as HTML text: escaped, control characters replaced, cut to MAX_TEXT characters."""
     shown = re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "\ufffd", str(value))
-    more = f" … ({len(shown) - LONGEST:,} more characters)" if len(shown) > LONGEST else ""
-    return escape(shown[:LONGEST] + more)
+    hidden = len(shown) - MAX_TEXT
+    more = f" … ({hidden:,} more characters)" if hidden > 0 else ""
+    return escape(shown[:MAX_TEXT] + more)
 
 
 def document(title: str, parts: list[str]) -> str:
@@ -56,47 +70,54 @@ def document(title: str, parts: list[str]) -> str:
             "</main></body></html>\n")
 
 
-def section(heading: str, cards) -> list[str]:
-    """Cards, (picture, title, caption, numbers...) each, under a heading; nothing if there is no card."""
-    made = [f"<figure><h3>{text(title)}</h3>{picture(title, *numbers)}<figcaption>{text(caption)}"
-            "</figcaption></figure>" for picture, title, caption, *numbers in cards]
-    return [f'<h2>{heading}</h2><div class="figures">{"".join(made)}</div>'] if made else []
+def section(heading: str, charts: Iterable[Chart]) -> list[str]:
+    """Charts under a heading, or nothing if there is no chart."""
+    figures = [_figure(chart) for chart in charts]
+    if not figures:
+        return []
+    return [f'<h2>{heading}</h2><div class="figures">{"".join(figures)}</div>']
+
+
+def _figure(chart: Chart) -> str:
+    svg = chart.draw(chart.title, *chart.arguments)
+    return (f"<figure><h3>{text(chart.title)}</h3>{svg}"
+            f"<figcaption>{text(chart.caption)}</figcaption></figure>")
 
 
 def run_table(metrics: dict) -> str:
-    """The table that ends a run, without the clock's column."""
-    def cell(show, name, m):
-        try:
-            return show(name, m)
-        except (KeyError, TypeError):  # not measured, or not a number
-            return "-"
-    columns = [(" ".join(heads).replace("five- ", "five-").replace("- ", ""),
-                [cell(show, name, m) for name, m in metrics.items()])
-               for *heads, show in RUN_COLUMNS if heads != ["sec-", "onds"]]
-    columns = [(head, cells) for head, cells in columns if set(cells) != {"-"}]
-    return _table([head for head, _ in columns], zip(*(cells for _, cells in columns)))
+    """The table that ends a run, without the seconds: they differ between two runs of one seed."""
+    headings, columns = ["model"], [list(metrics)]
+    for column in RUN_COLUMNS:
+        cells = [column.cell(m) for m in metrics.values()]
+        if column.metric != "seconds" and set(cells) != {NOT_MEASURED}:
+            headings.append(column.heading)
+            columns.append(cells)
+    return _table(headings, zip(*columns))
 
 
 def experiment_table(results: dict) -> str:
-    """The table that ends an experiment."""
-    return _from_markdown(markdown(results))
+    """The table of an experiment's results."""
+    return _from_markdown(experiment_tables.results_table(results), name_columns=2)
 
 
-def compared_table(results: dict) -> str:
-    """The table of paired differences."""
-    return _from_markdown(compared_markdown(results))
+def experiment_differences(results: dict) -> str:
+    """The table of an experiment's paired differences."""
+    return _from_markdown(experiment_tables.differences_table(results), name_columns=1)
 
 
-def _from_markdown(lines: str) -> str:
-    head, _, *rows = [line.strip("| ").rsplit(" | ", len(COLUMNS) + (" | model | " in lines))
-                      for line in lines.split("\n")]  # a variant's name may hold a bar
+def _from_markdown(markdown: str, name_columns: int) -> str:
+    """A Markdown table as HTML. The first cells name a row; a variant's name may itself hold a bar."""
+    splits = len(experiment_tables.COLUMNS) + name_columns - 1
+    head, _, *rows = [line.strip("| ").rsplit(" | ", splits) for line in markdown.split("\n")]
     return _table(head, rows)
 
 
-def _table(head: list, rows) -> str:
-    lines = ["".join(f"<th>{text(cell)}</th>" for cell in head),
-             *("".join(f"<td>{_bold(text(cell))}</td>" for cell in row) for row in rows)]
-    return '<div class="scroll"><table>' + "".join(f"<tr>{line}</tr>" for line in lines) + "</table></div>"
+def _table(headings: list[str], rows: Iterable) -> str:
+    lines = ["".join(f"<th>{text(heading)}</th>" for heading in headings)]
+    for row in rows:
+        lines.append("".join(f"<td>{_bold(text(cell))}</td>" for cell in row))
+    content = "".join(f"<tr>{line}</tr>" for line in lines)
+    return f'<div class="scroll"><table>{content}</table></div>'
 
 
 def _bold(cell: str) -> str:
@@ -104,32 +125,45 @@ def _bold(cell: str) -> str:
     return f"<b>{cell[2:-2]}</b>" if re.fullmatch(r"\*\*.+\*\*", cell) else cell
 
 
-def prompt(asked: str, answers) -> str:
-    """A prompt with its answers."""
-    return f'<div class="prompt"><h3 class="text" dir="auto">{text(asked)}</h3>{"".join(answers)}</div>'
+def prompt(content: str, answers: Iterable[str]) -> str:
+    """A prompt with its answers, which are HTML."""
+    return f'<div class="prompt"><h3 class="text" dir="auto">{text(content)}</h3>{"".join(answers)}</div>'
 
 
-def answer(label: str, response: str, told: str) -> str:
-    """One answer under a label, and what is told of it; label and told are HTML."""
-    return (f'<div class="answer"><b>{label}</b><div><p class="text" dir="auto">{text(response)}</p>'
-            f'<div class="soft">{told}</div></div></div>')
+def answer(name: str, response: str, details: str) -> str:
+    """A response under its name, followed by details; name and details are HTML."""
+    return (f'<div class="answer"><b>{name}</b><div><p class="text" dir="auto">{text(response)}</p>'
+            f'<div class="soft">{details}</div></div></div>')
 
 
 def points(record: dict) -> str:
-    """The oracle's points for a sampled answer, and which are missing."""
+    """The oracle's points for a sampled answer, and the criteria that it misses."""
     if "sampled_points" not in record:
         return ""
     given = record["sampled_points"]
     missed = ", ".join(name for name, point in zip(oracle.CRITERIA, given) if not point)
-    return (f'<span class="{"bad" if missed else "good"}">{sum(given)} of {len(given)} points</span>'
-            + (missed and f"; missed: {missed}"))
+    total = f"{sum(given)} of {len(given)} points"
+    if missed:
+        return f'<span class="bad">{total}</span>; missed: {missed}'
+    return f'<span class="good">{total}</span>'
 
 
-def judged(true: int | None, reward: float | None, scores: list[float | None], words: list[str]) -> str:
-    """A response's reward and the scores behind it, what is true, and its first readable judgement."""
-    told = "no reward" if reward is None else \
-        f"reward {reward:.2f}, the mean of " + ", ".join("unread" if s is None else f"{s:g}" for s in scores)
-    told += "" if true is None else f" (true score {true})"
-    shown = next((word for word, score in zip(words, scores) if score is not None), words[0])
-    return told + (shown and f'<details><summary>a judgement</summary><pre dir="auto">{text(shown)}</pre>'
-                   "</details>")
+def pair_part(part: str) -> str:
+    """"chosen" or "rejected" in its colour."""
+    return f'<span class="{"good" if part == "chosen" else "bad"}">{part}</span> '
+
+
+def judged(true_score: int | None, reward: float | None, scores: list[float | None],
+           judgements: list[str]) -> str:
+    """A response's reward, the scores behind it, its true score, and the first judgement that has a score."""
+    details = "no reward"
+    if reward is not None:
+        printed = [label("unread") if score is None else f"{score:g}" for score in scores]
+        details = f"reward {reward:.2f}; scores: {', '.join(printed)}"
+    if true_score is not None:
+        details += f" (true score {true_score})"
+    parsed = [judgement for judgement, score in zip(judgements, scores) if score is not None]
+    shown = (parsed or judgements)[0]
+    if shown:
+        details += f'<details><summary>a judgement</summary><pre dir="auto">{text(shown)}</pre></details>'
+    return details

@@ -1,138 +1,117 @@
-"""For people: one prompt's whole way through an iteration, and a chat in which the model judges itself."""
+"""`minisr show`: follow one prompt through an iteration, or compare the models' answers."""
 
+import re
 import sys
 from pathlib import Path
 
 import torch
 
-from minisr import InputError, dpo, judge
-from minisr.interop.chat_templates import chat_template
-from minisr.interop.source import load_source
-from minisr.rng import key
+from minisr import InputError
+from minisr.dpo import encode_pairs
+from minisr.lm import LM
+from minisr.report.table import label
 from minisr.runner.checkpoint import load_model
 from minisr.runner.files import printable, read_jsonl
-from minisr.runner.run import ENGLISH_TEMPLATE, WORLD_TEMPLATE
-from minisr.sampler import SampleConfig, sample
+from minisr.sft import Example
 from minisr.worlds.tiny import oracle
 
-EXAMPLE = "Write a story about a sad pig at the river."
+MODEL_NAME = re.compile(r"M[1-9][0-9]*")  # a model that writes and judges responses
 
 
-def show_way(run: Path, name: str, number: int) -> None:
-    """Print {x_i}, its responses, every judgement in words, the pair, and what DPO did to it."""
+def show_prompt(run: Path, name: str, number: int) -> None:
+    """Print a prompt x_i, its responses, a judgement of each, the pair, and the effect of DPO on the pair."""
     folder = run / name
-    if not (folder / "rewards.jsonl").exists():
-        done = sorted(path.parent.name for path in run.glob("M*/rewards.jsonl"))
-        raise InputError(f"{folder} holds no judged iteration; models that do: {', '.join(done) or 'none'}"
-                         if run.is_dir() else f"there is no folder {run}")
-    y = read_jsonl(folder / "responses.jsonl", "responses")
-    r = read_jsonl(folder / "rewards.jsonl", "rewards")
-    if not 0 <= number < len(y):
-        raise InputError(f"{folder} has the prompts 0 to {len(y) - 1}; there is no {number}")
-    print(f"{name}'s iteration, prompt {number} of {len(y)} (others: --model, --prompt)\n\n"
-          f"x  {printable(y[number]['prompt'])}\n")
-    for n, response in enumerate(y[number]["responses"]):
-        reward = r[number]["rewards"][n]
-        print(f"y^{n + 1}  {printable(response)}")
-        none = "none (unread)" if y[number]["finished"][n] else "none (the response was cut off)"
-        told = none if reward is None else f"{reward:.2f} = mean of {r[number]['scores'][n]}"
-        print(f"     reward {told}{_truth(y[number]['prompt'], response)}; the first judgement:")
-        print("     | " + printable(r[number]["judgements"][n][0]).replace("\n", "\n     | ") + "\n")
-    pairs = [p for p in read_jsonl(folder / "pairs.jsonl", "pairs") if p["prompt"] == y[number]["prompt"]]
+    _check_iteration(run, name)
+    responses = read_jsonl(folder / "responses.jsonl", "responses")
+    rewards = read_jsonl(folder / "rewards.jsonl", "rewards")
+    if not 0 <= number < len(responses):
+        raise InputError(f"{folder} has the prompts 0 to {len(responses) - 1}; there is no {number}")
+    prompt = responses[number]["prompt"]
+    print(f"{name}'s iteration, prompt {number} of {len(responses)} (choose with --model and --prompt)\n\n"
+          f"x  {printable(prompt)}\n")
+    _print_responses(responses[number], rewards[number])
+    pairs = [pair for pair in read_jsonl(folder / "pairs.jsonl", "pairs") if pair["prompt"] == prompt]
     if not pairs:
-        print("no pair: equal rewards, or fewer than two responses that were finished and could be judged")
+        print("no pair: equal rewards, or fewer than two responses with a reward")
         return
     print(printable(f"chosen    y_w  {pairs[0]['chosen']}\nrejected  y_l  {pairs[0]['rejected']}\n"))
-    _show_training(run, name, pairs[0])
+    _print_training(run, name, pairs[0])
 
 
-def _truth(prompt: str, response: str) -> str:
-    """What the oracle says, if the prompt is of its world."""
-    points = oracle.score(prompt, response)
-    return "" if points is None else f" (the oracle: {points})"
+def _check_iteration(run: Path, name: str) -> None:
+    """Raise an error unless the run holds the judged responses of this model."""
+    if not run.is_dir():
+        raise InputError(f"there is no folder {run}")
+    if not MODEL_NAME.fullmatch(name) or not (run / name / "rewards.jsonl").exists():
+        judged = sorted(path.parent.name for path in run.glob("M*/rewards.jsonl")
+                        if MODEL_NAME.fullmatch(path.parent.name))
+        advice = f"choose --model from {', '.join(judged)}" if judged else "no model of this run has one yet"
+        raise InputError(f"{run / name} holds no judged iteration; {advice}")
 
 
-def _show_training(run: Path, name: str, pair: dict) -> None:
-    """The pair's log-probabilities before and after DPO, and which tokens bear loss."""
+def _print_responses(responses: dict, rewards: dict) -> None:
+    """Each response with its reward, the scores behind it, and its first judgement."""
+    for n, response in enumerate(responses["responses"]):
+        print(f"y^{n + 1}  {printable(response)}")
+        reward = _reward(rewards["rewards"][n], rewards["scores"][n], responses["finished"][n])
+        print(f"     {reward}{_true_score(responses['prompt'], response)}; the first judgement:")
+        judgement = printable(rewards["judgements"][n][0])
+        print("     | " + judgement.replace("\n", "\n     | ") + "\n")
+
+
+def _reward(reward: float | None, scores: list[float | None], is_finished: bool) -> str:
+    """A reward in words, or why there is none."""
+    if reward is None:
+        reason = "all judgements unparsed" if is_finished else "the response was cut off"
+        return f"no reward ({reason})"
+    printed = ", ".join(label("unread") if score is None else f"{score:g}" for score in scores)
+    return f"reward {reward:.2f}, scores {printed}"
+
+
+def _true_score(prompt: str, response: str) -> str:
+    """The oracle's score, if the prompt belongs to the tiny world."""
+    score = oracle.score(prompt, response)
+    return "" if score is None else f" (oracle: {score})"
+
+
+def _print_training(run: Path, name: str, pair: dict) -> None:
+    """The pair's log-probabilities before and after DPO, and the tokens in the loss."""
     successor = f"M{int(name[1:]) + 1}"
     if not (run / successor / "meta.json").exists():
         print(f"{successor} is not trained yet")
         return
     print(f"{'log p(y|x)':14}{'chosen':>10}{'rejected':>10}{'difference':>12}")
     for which in (name, successor):
-        model, tokenizer = load_model(run / which)
-        encoded = dpo.encode_pairs(tokenizer, [pair], model.config.max_seq_len)
+        lm = LM(*load_model(run / which))
+        [encoded] = encode_pairs(lm, [pair])
         with torch.no_grad():
-            chosen, rejected, _ = (value.item() for value in dpo.pair_logps(model, encoded))
+            chosen, rejected = (value.item() for value in lm.pair_logps([encoded]))
         print(f"{which:14}{chosen:10.2f}{rejected:10.2f}{chosen - rejected:12.2f}")
-    if sys.stdout.isatty():  # colours mean nothing in a file
-        print("\nwhat bears loss (green):")
-        prompt, *sides = encoded[0]
-        for side in sides:
-            print(colorize_loss_mask(tokenizer, prompt + side, [False] * len(prompt) + [True] * len(side)))
+    if sys.stdout.isatty():  # a file shows no colours
+        print("\ntokens in the loss (green):")
+        for response in (encoded.chosen, encoded.rejected):
+            print(colorize_loss_mask(lm.tokenizer, encoded.example(response)))
 
 
-def colorize_loss_mask(tokenizer, ids: list[int], mask: list[bool]) -> str:
+def colorize_loss_mask(tokenizer, example: Example) -> str:
     """The tokens in terminal colors: green where the loss mask is True, else gray."""
     green, gray, reset = "\033[32m", "\033[90m", "\033[0m"
     return "".join(f"{green if is_target else gray}{tokenizer.vocabulary.piece(i)}{reset}"
-                   for i, is_target in zip(ids, mask))
+                   for i, is_target in zip(example.ids, example.mask))
 
 
 def show_answers(run: Path, count: int) -> None:
-    """Print the first held-out prompts with every model's answer, sampled at the evaluation's temperature."""
+    """Print the first held-out prompts with every model's sampled answer."""
+    if count < 1:
+        raise InputError("--answers takes 1 or more")
     names = [name for name in ("SFT", *(f"M{t}" for t in range(1, 100)))
              if (run / name / "answers.jsonl").exists()]
-    if not names or count < 1:
-        raise InputError("--answers takes 1 or more" if count < 1 else f"{run} has no evaluated model yet")
-    columns = [read_jsonl(run / name / "answers.jsonl", "answers", ("prompt", "sampled")) for name in names]
-    for rows in list(zip(*columns))[:count]:
-        print(f"x    {printable(rows[0]['prompt'])}\n")
-        for name, answer in zip(names, rows):
-            points = f"  ({sum(answer['sampled_points'])} points)" if "sampled_points" in answer else ""
-            print(f"{name:4} " + printable(answer["sampled"]).replace("\n", "\n     ") + points + "\n")
-
-
-def chat(source: str, question: str | None, n: int, template: Path | None, config: SampleConfig,
-         seed: int) -> None:
-    """Answer a question n times and judge each answer; without a question, ask for one after another."""
-    if not 1 <= n <= 64 or config.temperature < 0 or config.max_new_tokens < 1 \
-            or question is not None and not question.strip():
-        raise InputError("chat takes a question that is not empty, 1 to 64 answers, a temperature from 0 up, "
-                         "1 new token or more")
-    model, tokenizer = load_source(source)
-    own = WORLD_TEMPLATE if in_world(tokenizer) else ENGLISH_TEMPLATE
-    judge_template = judge.load_template(template or own)
-    if question is not None:
-        _answer(model, tokenizer, question, n, judge_template, config, seed)
-        return
-    if sys.stdin.isatty():
-        print(f"Ask something, e.g. {EXAMPLE}   (Ctrl-D ends)")
-    for turn, line in enumerate(filter(str.strip, sys.stdin)):
-        try:
-            _answer(model, tokenizer, line.strip(), n, judge_template, config, seed + turn)
-        except InputError as error:  # one question too long is no reason to hang up
-            print(error, file=sys.stderr)
-
-
-def in_world(tokenizer) -> bool:
-    """Whether a model speaks the tiny world's language, by its chat template."""
-    return tokenizer.template == chat_template("tiny")
-
-
-def _answer(model, tokenizer, question, n, template, config, seed) -> None:
-    [drawn] = sample(model, [tokenizer.encode_prompt(question)], n, config, key=key(seed, "chat"),
-                     stop=tokenizer.stop_ids)
-    texts = [tokenizer.decode(s.ids) for s in drawn]
-    judged = judge.judge(model, tokenizer, template, [question] * n, texts,
-                         judge.JudgeConfig(max_new_tokens=config.max_new_tokens), key(seed, "chat judge"))
-    for text, judgements in sorted(zip(texts, judged), key=lambda tj: -(judge.reward(tj[1]) or 0)):
-        reward = judge.reward(judgements)
-        read = [j for j in judgements if j.score is not None]
-        print(f"{'unread' if reward is None else f'{reward:6.2f}'}  {printable(text)}")
-        print(f"        ({len(read)} of {len(judgements)} judgements could be read)\n        | "
-              + printable((read or judgements)[0].text).replace("\n", "\n        | "))
-    if all(judge.reward(judgements) is None for judgements in judged):
-        print("No judgement can be read: only from M1 on is a model trained to judge"
-              + (f", and one of the tiny world knows only its requests, e.g. {EXAMPLE}" if in_world(tokenizer)
-                 else "; or --max-new-tokens cuts them off"))
+    if not names:
+        raise InputError(f"{run} has no evaluated model yet; minisr run evaluates each model that it trains")
+    answers = [read_jsonl(run / name / "answers.jsonl", "answers", ("prompt", "sampled")) for name in names]
+    for records in list(zip(*answers))[:count]:
+        print(f"x    {printable(records[0]['prompt'])}\n")
+        for name, record in zip(names, records):
+            points = f"  ({sum(record['sampled_points'])} points)" if "sampled_points" in record else ""
+            text = printable(record["sampled"]).replace("\n", "\n     ")
+            print(f"{name:4} {text}{points}\n")

@@ -1,80 +1,143 @@
-"""The table at the end of a run, and what became of each iteration's prompts."""
+"""The table that `minisr run` and `minisr eval` print: one row per model, read from metrics.json."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
 
 from minisr.evaluate import TIE_RULE
+from minisr.runner.experiment import lookup
+
+NOT_MEASURED = "-"
+LEGEND = f"Judge metrics: {TIE_RULE}."
 
 
-def _interval(m: dict, name: str) -> str:
-    low, high = m[f"{name}_ci95"]
-    return f"{100 * m[name]:.0f} [{100 * low:.0f}, {100 * high:.0f}]"
+def label(name: str) -> str:
+    """The printed form of a name in a counts file: "unread" is printed as "unparsed"."""
+    return "unparsed" if name == "unread" else name
 
 
-def _versus(rates: dict) -> str:
-    win, tie, lose = (round(100 * rates[k]) for k in ("win", "tie", "lose"))
+# Each formatter turns one metric of a model into the text of a cell.
+
+def percent(metrics: dict, metric: str) -> str:
+    return f"{100 * lookup(metrics, metric):.0f}"
+
+
+def percent_with_decimal(metrics: dict, metric: str) -> str:
+    return f"{100 * lookup(metrics, metric):.1f}"
+
+
+def percent_with_interval(metrics: dict, metric: str) -> str:
+    low, high = lookup(metrics, f"{metric}_ci95")
+    return f"{percent(metrics, metric)} [{100 * low:.0f}, {100 * high:.0f}]"
+
+
+def two_decimals(metrics: dict, metric: str) -> str:
+    return f"{lookup(metrics, metric):.2f}"
+
+
+def whole_number(metrics: dict, metric: str) -> str:
+    return f"{lookup(metrics, metric):.0f}"
+
+
+def win_tie_lose(metrics: dict, metric: str) -> str:
+    rates = lookup(metrics, metric)
+    win, tie, lose = (round(100 * rates[name]) for name in ("win", "tie", "lose"))
     low, high = rates["win_ci95"]
     return f"{win}/{tie}/{lose} [{100 * low:.0f}, {100 * high:.0f}]"
 
 
-# Two lines of heading, and the text of a model's figure; a column of which no model has a figure is left out.
+def pair_count(metrics: dict, metric: str) -> str:
+    """The number of pairs that trained a model; SFT and M1 are not trained on pairs."""
+    return str(lookup(metrics, metric)) if "selection" in metrics else NOT_MEASURED
+
+
+@dataclass(frozen=True)
+class Column:
+    """One metric: its heading in the terminal (two lines) and on the HTML page, and its formatter."""
+
+    first_line: str
+    second_line: str
+    heading: str
+    metric: str
+    format: Callable[[dict, str], str]
+
+    def cell(self, metrics: dict) -> str:
+        """The text of this column for one model."""
+        if lookup(metrics, self.metric) is None:
+            return NOT_MEASURED
+        return self.format(metrics, self.metric)
+
+
 COLUMNS = (
-    ("", "model", lambda name, m: name),
-    ("flawless %", "T=0.7 [95 %]", lambda name, m: _interval(m, "flawless")),
-    ("flawless %", "greedy", lambda name, m: f"{100 * m['flawless_greedy']:.0f}"),
-    ("mean", "score", lambda name, m: f"{m['mean_score']:.2f}"),
-    ("against the row above", "win/tie/lose % [win]", lambda name, m: _versus(m["versus_previous"])),
-    ("against SFT", "win/tie/lose % [win]", lambda name, m: _versus(m["versus_sft"])),
-    ("judge:", "pairwise", lambda name, m: f"{100 * m['judge']['pairwise']:.1f}"),
-    ("five-", "best", lambda name, m: f"{100 * m['judge']['five_best']:.1f}"),
-    ("exact", "match", lambda name, m: f"{100 * m['judge']['exact']:.1f}"),
-    ("Spear-", "man", lambda name, m: f"{m['judge']['spearman']:.2f}"),
-    ("Ken-", "dall", lambda name, m: f"{m['judge']['kendall']:.2f}"),
-    ("parse", "rate", lambda name, m: f"{100 * m['judge']['parse_rate']:.1f}"),
-    ("length", "chars", lambda name, m: f"{m['length']:.0f}"),
-    ("pairs", "", lambda name, m: str(m["pairs"]) if "selection" in m else "-"),
-    ("sec-", "onds", lambda name, m: f"{m['seconds']:.0f}"),
+    Column("flawless %", "T=0.7 [95 %]", "flawless % T=0.7 [95 %]", "flawless", percent_with_interval),
+    Column("flawless %", "greedy", "flawless % greedy", "flawless_greedy", percent),
+    Column("mean", "score", "mean score", "mean_score", two_decimals),
+    Column("against the row above", "win/tie/lose % [win]", "against the row above win/tie/lose % [win]",
+           "versus_previous", win_tie_lose),
+    Column("against SFT", "win/tie/lose % [win]", "against SFT win/tie/lose % [win]",
+           "versus_sft", win_tie_lose),
+    Column("judge:", "pairwise", "judge: pairwise", "judge.pairwise", percent_with_decimal),
+    Column("five-", "best", "five-best", "judge.five_best", percent_with_decimal),
+    Column("exact", "match", "exact match", "judge.exact", percent_with_decimal),
+    Column("Spear-", "man", "Spearman", "judge.spearman", two_decimals),
+    Column("Ken-", "dall", "Kendall", "judge.kendall", two_decimals),
+    Column("parse", "rate", "parse rate", "judge.parse_rate", percent_with_decimal),
+    Column("length", "chars", "length chars", "length", whole_number),
+    Column("pairs", "", "pairs", "pairs", pair_count),
+    Column("sec-", "onds", "seconds", "seconds", whole_number),
 )
 
 
 def table(metrics: dict) -> str:
-    """Rows SFT, M1, M2, ...; the metrics of metrics.json as a person reads them."""
-    models = metrics["models"].items()
-    columns = [[*heads, *(_cell(text, name, m) for name, m in models)] for *heads, text in COLUMNS]
-    columns = [column for column in columns if set(column[2:]) != {"-"} or column[0] == "pairs"]
-    widths = [max(map(len, column)) for column in columns]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip()
-             for row in zip(*columns)]
-    return "\n".join([*lines[:2], "-" * max(map(len, lines)), *lines[2:], *_makings(metrics)])
+    """The content of metrics.json as text: rows SFT, M1, M2, ..., then one line per DPO iteration.
+
+    A column that no model has a value for is left out."""
+    models = metrics["models"]
+    columns = [["", "model", *models]]
+    for column in COLUMNS:
+        cells = [column.cell(m) for m in models.values()]
+        if column.metric == "pairs" or set(cells) != {NOT_MEASURED}:
+            columns.append([column.first_line, column.second_line, *cells])
+    lines = _aligned(columns)
+    rule = "-" * max(len(text) for text in lines)
+    return "\n".join([*lines[:2], rule, *lines[2:], *_training_lines(models)])
 
 
-def _cell(text, name: str, m: dict) -> str:
-    try:
-        return text(name, m)
-    except (KeyError, TypeError):  # not measured, or not a number
-        return "-"
+def _aligned(columns: list[list[str]]) -> list[str]:
+    """The columns side by side, each padded to its widest cell."""
+    padded = []
+    for cells in columns:
+        width = max(len(cell) for cell in cells)
+        padded.append([cell.ljust(width) for cell in cells])
+    return ["  ".join(row).rstrip() for row in zip(*padded)]
 
 
-def _makings(metrics: dict):
-    """For each trained iteration: what became of its prompts, and which scores were given."""
-    for name, m in metrics["models"].items():
+def _training_lines(models: dict) -> list[str]:
+    """For each model trained with DPO: the outcome of its prompts, and the scores that were given."""
+    lines = []
+    for name, m in models.items():
         if "selection" in m:
-            counts = {what: count for what, count in m["selection"].items() if count}
-            yield (f"{name} was made from {sum(counts.values())} prompts: "
-                   + ", ".join(f"{count} {what}" for what, count in counts.items())
-                   + "; scores given: " + ", ".join(f"{s}: {n}" for s, n in m["scores"].items()))
+            counts = {outcome: count for outcome, count in m["selection"].items() if count}
+            outcomes = ", ".join(f"{count} {label(outcome)}" for outcome, count in counts.items())
+            scores = ", ".join(f"{label(score)}: {count}" for score, count in m["scores"].items())
+            lines.append(f"Prompts for {name}: {sum(counts.values())} ({outcomes}); scores given: {scores}")
+    return lines
 
 
 def line(metrics: dict) -> str:
-    """The newest model in one line, while the run goes on."""
+    """One line about the newest model, printed while the run continues."""
     name, m = list(metrics["models"].items())[-1]
-    answers = ""
+    parts = []
     if "flawless" in m:
-        answers = (f" flawless {100 * m['flawless']:.0f} % sampled, {100 * m['flawless_greedy']:.0f} % "
-                   "greedy;")
-    pairwise = m["judge"]["pairwise"]
+        parts.append(f"flawless {percent(m, 'flawless')} % sampled, {percent(m, 'flawless_greedy')} % greedy")
     if "selection" in m and not m["pairs"]:
-        answers += " not a single pair was to learn from, it is the model before again;"
-    return (f"{name} done in {m['seconds']:.0f} s:{answers} {100 * m['judge']['parse_rate']:.0f} % of its "
-            f"judgements can be read, {'-' if pairwise is None else f'{100 * pairwise:.1f}'} % of pairs are "
-            "ordered rightly")
+        parts.append("no preference pair was found, so its weights equal the previous model's")
+    parts.append(f"{percent(m, 'judge.parse_rate')} % of its judgements parsed, {_ordered(m)} % of pairs "
+                 "ordered correctly")
+    return f"{name} done in {m['seconds']:.0f} s: {'; '.join(parts)}"
 
 
-LEGEND = f"Judge metrics: {TIE_RULE}."
+def _ordered(m: dict) -> str:
+    """The judge's pairwise accuracy in percent."""
+    if lookup(m, "judge.pairwise") is None:
+        return NOT_MEASURED
+    return percent_with_decimal(m, "judge.pairwise")

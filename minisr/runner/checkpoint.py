@@ -15,6 +15,7 @@ import torch
 
 from minisr import InputError
 from minisr.interop.chat_templates import chat_template
+from minisr.interop.shape import MODEL_KEYS_RENAMED, model_config
 from minisr.interop.tokenizer_json import TokenizerJSON
 from minisr.model import Decoder, ModelConfig
 from minisr.runner.files import (
@@ -30,12 +31,7 @@ from minisr.runner.files import (
 from minisr.tokenizer import SentencePiece, Tokenizer
 
 SEED_MODEL = Path(__file__).parents[1] / "worlds" / "tiny" / "M0"  # ships with minisr
-# Former names of ModelConfig's fields, in model.pt files of older versions.
-MODEL_KEYS_RENAMED = {
-    "width": "dim", "layers": "n_layers", "heads": "n_heads", "kv_heads": "n_kv_heads", "hidden": "ffn_dim",
-    "context": "max_seq_len", "head_width": "head_dim", "tied": "tie_embeddings",
-}
-MODEL_KEYS_REMOVED = ("dropout",)  # it is now a setting of a training
+MODEL_KEYS_REMOVED = ("dropout",)  # keys in model.pt files of older versions; it is now a setting of a training
 
 
 def save_model(folder: Path, model: Decoder, tokenizer: Tokenizer, meta: dict) -> None:
@@ -45,13 +41,15 @@ def save_model(folder: Path, model: Decoder, tokenizer: Tokenizer, meta: dict) -
         del weights["head.weight"]
     with writing(folder / "model.pt") as file:
         torch.save({"config": asdict(model.config), "weights": weights}, file)
-    for name, content in tokenizer.files.items():
+    files = tokenizer_files(tokenizer)
+    for name, content in files.items():
         write_bytes(folder / name, content)
-    files = {name: digest(content) for name, content in tokenizer.files.items()}
-    write_json(folder / "meta.json", {"hash": file_digest(folder / "model.pt"), "files": files, **meta})
+    digests = {name: digest(content) for name, content in files.items()}
+    write_json(folder / "meta.json", {"hash": file_digest(folder / "model.pt"), "files": digests, **meta})
 
 
-def load_model(folder: Path, device: str = "cpu") -> tuple[Decoder, Tokenizer]:
+def load_model(folder: Path, device: str = "cpu", dtype: torch.dtype | None = None
+               ) -> tuple[Decoder, Tokenizer]:
     """The model and tokenizer of a folder, in eval mode. Raises InputError if a file is damaged."""
     folder = Path(folder)
     check_file(folder / "model.pt", model_hash(folder))
@@ -60,7 +58,7 @@ def load_model(folder: Path, device: str = "cpu") -> tuple[Decoder, Tokenizer]:
         check_file(folder / name, expected)
     try:
         config, weights = read_model_file(folder / "model.pt")
-        model = build_decoder(config, weights, device)
+        model = build_decoder(config, weights, device, dtype)
         tokenizer = load_tokenizer(folder)
     except InputError:
         raise
@@ -86,18 +84,26 @@ def read_model_file(path: Path) -> tuple[ModelConfig, dict[str, torch.Tensor]]:
         raise TypeError(f"{path.name} does not contain a config and weights")
     config = {MODEL_KEYS_RENAMED.get(key, key): value for key, value in stored["config"].items()
               if key not in MODEL_KEYS_REMOVED}
-    return ModelConfig(**config), stored["weights"]
+    return model_config(**config), stored["weights"]
 
 
-def build_decoder(config: ModelConfig, weights: dict[str, torch.Tensor], device: str = "cpu") -> Decoder:
-    """A decoder with these weights, in eval mode: float32 on a CPU, bfloat16 on a GPU."""
+def build_decoder(config: ModelConfig, weights: dict[str, torch.Tensor], device: str = "cpu",
+                  dtype: torch.dtype | None = None) -> Decoder:
+    """A decoder with these weights, in eval mode. The default dtype is float32, and bfloat16 on a GPU."""
     with torch.device("meta"):  # without memory or random numbers for weights that are replaced at once
         model = Decoder(config)
     if config.tie_embeddings:
         weights = {**weights, "head.weight": weights["embed.weight"]}
     model.load_state_dict(weights, assign=True)
-    model.tie()
-    return model.to(device, torch.bfloat16 if "cuda" in device else torch.float32).eval()
+    model.tie_weights()
+    default = torch.bfloat16 if "cuda" in device else torch.float32
+    return model.to(device, dtype or default).eval()
+
+
+def tokenizer_files(tokenizer: Tokenizer) -> dict[str, bytes]:
+    """The files that store a tokenizer in a model folder, by name."""
+    vocabulary = tokenizer.vocabulary
+    return {vocabulary.FILE: vocabulary.content, "chat.txt": tokenizer.template.encode()}
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:

@@ -1,7 +1,7 @@
-"""One run in one TOML file, strictly: an unknown key, a wrong type or an odd value is an error.
+"""One run in one TOML file, checked strictly: an unknown key, a wrong type or a value out of range is an error.
 
-Every key belongs to the arrow it configures; its default and meaning stand in that module's
-dataclass (SampleConfig, PromptConfig, JudgeConfig, OptimConfig, DPOConfig).
+Every section configures one step of the loop. Its keys are defined, with their meaning and default, in the dataclass of
+that step in the core; the classes here add what only a run on disk or an experiment needs.
 """
 
 import dataclasses
@@ -13,101 +13,139 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import get_args, get_origin, get_type_hints
 
-from minisr import InputError
-from minisr.dpo import DPOConfig
-from minisr.judge import JudgeConfig
+from minisr import InputError, dpo, judge, prompts, train
+from minisr.interop.shape import MODEL_KEYS_RENAMED, model_config
+from minisr.lm import ResponseConfig
+from minisr.loop import LoopConfig
 from minisr.model import ModelConfig
-from minisr.pairs import PairConfig
-from minisr.prompts import PromptConfig
-from minisr.runner.checkpoint import MODEL_KEYS_RENAMED
 from minisr.runner.files import read_text
-from minisr.sampler import SampleConfig
-from minisr.train import OptimConfig
+from minisr.sampler import SamplingConfig
 
 
 @dataclass(frozen=True)
-class ResponseConfig(SampleConfig):
-    """The candidates of each prompt."""
+class TrainConfig(train.TrainConfig):
+    """How a model is trained."""
 
-    candidates: int = 4  # N
+    gradient_checkpointing: bool = False  # recompute activations in the backward pass: less memory, a third slower
+    save_every: int = 50  # steps between two saved states of an unfinished training
+    optimizer: str = "adamw"  # or "muon": Muon for the matrices, AdamW for the rest
+
+
+@dataclass(frozen=True)
+class PromptConfig(prompts.PromptConfig):
+    """How new prompts are made."""
+
+    source: str = "self"  # M_t writes them; "people": prompts of the tiny world's people, a control
+
+
+@dataclass(frozen=True)
+class JudgeConfig(judge.JudgeConfig):
+    """Who judges, and how."""
+
+    by: str = "self"  # M_t; "M1": frozen; "oracle", "random": controls
+    template: str = ""  # a text file with {prompt} and {response}; "": the one of the seed data's language
+
+
+@dataclass(frozen=True)
+class PairConfig:
+    """Rules of other papers in place of this paper's, best against worst; see variants.py."""
+
+    length_control: float = 0.0  # rho of Meta-Rewarding: prefer the short among the nearly best
+    rejected_from: str = "self"  # "M1": its response, if worse (Temporal SR); "next": the next below the best
+
+
+@dataclass(frozen=True)
+class DPOConfig(dpo.DPOConfig, TrainConfig):
+    """DPO, and variants that the paper tried and left or that other papers propose."""
+
+    reference: str = "previous"  # M_t; "M1": the same reference in every iteration
+    consistency: bool = False  # smooth the labels by how often single judgements disagree (after CREAM)
+    positives_only: bool = False  # no DPO: fine-tune M0 on seed data and responses of reward 5 (appendix A.4)
 
 
 @dataclass(frozen=True)
 class SeedConfig:
-    """Whose seed data, how much of it (from a folder: at most), and what is held out."""
+    """The seed data: its source, how much of it is used (from a folder: at most), and what is held out."""
 
-    source: str = "world"  # "world": the tiny world's people; "english": minisr's own; or a folder
-    ift: int = 600  # prompts with one answer (paper: 3,200)
-    ranked: int = 500  # prompts with three ranked answers, the source of EFT (paper: 1,630 EFT)
-    eft_by: str = "annotator"  # or "baseline": it writes, agreement decides (paper); "none": no EFT
-    reasons: bool = True  # the annotator's judgements give reasons, not the score alone
-    judge_evaluation: int = 250  # held-out prompts with three ranked answers
-    evaluation: int = 512  # held-out prompts for answers (paper: 256)
+    source: str = "world"  # "world": the tiny world's people; "english": minisr's own data; or a folder
+    ift: int = 600  # prompts with one response each (paper: 3,200)
+    ranked: int = 500  # prompts with three ranked responses each, the source of EFT (paper: 1,630 EFT)
+    eft_by: str = "annotator"  # or "baseline": it writes, agreement with the ranking selects (paper); "none": no EFT
+    reasons: bool = True  # the annotator's judgements give reasons, not only the score
+    judge_evaluation: int = 250  # held-out prompts with three ranked responses each
+    evaluation: int = 512  # held-out prompts (paper: 256)
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(LoopConfig):
     """A whole run, M0 to M_{T+1}."""
 
-    seed: int = 0
-    iterations: int = 2  # T rounds of DPO after M1: M2 .. M_{T+1}
-    device: str = "auto"  # CUDA when there, else CPU
+    device: str = "auto"  # a GPU if there is one, else the CPU
     threads: int = 2  # of the CPU; another number may change the last bit of a result
-    seed_model: str = ""  # M0: a model folder, a .gguf file, package:NAME; "": minisr's own
-    chat: str = ""  # chat template of M0, a name or a file; "": the one it came with
-    seed_data: SeedConfig = field(default_factory=SeedConfig)
-    sft: OptimConfig = field(default_factory=OptimConfig)
+    engine: str = "fast"  # "plain": the readable engine of the core
+    dtype: str = "auto"  # bfloat16 on a GPU, else float32; "float64" for comparisons
+    seed_model: str = ""  # M0: a model folder, a .gguf file, package:NAME; "": the one that ships with minisr
+    chat: str = ""  # chat template of M0, a name or a file; "": its own
+    sft: TrainConfig = field(default_factory=TrainConfig)
     prompts: PromptConfig = field(default_factory=PromptConfig)
     responses: ResponseConfig = field(default_factory=ResponseConfig)
     judge: JudgeConfig = field(default_factory=JudgeConfig)
-    pairs: PairConfig = field(default_factory=PairConfig)
     dpo: DPOConfig = field(default_factory=DPOConfig)
-    evaluate: SampleConfig = field(default_factory=SampleConfig)  # of held-out prompts
+    seed_data: SeedConfig = field(default_factory=SeedConfig)
+    pairs: PairConfig = field(default_factory=PairConfig)
+    evaluate: SamplingConfig = field(default_factory=SamplingConfig)  # of held-out prompts
 
 
 @dataclass(frozen=True)
 class PretrainConfig:
-    """How a seed model M0 is made from the world's text."""
+    """How a seed model M0 is pretrained on the tiny world's text."""
 
     seed: int = 0
     threads: int = 2
+    engine: str = "fast"
     tokens: int = 12_000_000  # of text
     tokenizer_documents: int = 5000
     model: ModelConfig = field(default_factory=ModelConfig)
-    train: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
 
 
-CHOICES = {"device": ("auto", "cpu", "cuda"), "eft_by": ("annotator", "baseline", "none"),
-           "optimizer": ("adamw", "muon"), "by": ("self", "M1", "oracle", "random"),
-           "rejected_from": ("self", "M1", "next"), "reference": ("previous", "M1"),
-           "written_by": ("self", "people")}
-# Smallest and largest sensible value; every other number must be at least 1.
+CHOICES = {
+    "device": ("auto", "cpu", "cuda"), "engine": ("fast", "plain"), "dtype": ("auto", "float32", "bfloat16", "float64"),
+    "eft_by": ("annotator", "baseline", "none"), "optimizer": ("adamw", "muon"),
+    "by": ("self", "M1", "oracle", "random"), "rejected_from": ("self", "M1", "next"),
+    "reference": ("previous", "M1"),
+}
+PROMPT_SOURCES = ("self", "people")  # a key "source" of seed_data can be any folder
+# Smallest and largest sensible value. Every other number must be at least 1.
 LIMITS = {
     "seed": (0, 2**31), "iterations": (0, 100), "temperature": (0, 100), "top_p": (0, 1),
-    "rouge": (0, math.inf), "own_shots": (0, 100), "attempts": (1, 1000), "warmup": (0, 1),
-    "weight_decay": (0, 1), "dropout": (0, 0.99), "learning_rate": (0, 10),
-    "final_learning_rate": (0, 10), "clip": (0, math.inf), "beta": (0, math.inf),
-    "head_dim": (0, math.inf), "micro_batch": (0, math.inf), "nll": (0, math.inf),
-    "replay": (0, math.inf), "norm_eps": (0, 1), "length_control": (0, 1), "threads": (1, 1024),
+    "max_rouge_l": (0, math.inf), "generated_shots": (0, 100), "max_attempts_factor": (1, 1000),
+    "warmup_fraction": (0, 1), "weight_decay": (0, 1), "dropout": (0, 0.99), "learning_rate": (0, 10),
+    "min_learning_rate": (0, 10), "max_grad_norm": (0, math.inf), "beta": (0, math.inf), "head_dim": (0, math.inf),
+    "micro_batch": (0, math.inf), "nll_weight": (0, math.inf), "replay_weight": (0, math.inf), "norm_eps": (0, 1),
+    "length_control": (0, 1), "threads": (1, 1024),
 }
-
-# Old name of a key -> its name now, in the sections that have the new one.
-RENAMED = {**MODEL_KEYS_RENAMED}
+# Former names of keys. A config that uses one is rejected with its new name.
+RENAMED = {
+    **MODEL_KEYS_RENAMED, "recompute": "gradient_checkpointing", "clip": "max_grad_norm", "nll": "nll_weight",
+    "replay": "replay_weight", "own_shots": "generated_shots", "rouge": "max_rouge_l", "warmup": "warmup_fraction",
+    "final_learning_rate": "min_learning_rate", "attempts": "max_attempts_factor", "written_by": "source",
+}
 
 
 def load_config(path: Path, kind=Config, overrides: tuple[str, ...] = ()):
-    """Read a TOML file into Config or PretrainConfig; overrides are "section.key=value"."""
+    """Read a TOML file into Config or PretrainConfig. Overrides are "section.key=value"."""
     try:
         table = tomllib.loads(read_text(path, "config"))
     except tomllib.TOMLDecodeError as error:
         raise InputError(f"config {path} is not valid TOML: {error}") from error
     for override in overrides:
-        _override(table, override)
+        apply_override(table, override)
     return build(kind, table, str(path))
 
 
-def _override(table: dict, override: str) -> None:
-    """Set one key of the table from "judge.by=random"; the value is TOML, or else a string."""
+def apply_override(table: dict, override: str) -> None:
+    """Set one key of the table from "judge.by=random". The value is TOML, or else a string."""
     name, found, value = override.partition("=")
     if not found:
         raise InputError(f"--set {override}: write it as section.key=value, e.g. judge.by=random")
@@ -119,42 +157,38 @@ def _override(table: dict, override: str) -> None:
     for section in sections:
         table = table.setdefault(section, {})
         if not isinstance(table, dict):
-            raise InputError(f"--set {override}: {section} is no section")
+            raise InputError(f"--set {override}: {section} is a key, not a section")
     table[key] = value
 
 
 def build(kind, table: dict, where: str):
-    """A dataclass from a TOML table; errors name the file, the section and the key."""
+    """A dataclass from a TOML table. Errors name the file, the section and the key."""
     hints = get_type_hints(kind)
-    if unknown := sorted(set(table) - set(hints)):
-        key = unknown[0]
+    for key in sorted(set(table) - set(hints)):
         if RENAMED.get(key) in hints:
             raise InputError(f"{where}: {key!r} is now called {RENAMED[key]!r}")
         raise InputError(f"{where}: unknown key {key!r}; known: {', '.join(hints)}")
-    values = {name: _value(hints[name], value, name, where) for name, value in table.items()}
+    values = {name: checked_value(hints[name], value, name, where) for name, value in table.items()}
+    if kind is PromptConfig and values.get("source", "self") not in PROMPT_SOURCES:
+        raise InputError(f"{where}: source must be one of {', '.join(PROMPT_SOURCES)}, not {values['source']!r}")
     try:
-        return kind(**values)
+        return model_config(**values) if kind is ModelConfig else kind(**values)
     except ValueError as error:  # values that do not go together
         raise InputError(f"{where}: {error}") from error
 
 
-def _value(kind, value, name: str, where: str):
-    """One key's value, checked."""
+def checked_value(kind, value, name: str, where: str):
+    """One key's value, converted to its type."""
     if dataclasses.is_dataclass(kind):
         if not isinstance(value, dict):
             raise InputError(f"{where}: {name} must be a section [{name}]")
         return build(kind, value, f"{where} [{name}]")
     if get_origin(kind) is tuple:
-        one = get_args(kind)[0]
-        value = [float(v) if one is float and type(v) is int else v for v in value] \
-            if isinstance(value, list) else value
-        if not isinstance(value, list) or not all(isinstance(v, one) for v in value):
-            raise InputError(f"{where}: {name} must be a list, each {_name(one)}")
-        return tuple(value)
+        return checked_list(get_args(kind)[0], value, name, where)
     if kind is float and type(value) is int:
         value = float(value)
     if type(value) is not kind:
-        raise InputError(f"{where}: {name} must be {_name(kind)}, not {value!r}")
+        raise InputError(f"{where}: {name} must be {describe_type(kind)}, not {value!r}")
     if name in CHOICES and value not in CHOICES[name]:
         raise InputError(f"{where}: {name} must be one of {', '.join(CHOICES[name])}, not {value!r}")
     if kind in (int, float):
@@ -164,7 +198,15 @@ def _value(kind, value, name: str, where: str):
     return value
 
 
-def _name(kind: type | types.GenericAlias) -> str:
+def checked_list(kind, value, name: str, where: str) -> tuple:
+    if isinstance(value, list) and kind is float:
+        value = [float(item) if type(item) is int else item for item in value]
+    if not isinstance(value, list) or not all(isinstance(item, kind) for item in value):
+        raise InputError(f"{where}: {name} must be a list, each item {describe_type(kind)}")
+    return tuple(value)
+
+
+def describe_type(kind: type | types.GenericAlias) -> str:
     return {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}[kind]
 
 
@@ -183,18 +225,18 @@ def differences(old: dict, new: dict, prefix: str = "") -> list[str]:
 def to_toml(config) -> str:
     """The whole config, defaults included, as a TOML file that load_config reads back."""
     plain = dataclasses.asdict(config)
-    lines = [f"{name} = {_toml(value)}" for name, value in plain.items() if not isinstance(value, dict)]
+    lines = [f"{name} = {toml_value(value)}" for name, value in plain.items() if not isinstance(value, dict)]
     for section, table in plain.items():
         if isinstance(table, dict):
-            lines += ["", f"[{section}]", *(f"{name} = {_toml(value)}" for name, value in table.items())]
+            lines += ["", f"[{section}]", *(f"{name} = {toml_value(value)}" for name, value in table.items())]
     return "\n".join(lines) + "\n"
 
 
-def _toml(value) -> str:
+def toml_value(value) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, tuple):
-        return f"[{', '.join(map(_toml, value))}]"
-    if isinstance(value, str):
-        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")  # a JSON text is one of TOML
+        return f"[{', '.join(map(toml_value, value))}]"
+    if isinstance(value, str):  # a JSON string is a TOML string, except for this one character
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
     return repr(value)

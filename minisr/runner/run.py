@@ -8,113 +8,181 @@ import torch
 
 from minisr import InputError, __version__
 from minisr.interop.source import load_source
-from minisr.judge import load_template
-from minisr.rng import key
+from minisr.lm import LM
+from minisr.rng import derive_seed
 from minisr.runner import seed_data
-from minisr.runner.checkpoint import SEED_MODEL, digest
+from minisr.runner.checkpoint import SEED_MODEL, digest, load_model, model_hash
 from minisr.runner.config import Config, differences, load_config, to_toml
-from minisr.runner.files import jsonl_bytes, read_jsonl, write_bytes
-from minisr.runner.resume import check_seal, locked, write_sealed
+from minisr.runner.engine import Workspace, run_lm_class
+from minisr.runner.files import jsonl_bytes, read_jsonl, read_text, write_bytes
+from minisr.runner.journal import Journal
+from minisr.runner.storage import folder_lock, verify_checksum, write_with_checksum
 
 WORLD_TEMPLATE = Path(__file__).parents[1] / "worlds" / "tiny" / "judge.txt"
 ENGLISH_TEMPLATE = seed_data.ENGLISH / "judge.txt"
+TEMPLATE_FIELDS = ("{prompt}", "{response}")
 
 
 class Run:
-    """A run's folder, its config, and the seed data that all its models share."""
+    """Has the attributes of loop.SeedData, read from files: ift, eft, held_out, judge_template."""
 
     def __init__(self, folder: Path, config: Config):
         self.folder, self.config = Path(folder), config
+        self.workspace = Workspace()
         torch.set_num_threads(config.threads)
-        cuda = config.device == "cuda" or config.device == "auto" and torch.cuda.is_available()
-        if cuda and not torch.cuda.is_available():
-            raise InputError('device is "cuda" but PyTorch sees no GPU; set device to "auto" or "cpu"')
-        self.device = "cuda" if cuda else "cpu"
+        check_consistency(config)
+        self.device = "cuda" if uses_gpu(config) else "cpu"
+        self.dtype = choose_dtype(config, self.device)
+        self.lm_class = run_lm_class(config.engine)
         self.has_oracle = config.seed_data.source == "world"
-        if config.judge.by == "oracle" and not self.has_oracle:
-            raise InputError('judge.by = "oracle" needs the tiny world\'s data; nobody else has an oracle')
-        if config.prompts.written_by == "people" and not self.has_oracle:
-            raise InputError('prompts.written_by = "people" needs the tiny world: others have no more')
-        if config.seed_data.eft_by == "none" and config.dpo.replay:
-            raise InputError('seed_data.eft_by = "none" leaves nothing to replay: set dpo.replay to 0')
-        own = WORLD_TEMPLATE if self.has_oracle else ENGLISH_TEMPLATE
-        kept = self.folder / "judge.txt"  # what the run began with, whatever becomes of that file
-        if kept.exists():
-            check_seal(kept)
-        self.template = load_template(kept if kept.exists() else Path(config.judge.template or own))
+        stored = self.folder / "judge.txt"  # the template that the run began with
+        if stored.exists():
+            verify_checksum(stored)
+            self.judge_template = load_template(stored)
+        else:
+            default = WORLD_TEMPLATE if self.has_oracle else ENGLISH_TEMPLATE
+            self.judge_template = load_template(Path(config.judge.template or default))
 
     @classmethod
     def open(cls, folder: Path, config: Config) -> "Run":
-        """A new run, or one to go on with: then the config must be the same, but for more iterations."""
+        """A new run, or one to resume. To resume, the config must be the same, except for more iterations."""
         run, stored = cls(folder, config), Path(folder) / "config.toml"
         if stored.exists():
-            old = load_config(stored)
-            changed = differences(asdict(replace(old, iterations=config.iterations)), asdict(config))
-            if config.iterations < old.iterations:
-                changed.append(f"iterations: {old.iterations} -> {config.iterations}")
-            if changed:
-                raise InputError(f"{folder} was made with another config ({'; '.join(changed)}); "
-                                 "choose another folder with --out, or delete this one")
-        if not (run.folder / "M0").exists():
-            run.seed_model  # noqa: B018  what is wrong with these is told before anything is written
+            check_resumable(load_config(stored), config, folder)
+        if not (run.folder / "M0").exists():  # report errors in these before anything is written
+            run.load_seed_model()
             seed_data.build_seed_data(config.seed_data, config.seed)
-        with locked(run.folder):
+        with folder_lock(run.folder):
             write_bytes(stored, to_toml(config).encode())
-            write_sealed(run.folder / "judge.txt", f"{run.template}\n".encode())
+            write_with_checksum(run.folder / "judge.txt", f"{run.judge_template}\n".encode())
         return run
 
-    @cached_property
-    def seed_model(self):
-        """(decoder, tokenizer) of M0's source."""
-        return load_source(self.config.seed_model or str(SEED_MODEL), self.device, self.config.chat)
+    def load_seed_model(self):
+        """(decoder, tokenizer) of M0's source; read once."""
+        if self._seed_model is None:
+            source = self.config.seed_model or str(SEED_MODEL)
+            self._seed_model = load_source(source, self.device, self.config.chat)
+        return self._seed_model
+
+    _seed_model = None
+
+    def load_lm(self, name: str) -> LM:
+        """The model of this name, in the run's engine and dtype."""
+        model, tokenizer = load_model(self.folder / name, self.device, self.dtype)
+        lm = self.lm_class(model, tokenizer)
+        lm.workspace = self.workspace
+        return lm
 
     @cached_property
-    def origin(self) -> str:
-        """The hash of the config, whatever the number of iterations, and of the program's version."""
+    def fingerprint(self) -> str:
+        """The hash of all that decides the results of every model: config, judge prompt, versions."""
         config = to_toml(replace(self.config, iterations=0))
-        return digest(f"{config}{self.template}{__version__}{torch.__version__}".encode())
+        return digest(f"{config}{self.judge_template}{__version__}{torch.__version__}".encode())
 
-    def key(self, *coordinates) -> int:
-        """The random numbers of one purpose in this run."""
-        return key(self.config.seed, *coordinates)
+    def seed(self, *path) -> int:
+        """The random seed of one purpose in this run."""
+        return derive_seed(self.config.seed, *path)
 
-    def _seed_file(self, name: str, texts: tuple[str, ...] = ("prompt",)) -> list[dict]:
-        """One of the data sets; all are made together when the first is asked for."""
+    # The seed data.
+
+    def read_seed_file(self, name: str, texts: tuple[str, ...] = ("prompt",)) -> list[dict]:
+        """One of the data sets; all are made together when the first is needed."""
         path = self.folder / "seed" / f"{name}.jsonl"
         if not path.exists():
-            made = seed_data.build_seed_data(self.config.seed_data, self.config.seed)
-            for other, records in made.items():
-                write_sealed(self.folder / "seed" / f"{other}.jsonl", jsonl_bytes(records))
-        check_seal(path)
+            data = seed_data.build_seed_data(self.config.seed_data, self.config.seed)
+            for other, records in data.items():
+                write_with_checksum(self.folder / "seed" / f"{other}.jsonl", jsonl_bytes(records))
+        verify_checksum(path)
         return read_jsonl(path, "seed data", texts)
 
+    @property
     def ift(self) -> list[dict]:
-        return self._seed_file("ift", ("prompt", "response"))
+        return self.read_seed_file("ift", ("prompt", "response"))
 
-    def evaluation(self) -> list[str]:
-        """Held-out prompts."""
-        return [record["prompt"] for record in self._seed_file("evaluation")]
+    @property
+    def evaluation_prompts(self) -> list[str]:
+        return [record["prompt"] for record in self.read_seed_file("evaluation")]
 
+    @property
     def judge_evaluation(self) -> list[dict]:
-        """Held-out prompts with several answers and the annotator's scores."""
-        return self._seed_file("judge_evaluation")
+        """Held-out prompts with several responses and the annotator's scores."""
+        return self.read_seed_file("judge_evaluation")
 
-    def eft(self, baseline) -> list[dict]:
-        """EFT records, by the annotator or, written by the SFT baseline, by the paper's rule; or none."""
+    @property
+    def held_out(self) -> set[str]:
+        """Prompts that no model may be trained on."""
+        return {*self.evaluation_prompts, *(record["prompt"] for record in self.judge_evaluation)}
+
+    @property
+    def eft(self) -> list[dict]:
+        """EFT records: by the annotator, or written by the SFT baseline and selected by the paper's rule, or none."""
         path = self.folder / "seed" / "eft.jsonl"
         if not path.exists():
-            ranked = self._seed_file("ranked")
-            by, records = self.config.seed_data.eft_by, []
-            if by == "annotator":
-                records = seed_data.eft_by_annotator(ranked, self.template, self.config.seed_data.reasons)
-            elif by == "baseline":
-                records = seed_data.eft_by_baseline(*baseline.load(), ranked, self.template,
-                                                    self.config.judge, self.key("EFT"),
-                                                    baseline.journal("eft", ranked))
-            if by == "baseline" and not records:
-                raise InputError("the SFT baseline wrote no judgements that rank rightly; "
-                                 'give it more ranked prompts, or set eft_by to "annotator"')
-            write_sealed(path, jsonl_bytes(seed_data.balance_scores(records, self.key("thin"))))
-        (baseline.folder / "eft.journal").unlink(missing_ok=True)
-        check_seal(path)
+            records = seed_data.balance_scores(self.make_eft(), self.seed("thin"))
+            write_with_checksum(path, jsonl_bytes(records))
+        (self.folder / "SFT" / "eft.journal").unlink(missing_ok=True)
+        verify_checksum(path)
         return read_jsonl(path, "EFT data", ("prompt", "response"))
+
+    def make_eft(self) -> list[dict]:
+        ranked, by = self.read_seed_file("ranked"), self.config.seed_data.eft_by
+        if by == "none":
+            return []
+        if by == "annotator":
+            return seed_data.eft_by_annotator(ranked, self.judge_template, self.config.seed_data.reasons)
+        baseline = self.folder / "SFT"
+        journal = Journal(baseline / "eft.journal", model_hash(baseline), self.fingerprint, ranked)
+        with self.workspace.step(title="EFT by the SFT baseline", journal=journal):
+            records = seed_data.eft_by_baseline(self.load_lm("SFT"), ranked, self.judge_template, self.config.judge,
+                                                self.seed("EFT"))
+        if not records:
+            raise InputError("no judgement of the SFT baseline ranks the responses correctly; provide more ranked "
+                             'prompts, or set seed_data.eft_by to "annotator"')
+        return records
+
+
+def check_consistency(config: Config) -> None:
+    """Raise InputError for keys that do not go together."""
+    in_world = config.seed_data.source == "world"
+    if config.judge.by == "oracle" and not in_world:
+        raise InputError('judge.by = "oracle" needs seed_data.source = "world": only the tiny world has an oracle')
+    if config.prompts.source == "people" and not in_world:
+        raise InputError('prompts.source = "people" needs seed_data.source = "world": only the tiny world has people')
+    if config.seed_data.eft_by == "none" and config.dpo.replay_weight:
+        raise InputError('seed_data.eft_by = "none" leaves nothing to replay: set dpo.replay_weight to 0')
+    checkpointing = config.sft.gradient_checkpointing or config.dpo.gradient_checkpointing
+    if config.engine == "plain" and checkpointing:
+        raise InputError('gradient_checkpointing needs engine = "fast"')
+
+
+def uses_gpu(config: Config) -> bool:
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise InputError('device is "cuda", but PyTorch sees no GPU; set device to "auto" or "cpu"')
+    return config.device != "cpu" and torch.cuda.is_available()
+
+
+def choose_dtype(config: Config, device: str) -> torch.dtype:
+    """bfloat16 needs the fast engine's float32 master weights."""
+    if config.dtype == "auto":
+        return torch.bfloat16 if device == "cuda" and config.engine == "fast" else torch.float32
+    if config.dtype == "bfloat16" and config.engine == "plain":
+        raise InputError('dtype = "bfloat16" needs engine = "fast"')
+    return getattr(torch, config.dtype)
+
+
+def check_resumable(old: Config, new: Config, folder: Path) -> None:
+    changed = differences(asdict(replace(old, iterations=new.iterations)), asdict(new))
+    if new.iterations < old.iterations:
+        changed.append(f"iterations: {old.iterations} -> {new.iterations}")
+    if changed:
+        raise InputError(f"{folder} was made with another config ({'; '.join(changed)}); choose another folder with "
+                         "--out, or delete this one")
+
+
+def load_template(path: Path) -> str:
+    """A judge prompt from a text file. It must contain {prompt} and {response} once each."""
+    template = read_text(path, "judge prompt").rstrip("\n")
+    for name in TEMPLATE_FIELDS:
+        if template.count(name) != 1:
+            raise InputError(f"judge prompt {path} must contain {name} exactly once, not {template.count(name)} times")
+    return template

@@ -16,11 +16,11 @@ from pathlib import Path
 from random import Random
 
 from minisr import InputError
-from minisr.evaluate import pair_agreement
+from minisr.evaluate import ordered_correctly
 from minisr.judge import MAX_SCORE, JudgeConfig, Judgement, judge, judge_prompt, parse_score
-from minisr.rng import key as derive_seed
+from minisr.lm import LM
+from minisr.rng import derive_seed
 from minisr.runner.files import read_json, read_jsonl
-from minisr.runner.resume import UNKEPT
 from minisr.worlds.tiny import corpus
 
 ENGLISH = Path(__file__).parents[1] / "worlds" / "english"  # written for minisr
@@ -160,12 +160,11 @@ def eft_by_annotator(ranked: list[dict], template: str, reasons: bool = True) ->
     return records
 
 
-def eft_by_baseline(model, tokenizer, ranked: list[dict], template: str, config: JudgeConfig,
-                    seed: int, journal=UNKEPT) -> list[dict]:
+def eft_by_baseline(lm: LM, ranked: list[dict], template: str, config: JudgeConfig, seed: int) -> list[dict]:
     """EFT records written by the SFT baseline: J judgements of each response, of which some are selected."""
     prompts = [record["prompt"] for record in ranked for _ in record["responses"]]
     responses = [response for record in ranked for response in record["responses"]]
-    remaining = iter(judge(model, tokenizer, template, prompts, responses, config, seed, journal))
+    remaining = iter(judge(lm, template, prompts, responses, config, seed))
     records = []
     for record in ranked:
         judgements = [next(remaining) for _ in record["responses"]]
@@ -182,7 +181,7 @@ def first_agreeing_round(scores: list[float], judgements: list[list[Judgement]])
     Round j is the j-th judgement of each response. Responses that the annotator scored all the same rank
     nothing, so no round agrees with them."""
     for one_round in zip(*judgements):
-        correct = pair_agreement(scores, [judgement.score for judgement in one_round])
+        correct = ordered_correctly(scores, [judgement.score for judgement in one_round])
         if correct and all(correct):
             return list(one_round)
     return []

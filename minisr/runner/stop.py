@@ -1,27 +1,30 @@
-"""Ctrl-C and SIGTERM wait for the end of the wave or step, which is kept. Imported before heavy things."""
+"""Ctrl-C and SIGTERM wait for the end of the current batch or optimizer step, which is saved first.
+
+Imported before anything heavy, so that a signal during start-up is handled too.
+"""
 
 import signal
 import sys
 
 
 class Stop:
-    """Whether a signal asked to stop. Long loops call check() where everything so far is kept."""
+    """Whether a signal asked the process to stop. Long loops call check() at points where everything is saved."""
 
-    asked = False
+    requested = False
 
     @classmethod
     def on_signals(cls) -> None:
         for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, cls._ask)
+            signal.signal(number, cls._request)
 
     @classmethod
-    def _ask(cls, *_) -> None:
-        if cls.asked:
+    def _request(cls, *_) -> None:
+        if cls.requested:
             raise KeyboardInterrupt
-        cls.asked = True
-        print("\nminisr: stopping after this step (once more: at once)", file=sys.stderr)
+        cls.requested = True
+        print("\nminisr: stopping after this step; send the signal again to stop at once", file=sys.stderr)
 
     @classmethod
     def check(cls) -> None:
-        if cls.asked:
+        if cls.requested:
             raise KeyboardInterrupt

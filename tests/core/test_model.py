@@ -2,10 +2,10 @@ import cmath
 
 import pytest
 import torch
+from minisr.fast.step import Step
 from tiny import as_llama
 
 from minisr.fast.cache import KVCache
-from minisr.fast.step import Step
 from minisr.model import Decoder, ModelConfig, init_weights, rotary, rotate
 
 SHAPES = {

@@ -4,9 +4,9 @@ from random import Random
 import numpy as np
 import pytest
 import torch
+from minisr.fast.step import Step
 
 from minisr import InputError, sampler
-from minisr.fast.step import Step
 from minisr.rng import key, row_key, uniform
 from minisr.sampler import Sample, SampleConfig, alike, common_prefix, draw, prefill, sample
 

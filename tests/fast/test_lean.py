@@ -3,9 +3,9 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from minisr.fast.lean import Norm, Rotate, SwiGLU
 
 from minisr.dpo import Packed
-from minisr.fast.lean import Norm, Rotate, SwiGLU
 
 
 def norm(x, weight):

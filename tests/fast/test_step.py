@@ -2,10 +2,10 @@
 
 import pytest
 import torch
+from minisr.fast.step import Product, Step
 
 from minisr.fast import step as module
 from minisr.fast.cache import KVCache
-from minisr.fast.step import Product, Step
 
 
 @pytest.mark.parametrize("rows", [1, 2, 7])

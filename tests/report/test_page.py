@@ -14,10 +14,11 @@ from nasty import NASTY
 from minisr import InputError
 from minisr.cli import main
 from minisr.evaluate import answer_metrics, histogram, judge_metrics, win_rates
-from minisr.report import figures, markup, page
+from minisr.report import chart_data, figures, markup, run_charts
+from minisr.report.experiment_table import COLUMNS, differences_table, results_table
 from minisr.report.page import write_page
+from minisr.report.seed_statistics import mean_and_interval, over_seeds
 from minisr.runner.config import load_config, to_toml
-from minisr.runner.experiment import COLUMNS, compared_markdown, markdown, mean_and_interval
 from minisr.runner.files import read_json, read_jsonl, write_json
 from minisr.worlds.tiny import oracle
 
@@ -55,7 +56,7 @@ def answers(name, hostile, scored):
 
 
 def judged(name):
-    """Ranked responses with a model's rewards; the first response of every other prompt is unread."""
+    """Ranked responses with a model's rewards; the first response of every other prompt is unparsed."""
     rng = Random(f"judge {name}")
     return [{"prompt": prompt, "responses": list("abc"), "scores": [1, 3, 5],
              "rewards": [None if i % 2 else 2.5, float(rng.randint(0, 5)), 4.5],
@@ -131,7 +132,7 @@ def copy(finished, tmp_path):
 
 @pytest.fixture
 def no_drawing(monkeypatch):
-    """Pictures are but their titles: for tests of all the rest."""
+    """Charts are replaced by their titles, for tests of everything else."""
     for name in ("by_model", "rows", "stacked", "histogram", "calibration", "curves"):
         monkeypatch.setattr(figures, name, lambda title, *_: f'<svg aria-label="{escape(title)}"></svg>')
 
@@ -179,7 +180,7 @@ def shown(text):
 
 TITLES = ["Flawless answers", "Mean score", "Head to head", "Failures by criterion", "Length of the answers",
           "The paper's five metrics", "Calibration", "Scores given in each iteration", "DPO loss",
-          "DPO margin", "DPO accuracy", "What the prompts yielded", "Prompts thrown away"]
+          "DPO margin", "DPO accuracy", "Outcome of the prompts", "Rejected prompts"]
 
 
 def test_a_page_is_well_formed_whole_in_itself_and_shows_everything(finished):
@@ -253,7 +254,7 @@ def test_an_unfinished_run_shows_what_is_there(models, kept, no_drawing, tmp_pat
         *([*TITLES[:2], *TITLES[2:3] * (models > 1), *TITLES[3:7]] if models else []),
         *TITLES[7:8] * ("rewards" in kept), *TITLES[8:11] * (models > 2), *TITLES[11:12] * ("pairs" in kept)]
     assert ("M1's iteration" in parsed.text) == ("responses" in kept)
-    assert ("reward 5.00, the mean of unread, 5" in parsed.text) == ("rewards" in kept)
+    assert ("reward 5.00; scores: unparsed, 5" in parsed.text) == ("rewards" in kept)
     assert ("No pair." in parsed.text) == ("chosen" in parsed.text) == ("pairs" in kept)
     (folder / "metrics.json").unlink()
     assert "flawless" not in read(write_page(folder)).text.lower()
@@ -273,7 +274,7 @@ def test_responses_carry_their_reward_their_judgement_and_their_side_of_the_pair
                             for part in found.split('class="prompt"')[1:])
     assert ["chosen" in told for told in first] == [False, False, True, False]  # judged better than the first
     assert ["rejected" in told for told in first] == [False, True, False, False]
-    assert "reward 5.00, the mean of unread, 5" in first[2] and "Score: 5.0" in first[2]
+    assert "reward 5.00; scores: unparsed, 5" in first[2] and "Score: 5.0" in first[2]
     assert "unreadable" not in first[2] and "unreadable" in first[3]
     assert f"(true score {oracle.score(PROMPTS[0], 'worse')})" in first[1]
     assert "cut off; no reward" in first[3]
@@ -285,20 +286,20 @@ def test_responses_carry_their_reward_their_judgement_and_their_side_of_the_pair
 
 def test_the_numbers_of_the_pictures_are_those_of_the_metrics(finished):
     metrics = read_json(finished / "metrics.json", "metrics")["models"]
-    cards = {title: numbers for _, title, _, *numbers in page._answers(finished, metrics)}
-    names, ways, *_ = cards["Flawless answers"]
+    charts = {chart.title: chart.arguments for chart in run_charts.answer_charts(finished, metrics)}
+    names, ways, *_ = charts["Flawless answers"]
     assert names == list(MODELS)
     assert ways == {"sampled": [(m["flawless"], *m["flawless_ci95"]) for m in metrics.values()],
                     "greedy": [(m["flawless_greedy"], *m["flawless_greedy_ci95"]) for m in metrics.values()]}
-    assert cards["Mean score"][1]["greedy"][2] == (metrics["M2"]["mean_score_greedy"],
-                                                   *metrics["M2"]["mean_score_greedy_ci95"])
-    criteria, failed, *_ = cards["Failures by criterion"]
+    assert charts["Mean score"][1]["greedy"][2] == (metrics["M2"]["mean_score_greedy"],
+                                                    *metrics["M2"]["mean_score_greedy_ci95"])
+    criteria, failed, *_ = charts["Failures by criterion"]
     assert criteria == list(oracle.CRITERIA)
     assert failed["M3"] == [(1 - share,) * 3 for share in metrics["M3"]["criteria"]]
-    lengths = cards["Length of the answers"][1].popitem()[1]
+    lengths = charts["Length of the answers"][1].popitem()[1]
     assert [mean for mean, _, _ in lengths] == pytest.approx([m["length"] for m in metrics.values()])
-    judge = next(page._judge(finished, list(MODELS), metrics))[4]
-    assert judge["M1"] == [page.estimate(metrics["M1"], f"judge.{key}") for key in
+    judge = next(run_charts.judge_charts(finished, list(MODELS), metrics)).arguments[1]
+    assert judge["M1"] == [chart_data.estimate(metrics["M1"], f"judge.{key}") for key in
                            ("pairwise", "five_best", "exact", "spearman", "kendall")]
     assert judge["M1"][0] == (metrics["M1"]["judge"]["pairwise"], *metrics["M1"]["judge"]["pairwise_ci95"])
     assert judge["M1"][1] is None or judge["M1"][1] == (metrics["M1"]["judge"]["five_best"],) * 3
@@ -306,42 +307,44 @@ def test_the_numbers_of_the_pictures_are_those_of_the_metrics(finished):
 
 def test_head_to_head_names_each_pair_of_models_once_with_its_rates_and_intervals(finished):
     metrics = read_json(finished / "metrics.json", "metrics")["models"]
-    found = page.wins(metrics)
+    found = chart_data.comparisons(metrics)
     assert list(found) == ["M1 against SFT", "M2 against SFT", "M2 against M1", "M3 against SFT",
                            "M3 against M1", "M3 against M2"]
     assert found["M3 against M2"] == metrics["M3"]["versus_previous"]
     assert found["M3 against M1"] == metrics["M3"]["versus_m1"]
     assert found["M2 against SFT"] == metrics["M2"]["versus_sft"]
-    bars, shares, _, marks = next(card[3:] for card in page._answers(finished, metrics)
-                                  if card[1] == "Head to head")
+    bars, shares, _, marks = next(chart.arguments for chart in run_charts.answer_charts(finished, metrics)
+                                  if chart.title == "Head to head")
     assert bars == list(found)
     rates = metrics["M3"]["versus_previous"]
     assert [(part, row[5]) for part, row in shares.items()] == [
         (part, rates[part]) for part in ("win", "tie", "lose")]
-    assert [mark for bar, mark in marks if bar == 5] == [
-        (rates["win"], *rates["win_ci95"]), [1 - value for value in (rates["lose"], *rates["lose_ci95"])]]
+    losses = tuple(1 - value for value in (rates["lose"], *rates["lose_ci95"]))
+    assert [mark for bar, mark in marks if bar == 5] == [(rates["win"], *rates["win_ci95"]), losses]
 
 
-def test_calibration_groups_what_was_read_by_the_true_score():
+def test_calibration_groups_parsed_rewards_by_the_true_score():
     records = [{"scores": [1, 5, 1], "rewards": [2.0, 4.0, None]},
                {"scores": [1, 4.5], "rewards": [3.0, 0.0]}]
-    assert page.calibration(records) == [(1, 2.5, 2), (4.5, 0.0, 1), (5, 4.0, 1)]
-    assert page.calibration([]) == page.calibration([{"scores": [1], "rewards": [None]}]) == []
+    assert chart_data.calibration(records) == [(1, 2.5, 2), (4.5, 0.0, 1), (5, 4.0, 1)]
+    assert chart_data.calibration([]) == chart_data.calibration([{"scores": [1], "rewards": [None]}]) == []
 
 
 def test_lengths_are_the_mean_and_the_middle_80_percent():
-    assert page.lengths([{"sampled": "x" * n} for n in (*range(1, 11), 22)]) == (7.0, 2.0, 10.0)
+    assert chart_data.lengths([{"sampled": "x" * n} for n in (*range(1, 11), 22)]) == (7.0, 2.0, 10.0)
 
 
 def test_scores_are_shares_of_all_judgements_by_whole_points():
-    assert page.score_shares({"0": 1, "4": 2, "4.5": 1, "5": 4, "unread": 2}) == [0.1, 0, 0, 0, 0.2, 0.5, 0.2]
+    counts = {"0": 1, "4": 2, "4.5": 1, "5": 4, "unread": 2}
+    assert chart_data.score_shares(counts) == [0.1, 0, 0, 0, 0.2, 0.5, 0.2]
 
 
 def test_an_estimate_without_interval_is_a_point_and_without_value_none():
     m = {"length": 3.0, "judge": {"exact": None, "kendall": 0.5}, "win": 0.1, "win_ci95": [0.0, 0.2]}
-    assert page.estimate(m, "length") == (3.0,) * 3 and page.estimate(m, "judge.kendall") == (0.5,) * 3
-    assert page.estimate(m, "win") == (0.1, 0.0, 0.2)
-    assert page.estimate(m, "judge.exact") is page.estimate(m, "versus_m1.win") is None
+    assert chart_data.estimate(m, "length") == (3.0,) * 3
+    assert chart_data.estimate(m, "judge.kendall") == (0.5,) * 3
+    assert chart_data.estimate(m, "win") == (0.1, 0.0, 0.2)
+    assert chart_data.estimate(m, "judge.exact") is chart_data.estimate(m, "versus_m1.win") is None
 
 
 def paths(svg, colour):
@@ -434,10 +437,10 @@ def test_an_experiments_page_has_the_table_the_pictures_and_links_to_its_runs(ex
     cells = [[Page(cell).text for cell in re.findall("<td>(.*?)</td>", row)]
              for table in content.split("<table>")[1:] for row in table.split("<tr>")[2:]]
     known = {name: RESULTS[name] for name in ("base", "random")}
-    assert cells[:7] == [line.strip("| ").split(" | ") for line in markdown(known).split("\n")[2:]]
+    assert cells[:7] == [line.strip("| ").split(" | ") for line in results_table(known).split("\n")[2:]]
     assert cells[7][:4] == ["<b>|odd & 'name'", "SFT", "60.0 ± 127.1", "-"]
     assert cells[8:] == [line.strip("| ").rsplit(" | ", len(COLUMNS))
-                         for line in compared_markdown(RESULTS).split("\n")[2:]]
+                         for line in differences_table(RESULTS).split("\n")[2:]]
     assert len(cells) == 8 + 2 + 3 + 1 and cells[-1][0] == "<b>|odd & 'name' SFT - base SFT"
     assert write_page(experiment).read_text(encoding="utf-8") == content
 
@@ -449,12 +452,12 @@ def test_links_are_right_from_another_folder(experiment, no_drawing, tmp_path):
 
 
 def test_the_estimates_of_an_experiment_are_means_over_seeds():
-    points, seeds = page.over_seeds(RESULTS, "flawless")
+    points, seeds = over_seeds(RESULTS, "flawless")
     mean, half = mean_and_interval(RESULTS["random"]["M2"]["flawless"])
     assert points["M2"][1:] == [(mean, mean - half, mean + half), None]
     assert points["M3"][1] is None and points["M1"][2] is None and points["SFT"][2][0] == pytest.approx(0.6)
     assert seeds["M2"][:2] == [RESULTS["base"]["M2"]["flawless"], RESULTS["random"]["M2"]["flawless"]]
-    assert page.over_seeds({"base": {"M1": {"versus_m1.win": [None, None]}}}, "versus_m1.win") == ({}, {})
+    assert over_seeds({"base": {"M1": {"versus_m1.win": [None, None]}}}, "versus_m1.win") == ({}, {})
 
 
 def test_an_experiment_of_which_nothing_is_finished_has_a_page(no_drawing, tmp_path):
@@ -462,7 +465,7 @@ def test_an_experiment_of_which_nothing_is_finished_has_a_page(no_drawing, tmp_p
     assert read(write_page(tmp_path)).tags.count("svg") == 0
 
 
-def test_the_command_writes_the_page_where_it_is_told(copy, no_drawing, tmp_path, capsys):
+def test_the_command_writes_the_page_to_the_given_file(copy, no_drawing, tmp_path, capsys):
     assert main(["report", str(copy)]) == 0
     assert capsys.readouterr().out.startswith(str(copy / "report.html"))
     assert main(["report", str(copy), "--out", str(tmp_path / "a/b.html")]) == 0
@@ -507,7 +510,7 @@ def test_a_run_without_an_oracle_ends_with_answers_to_read(
     run = SimpleNamespace(folder=copy, has_oracle=False)
     monkeypatch.setattr("minisr.cli._open_run", lambda options: run)
     assert main(short_run) == 0
-    out = capsys.readouterr().out.partition("Nobody here can tell which answers are better")[2]
+    out = capsys.readouterr().out.partition("This data has no oracle, so answers are not scored.")[2]
     answers = read_jsonl(copy / "M2/answers.jsonl", "answers")
     assert [record["sampled"] in out for record in answers[:2]] == [True, True] and out.count("x    ") == 2
 

@@ -25,11 +25,11 @@ from pathlib import Path
 from statistics import linear_regression, mean
 
 import kills
+from minisr.runner.resume import locked
 
 from minisr.loop import run_loop
 from minisr.report.page import write_page
 from minisr.runner.config import load_config
-from minisr.runner.resume import locked
 from minisr.runner.run import Run
 
 CONFIG = kills.CONFIG.replace("iterations = 1", "iterations = 4")

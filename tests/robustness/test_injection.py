@@ -18,7 +18,7 @@ from minisr.interop.chat_templates import chat_template
 from minisr.interop.tokenizer_json import TokenizerJSON
 from minisr.judge import JudgeConfig, Judgement, judge, judge_prompt, load_template, parse_score, reward
 from minisr.pairs import select_pairs
-from minisr.report.show import EXAMPLE
+from minisr.report.chat import EXAMPLE
 from minisr.runner.checkpoint import save_model
 from minisr.runner.files import read_jsonl, write_jsonl
 from minisr.runner.run import ENGLISH_TEMPLATE, WORLD_TEMPLATE

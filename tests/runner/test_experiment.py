@@ -10,22 +10,12 @@ import pytest
 
 from minisr import InputError
 from minisr.cli import main
+from minisr.report.experiment_table import differences_table, results_table
 from minisr.runner.config import load_config, to_toml
-from minisr.runner.experiment import (
-    COLUMNS,
-    STUDENT_T,
-    collect,
-    compared,
-    compared_markdown,
-    experiment,
-    markdown,
-    mean_and_interval,
-    overrides,
-    read_plan,
-    share,
-    table,
-)
+from minisr.runner.experiment import collect, experiment, lookup
+from minisr.runner.experiment_plan import overrides, read_plan
 from minisr.runner.files import read_json, write_json
+from minisr.runner.reuse import copy_unaffected
 from minisr.runner.stop import Stop
 
 PLANS = Path(__file__).parents[2] / "tiny_configs" / "experiments"
@@ -51,7 +41,7 @@ def plan(tmp_path):
 
 def test_overrides_flatten_sections_into_what_set_understands(plan):
     table = {"seed": 3, "judge": {"by": "random"}, "dpo": {"replay": 0.0, "beta": 0.2}}
-    flat = list(overrides(table))
+    flat = overrides(table)
     assert flat == ["seed=3", "judge.by=random", "dpo.replay=0.0", "dpo.beta=0.2"]
     config = load_config(plan("").with_name("base.toml"), overrides=tuple(flat))
     assert (config.seed, config.judge.by, config.dpo.replay, config.dpo.beta) == (3, "random", 0.0, 0.2)
@@ -60,15 +50,15 @@ def test_overrides_flatten_sections_into_what_set_understands(plan):
 def test_a_plan_has_the_base_beside_its_variants_and_maybe_fewer_seeds_for_them(plan):
     read = read_plan(plan('base = "base.toml"\nseeds = [0, 1, 2]\nvariant_seeds = [0, 1]\n'
                           'common.threads = 1\n[variants.random]\njudge.by = "random"\n'))
-    assert read["variants"] == {"base": (), "random": ("judge.by=random",)}
-    assert read["seeds"] == {"base": [0, 1, 2], "random": [0, 1]}
-    assert read["common"] == ("threads=1",)
+    assert read.variants == {"base": (), "random": ("judge.by=random",)}
+    assert read.seeds == {"base": [0, 1, 2], "random": [0, 1]}
+    assert read.common == ("threads=1",)
     every = read_plan(plan('base = "base.toml"\nseeds = [4, 5]\n[variants.a]\nseed = 1\n'))
-    assert every["seeds"]["a"] == [4, 5]
+    assert every.seeds["a"] == [4, 5]
     own = read_plan(plan('base = "base.toml"\nseeds = [4, 5]\n[variants.base]\niterations = 3\n'
                          '[variants.a]\nseeds = [5]\ndpo.positives_only = true\n'))
-    assert own["seeds"] == {"base": [4, 5], "a": [5]}
-    assert own["variants"] == {"base": ("iterations=3",), "a": ("dpo.positives_only=true",)}
+    assert own.seeds == {"base": [4, 5], "a": [5]}
+    assert own.variants == {"base": ("iterations=3",), "a": ("dpo.positives_only=true",)}
 
 
 @pytest.mark.parametrize("text, named", [
@@ -84,18 +74,22 @@ def test_a_plan_has_the_base_beside_its_variants_and_maybe_fewer_seeds_for_them(
     ('base = "base.toml"\nseeds = [0]\nvariant_seeds = [1]\n[variants.a]\nseed = 1', "variant_seeds"),
     ('base = "base.toml"\nseeds = [0]\n[variants.a]\nseeds = [1]', "seeds of a variant"),
     ('base = "base.toml"\nseeds = [0]\n[variants.a]\nseeds = 0', "seeds of a variant"),
+    ('base = "base.toml"\nseeds = ["a"]', "seeds must be a list"),
+    ('base = "base.toml"\nseeds = [[0]]', "seeds must be a list"),
+    ('base = "base.toml"\nseeds = [0]\nvariants = 3', "each variant a section"),
+    ('base = "base.toml"\nseeds = [0]\nvariants.a = 3', "each variant a section"),
 ])
-def test_a_wrong_plan_is_told_before_anything_runs(text, named, plan):
-    with pytest.raises(InputError) as told:
+def test_a_wrong_plan_is_an_error_before_anything_runs(text, named, plan):
+    with pytest.raises(InputError) as error:
         read_plan(plan(text))
-    assert named in str(told.value)
+    assert named in str(error.value)
 
 
 @pytest.mark.parametrize("path", sorted(PLANS.glob("*.toml")), ids=lambda path: path.stem)
 def test_the_plans_that_ship_can_be_read(path):
     read = read_plan(path)
-    assert set(read["seeds"]) == set(read["variants"]) > {"base"}
-    assert all(set(seeds) <= set(read["seeds"]["base"]) for seeds in read["seeds"].values())
+    assert set(read.seeds) == set(read.variants) > {"base"}
+    assert all(set(seeds) <= set(read.seeds["base"]) for seeds in read.seeds.values())
 
 
 MADE = ["seed/ift.jsonl", "M0/meta.json", "SFT/meta.json", "seed/eft.jsonl", "M1/meta.json",
@@ -128,14 +122,14 @@ def base_run(folder, config, changes=()):
     (("iterations=8",), upto("M3/meta.json") | {"M3/meta.json"}),
     (("iterations=8", "dpo.beta=0.5"), upto("M2/meta.json")),
     (("sft.epochs=3",), set()), (("dpo.beta=0.5", "seed=3"), set()), (("judge.top_p=0.5",), set())])
-def test_a_variant_shares_with_the_base_what_it_would_make_again_just_so(changes, copied, plan, tmp_path):
+def test_a_variant_copies_from_the_base_what_its_changes_do_not_affect(changes, copied, plan, tmp_path):
     toml = plan("").with_name("base.toml")
     base_run(tmp_path / "base-0", toml)
-    share(tmp_path / "base-0", tmp_path / "a-0", load_config(toml, overrides=changes))
+    copy_unaffected(tmp_path / "base-0", tmp_path / "a-0", load_config(toml, overrides=changes))
     found = {path.relative_to(tmp_path / "a-0").as_posix()
              for path in (tmp_path / "a-0").rglob("*") if path.is_file()}
     assert found == copied
-    if copied:  # or the run would refuse to go on here
+    if copied:  # otherwise the run would refuse this folder
         assert load_config(tmp_path / "a-0/config.toml") == load_config(toml, overrides=changes)
     assert not list(tmp_path.glob("*.part"))
 
@@ -143,7 +137,8 @@ def test_a_variant_shares_with_the_base_what_it_would_make_again_just_so(changes
 def test_with_the_papers_eft_more_judgements_make_other_eft(plan, tmp_path):
     toml, by = plan("").with_name("base.toml"), "seed_data.eft_by=baseline"
     base_run(tmp_path / "base-0", toml, [by])
-    share(tmp_path / "base-0", tmp_path / "a-0", load_config(toml, overrides=(by, "judge.judgements=8")))
+    config = load_config(toml, overrides=(by, "judge.judgements=8"))
+    copy_unaffected(tmp_path / "base-0", tmp_path / "a-0", config)
     assert not (tmp_path / "a-0/seed/eft.jsonl").exists() and not (tmp_path / "a-0/M1").exists()
 
 
@@ -162,10 +157,10 @@ def started(plan, monkeypatch):
         if folder.name.startswith("base"):
             base_run(folder, base, commands[folder.name])
         seed = int(folder.name[-1])
-        figures = {"flawless": seed, "judge": {"exact": 0.5}}
+        metrics = {"flawless": seed, "judge": {"exact": 0.5}}
         code = int(folder.name == commands.fails)
         models = ("SFT", "M1") if code else ("SFT", "M1", "M2")
-        write_json(folder / "metrics.json", {"seed": seed, "models": dict.fromkeys(models, figures)})
+        write_json(folder / "metrics.json", {"seed": seed, "models": dict.fromkeys(models, metrics)})
         return SimpleNamespace(returncode=code, poll=lambda: code)
     monkeypatch.setattr("minisr.runner.experiment.subprocess", SimpleNamespace(Popen=popen))
     return commands
@@ -186,15 +181,25 @@ def test_an_experiment_runs_the_base_before_its_variants_and_gathers_by_seed(sta
     assert started["a-1"] == ["seed=1", "threads=1", "judge.by=random"]
     assert started["base-0"] == ["seed=0", "threads=1"]
     assert list(results) == ["base", "a"] and list(results["a"]) == ["SFT", "M1", "M2"]
-    figures = results["a"]["M2"]
-    assert (figures["seed"], figures["flawless"], figures["judge.exact"]) == ([0, 1], [0, 1], [0.5, 0.5])
-    assert figures["versus_m1.win"] == [None, None]  # it was not measured
+    metrics = results["a"]["M2"]
+    assert (metrics["seed"], metrics["flawless"], metrics["judge.exact"]) == ([0, 1], [0, 1], [0.5, 0.5])
+    assert metrics["versus_m1.win"] == [None, None]  # not measured
     assert (tmp_path / "out/a-0/M1/responses.jsonl").exists()  # the base's
     assert read_json(tmp_path / "out/results.json", "results") == results
 
 
+@pytest.mark.parametrize("terminal", [False, True])
+def test_the_progress_bar_appears_only_on_a_terminal(terminal, started, plan, tmp_path, monkeypatch):
+    err = io.StringIO()
+    err.isatty = lambda: terminal
+    monkeypatch.setattr(sys, "stderr", err)
+    experiment(plan(PLAN), tmp_path / "out", 1, ["a"])
+    assert ("2/2" in err.getvalue()) == terminal == bool(err.getvalue())
+
+
 def test_a_run_that_fails_and_a_variant_that_is_not_there_are_named(started, plan, tmp_path):
-    with pytest.raises(InputError, match=r"1 of 4 runs failed, the others are finished; why: see .*b-1\.log"):
+    message = r"1 of 4 runs failed, the others are finished; see the reason in .*b-1\.log"
+    with pytest.raises(InputError, match=message):
         experiment(plan(PLAN), tmp_path / "out", 1)
     assert list(started)[-2:] == ["b-0", "b-1"] and list(started)[:2] == ["base-0", "base-1"]
     assert list(read_json(tmp_path / "out/results.json", "results")) == ["base", "a"]  # not half of b
@@ -211,7 +216,7 @@ def test_variants_wait_for_a_base_that_failed(started, plan, tmp_path):
     assert sorted(started) == ["base-0", "base-1"]
 
 
-def test_a_judge_prompt_that_is_not_there_is_told_before_anything_runs(plan):
+def test_a_missing_judge_prompt_is_an_error_before_anything_runs(plan):
     with pytest.raises(InputError, match="nowhere.txt"):
         read_plan(plan('base = "base.toml"\nseeds = [0]\n[variants.a]\njudge.template = "nowhere.txt"'))
 
@@ -227,75 +232,6 @@ def test_a_signal_is_handed_on_to_the_runs_once_and_no_other_begins(plan, tmp_pa
     with pytest.raises(KeyboardInterrupt):
         experiment(plan(PLAN), tmp_path / "out", 1)
     assert len(begun) == len(asked) == 1
-
-
-@pytest.mark.parametrize("count", range(2, 21))
-def test_the_interval_is_students(count):
-    stats = pytest.importorskip("scipy.stats")
-    values = [0.1 * i * i - i for i in range(count)]
-    mean, half = mean_and_interval(values)
-    low, high = stats.t.interval(0.95, count - 1, loc=mean, scale=stats.sem(values))
-    assert mean == pytest.approx(sum(values) / count)
-    assert half == pytest.approx((high - low) / 2, rel=2e-3)  # the table has two decimals
-
-
-def test_one_seed_has_no_interval():
-    assert mean_and_interval([3.0]) == (3.0, 0.0)
-    assert len(STUDENT_T) == 19
-
-
-def test_the_table_has_a_row_for_each_variant_and_model():
-    values = {"flawless %": [0.25, 0.35], "wins M1 %": [None, None], "chars": [120.0, 120.0]}
-    metrics = {metric: values.get(name, [0.5, 0.5]) for name, metric, _ in COLUMNS}
-    metrics["seed"] = [0, 1]
-    head, rule, row, last = markdown({"base": {"M1": metrics}, "random": {"M2": metrics}}).split("\n")
-    names = [cell.strip() for cell in head.strip("|").split("|")]
-    cells = dict(zip(names, (cell.strip() for cell in row.strip("|").split("|")), strict=True))
-    assert (cells["variant"], cells["model"]) == ("base", "M1") and last.startswith("| random | M2 |")
-    assert cells["flawless %"] == "30.0 ± 63.5"  # 12.71 standard errors of 5
-    assert (cells["wins M1 %"], cells["chars"], cells["score"]) == ("-", "120 ± 0", "0.50 ± 0.00")
-    assert rule.count("---|") == len(names)
-
-
-def test_the_table_leaves_out_what_a_variant_has_from_the_base():
-    rows = [line.split(" | ")[:2] for line in markdown(COMPARED).split("\n")[2:]]
-    assert rows == [["| base", "SFT"], ["| base", "M1"], ["| base", "M2"], ["| few", "M2"], ["| few", "M3"]]
-
-
-def figures_of(seeds, flawless, wins=None):
-    return {"seed": seeds, "flawless": flawless, "versus_m1.win": wins or [None] * len(seeds)}
-
-
-COMPARED = {"base": {"SFT": figures_of([0, 1, 2], [0.1] * 3), "M1": figures_of([0, 1, 2], [0.3, 0.2, 0.4]),
-                     "M2": figures_of([0, 1, 2], [0.5, 0.7, 0.9], [0.25, 0.5, 0.75])},
-            "few": {"M1": figures_of([2, 0], [0.4, 0.3]),  # the base's own
-                    "M2": figures_of([2, 0], [0.8, 0.2], [0.5, 0.5]), "M3": figures_of([2, 0], [1, 1])}}
-
-
-def test_models_are_compared_on_the_seeds_that_both_have():
-    found = compared(COMPARED)
-    assert list(found) == ["base M2 - M1", "few M2 - base M2"]  # M1 is the same, the base has no M3
-    assert found["base M2 - M1"]["flawless"] == pytest.approx([0.2, 0.5, 0.5])
-    assert found["base M2 - M1"]["versus_m1.win"] == [None] * 3  # M1 has none against itself
-    assert found["few M2 - base M2"]["flawless"] == pytest.approx([-0.1, -0.3])  # seeds 2 and 0
-    assert found["few M2 - base M2"]["versus_m1.win"] == pytest.approx([-0.25, 0.25])
-    assert compared({}) == {}
-
-
-def test_the_table_of_differences_has_signs_and_the_interval_of_paired_values():
-    head, rule, first, last = compared_markdown(COMPARED).split("\n")
-    assert head.startswith("| difference | flawless % |") and head.count("|") == rule.count("|")
-    assert first.startswith("| base M2 - M1 | +40.0 ± 43.0 | - |")  # 4.30 x 17.32 / sqrt 3
-    assert last.startswith("| few M2 - base M2 | -20.0 ± 127.1 | ") and "| +0.0 ± 317.8 |" in last
-
-
-def test_a_difference_is_bold_where_its_interval_does_not_reach_0():
-    rows = {"a": {"x": [0.1, 0.2, 0.3]}, "b": {"x": [-0.2, -0.3, -0.25]}, "c": {"x": [0.3]}}
-    columns = (("x %", "x", 100),)
-    assert table("difference", rows, "+", columns).split("\n") == [
-        "| difference | x % |", "|---|---|", "| a | +20.0 ± 24.8 |", "| b | **-25.0 ± 12.4** |",
-        "| c | +30.0 ± 0.0 |"]
-    assert "**" not in table("model", rows, columns=columns)
 
 
 @pytest.mark.slow
@@ -316,7 +252,7 @@ def test_an_experiment_runs_its_variants_shares_and_ends_in_a_table(plan, tmp_pa
     assert results == json.loads(json.dumps({"base": collect([base]), "random": collect([random])}))
 
 
-def test_collect_reads_figures_inside_sections_and_lists(tmp_path):
+def test_collect_reads_metrics_inside_sections_and_lists(tmp_path):
     for seed, criteria in enumerate(([1.0, 1.0, 0.5, 1.0, 0.75], None)):
         model = {"flawless": 0.5, "judge": {"pairwise": 0.8, "exact": None}, "criteria": criteria}
         (tmp_path / str(seed)).mkdir()
@@ -325,24 +261,42 @@ def test_collect_reads_figures_inside_sections_and_lists(tmp_path):
     found = collect([tmp_path / "0", tmp_path / "1"])["M1"]
     wanted = {"seed": [0, 1], "flawless": [0.5, 0.5], "judge.pairwise": [0.8, 0.8],
               "judge.exact": [None, None], "criteria.4": [0.75, None], "versus_m1.win": [None, None]}
-    assert {figure: found[figure] for figure in wanted} == wanted
+    assert {metric: found[metric] for metric in wanted} == wanted
+    assert lookup({"criteria": [0.5, 0.25]}, "criteria.1") == 0.25
+    assert lookup({}, "judge.exact") is lookup({"judge": None}, "judge.exact") is None
+
+
+def table_rows(markdown_text: str) -> list[list[str]]:
+    lines = [line for line in markdown_text.split("\n") if line.startswith("| ")]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+
+
+def base_table(rows: list[list[str]]) -> dict[str, dict[str, str]]:
+    """{model: {column: value}} of the table of base, whose first cell is "base"."""
+    first = next(i for i, row in enumerate(rows) if row[:2] == ["base", "flawless %"])
+    names = [name.removeprefix("judge: ") for name in rows[first][1:]]
+    return {row[0]: dict(zip(names, row[1:])) for row in rows[first + 1:first + 6]}
+
+
+@pytest.mark.parametrize("readme", ["README.md", "notebooks/README.md"])
+def test_the_base_table_of_each_readme_agrees_with_results_json(readme):
+    root = Path(__file__).parents[2]
+    results = json.loads((root / "notebooks/results.json").read_text(encoding="utf-8"))
+    header, *rows = table_rows(results_table({"base": results["base"]}))
+    expected = {row[1]: dict(zip(header[2:], row[2:])) for row in rows[:5]}
+    found = base_table(table_rows((root / readme).read_text(encoding="utf-8")))
+    assert found.keys() == expected.keys() == {"SFT", "M1", "M2", "M3", "M4"}
+    for model, row in found.items():
+        for name, value in row.items():
+            assert value in ("-", expected[model][name]), (model, name)
 
 
 def test_the_readmes_results_are_those_of_the_notebook():
     root = Path(__file__).parents[2]
     results = json.loads((root / "notebooks/results.json").read_text(encoding="utf-8"))
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for table in
-            (markdown({"base": results["base"]}), (root / "README.md").read_text(encoding="utf-8"))
-            for line in table.split("\n") if line.startswith("| ")]
-    told = {row[1]: dict(zip(rows[0][2:], row[2:])) for row in rows[1:6]}
-    first = next(i for i, row in enumerate(rows) if row[:2] == ["base", "flawless %"])
-    names = [name.removeprefix("judge: ") for name in rows[first][1:]]
-    found = {row[0]: dict(zip(names, row[1:])) for row in rows[first + 1:first + 6]}
-    assert found.keys() == told.keys() == {"SFT", "M1", "M2", "M3", "M4"}
-    assert all(value == told[model][name] for model, row in found.items() for name, value in row.items()
-               if value != "-")
+    rows = table_rows((root / "notebooks/README.md").read_text(encoding="utf-8"))
     first, last = (next(i for i, row in enumerate(rows) if row[0].startswith(head))
                    for head in ("question", "(l)"))
     figures = re.findall(r"[*]*[-+][\d.]+ ± [\d.]+[*]*", " ".join(row[3] for row in rows[first + 1:last]))
-    printed = compared_markdown(results)
+    printed = differences_table(results)
     assert len(figures) > 50 and [figure for figure in figures if f"| {figure} |" not in printed] == []

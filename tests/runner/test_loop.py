@@ -12,6 +12,9 @@ from statistics import mean
 
 import pytest
 import torch
+from minisr.runner.metrics import making
+from minisr.runner.resume import locked, write_sealed
+from minisr.runner.stages import Model
 
 from minisr import InputError
 from minisr.cli import main
@@ -21,12 +24,9 @@ from minisr.report.table import line, table
 from minisr.runner import stages
 from minisr.runner.checkpoint import SEED_MODEL, load_model
 from minisr.runner.config import load_config
-from minisr.runner.experiment import share
 from minisr.runner.files import jsonl_bytes, read_json, read_jsonl, write_jsonl
-from minisr.runner.metrics import making
-from minisr.runner.resume import locked, write_sealed
+from minisr.runner.reuse import copy_unaffected
 from minisr.runner.run import WORLD_TEMPLATE, Run
-from minisr.runner.stages import Model
 from minisr.sampler import Sample
 from minisr.worlds.tiny import oracle
 from minisr.worlds.tiny.corpus import held_out
@@ -148,7 +148,7 @@ def test_an_interrupted_run_says_how_to_go_on_and_returns_130(config, tmp_path, 
         raise KeyboardInterrupt
     monkeypatch.setattr("minisr.loop.Model.train_sft", interrupt)
     code, _, err = minisr("run", config, "--out", tmp_path / "run")
-    assert code == 130 and "the same command goes on" in err and "Traceback" not in err
+    assert code == 130 and "to resume, run the same command again" in err and "Traceback" not in err
 
 
 def test_every_model_names_the_parent_it_was_trained_from(finished):
@@ -327,7 +327,7 @@ def test_a_new_prompt_that_is_an_evaluation_prompt_is_thrown_away(copy):
 
 def judged_by(finished, config, folder, who):
     """The finished run with another judge: what is the same up to M1's responses is copied."""
-    share(finished, folder, load_config(finished / "config.toml", overrides=(f"judge.by={who}",)))
+    copy_unaffected(finished, folder, load_config(finished / "config.toml", overrides=(f"judge.by={who}",)))
     assert minisr("run", config, "--out", folder, "--set", f"judge.by={who}")[0] == 0
     return folder
 
@@ -418,9 +418,9 @@ def test_a_run_ends_in_a_table_and_eval_makes_it_again(session_run, copy):
 def test_a_model_that_no_pair_trained_is_told_to_be_the_one_before(finished):
     metrics = read_json(finished / "metrics.json", "metrics")
     name, last = list(metrics["models"].items())[-1]
-    assert "not a single pair" not in line(metrics)
+    assert "no preference pair" not in line(metrics)
     last["pairs"] = 0
-    assert "not a single pair was to learn from" in line(metrics)
+    assert "no preference pair was found, so its weights equal the previous model's" in line(metrics)
     row = next(row for row in table(metrics).splitlines() if row.startswith(name))
     assert row.split()[-2] == "0"  # pairs, before seconds
 
@@ -449,7 +449,7 @@ def test_show_says_why_there_is_no_pair_and_paints_the_loss_in_a_terminal(copy):
     number = [r["prompt"] for r in jsonl(copy / "M1/responses.jsonl")].index(pair["prompt"])
     with redirect_stdout(Terminal()) as out:
         assert main(["show", str(copy), "--model", "M1", "--prompt", str(number)]) == 0
-    told, painted = out.getvalue().split("what bears loss (green):")
+    told, painted = out.getvalue().split("tokens in the loss (green):")
     grey, green = (re.findall(rf"\033\[{colour}m(.*?)\033\[0m", painted, re.DOTALL) for colour in (90, 32))
     assert "\033" not in told and pair["prompt"] in "".join(grey)
     assert pair["chosen"] in "".join(green) and pair["rejected"] in "".join(green)
@@ -483,7 +483,7 @@ def test_answers_for_an_outside_judge_are_one_file_a_model_in_alpacaevals_format
 def test_a_reader_that_hangs_up_is_no_error(finished, monkeypatch):
     def hang_up(*_):
         raise BrokenPipeError
-    monkeypatch.setattr("minisr.report.show.show_way", hang_up)
+    monkeypatch.setattr("minisr.report.show.show_prompt", hang_up)
     with redirect_stderr(io.StringIO()) as err:
         assert main(["show", str(finished)]) == 0
     assert err.closed  # or Python would complain when it flushes
@@ -492,22 +492,22 @@ def test_a_reader_that_hangs_up_is_no_error(finished, monkeypatch):
 def test_a_disk_that_fails_where_no_one_looked_is_one_line(finished, monkeypatch):
     def fail(*_):
         raise OSError(28, "No space left on device", "some/file")
-    monkeypatch.setattr("minisr.report.show.show_way", fail)
+    monkeypatch.setattr("minisr.report.show.show_prompt", fail)
     code, _, err = minisr("show", finished)
-    assert code == 2 and re.fullmatch(r"minisr: .*No space left on device: 'some/file'; mend it.*\n", err)
+    assert code == 2 and re.fullmatch(r"minisr: .*No space left on device: 'some/file'; fix this.*\n", err)
 
 
 def test_a_question_too_long_does_not_end_the_chat(finished, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.StringIO("Write a story. " * 200 + "\n\nNews?\n"))
     code, out, err = minisr("chat", finished / "M1", "-n", "1")
-    assert code == 0 and "context" in err and out.count("judgements could be read") == 1
+    assert code == 0 and "context" in err and out.count("judgements parsed)") == 1
 
 
 def test_chat_prints_n_answers_the_best_first_each_with_its_judgement(finished, monkeypatch):
     question = "Write a story about a sad pig at the river."
     code, out, _ = minisr("chat", finished / "M3", "--ask", question, "-n", "5")
-    rewards = re.findall(r"^(unread| +[0-9.]+)  ", out, re.MULTILINE)[:5]
-    numbers = [-1 if reward == "unread" else float(reward) for reward in rewards]
+    rewards = re.findall(r"^(unparsed| +[0-9.]+)  ", out, re.MULTILINE)[:5]
+    numbers = [-1 if reward == "unparsed" else float(reward) for reward in rewards]
     assert code == 0 and len(numbers) == 5 and numbers == sorted(numbers, reverse=True)
     assert len(re.findall(r"^        \| ", out, re.MULTILINE)) >= 5
     monkeypatch.setattr(sys, "stdin", io.StringIO(f"{question}\n\n"))

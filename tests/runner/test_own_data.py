@@ -3,17 +3,15 @@
 import json
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
 from minisr import InputError
-from minisr.judge import JudgeConfig, Judgement, load_template, parse_score
+from minisr.judge import JudgeConfig, Judgement, parse_score
 from minisr.runner import seed_data
 from minisr.runner.config import Config, SeedConfig, load_config
-from minisr.runner.files import write_jsonl
-from minisr.runner.resume import UNKEPT
-from minisr.runner.run import ENGLISH_TEMPLATE, Run
+from minisr.runner.files import write_json, write_jsonl
+from minisr.runner.run import ENGLISH_TEMPLATE, Run, load_template
 from minisr.runner.seed_data import (
     ENGLISH,
     balance_scores,
@@ -122,10 +120,10 @@ def test_the_baselines_judgements_are_selected_where_a_whole_round_ranks_correct
               for p, scores in (("a", [5, 0]), ("b", [5, 4, 3]), ("c", [5, 1, 1]), ("d", [3, 3]))]
     said |= {"d1": (None, 3, 1), "d2": (None, 3, 4)}  # the annotator ranks nothing: no round agrees
 
-    def judge(model, tokenizer, template, prompts, responses, config, key, journal):
+    def judge(lm, template, prompts, responses, config, seed):
         return [[Judgement(f"Score: {score}", score) for score in said[y]] for y in responses]
     monkeypatch.setattr(seed_data, "judge", judge)
-    made = eft_by_baseline(None, None, ranked, "{prompt}|{response}", JudgeConfig(), 0)
+    made = eft_by_baseline(None, ranked, "{prompt}|{response}", JudgeConfig(), 0)
     assert [(record["prompt"], parse_score(record["response"])) for record in made] == [
         ("a|a1", 4), ("a|a2", 1), ("c|c1", 2), ("c|c2", 0), ("c|c3", 0)]
 
@@ -134,13 +132,14 @@ def test_a_baseline_that_never_ranks_correctly_is_an_error_and_nothing_is_writte
     data = SeedConfig(ift=2, ranked=2, judge_evaluation=1, evaluation=1, eft_by="baseline")
     run = Run(tmp_path, Config(threads=1, seed_data=data))
     made = []
-    baseline = SimpleNamespace(load=lambda: (None, None), journal=lambda *_: UNKEPT, folder=tmp_path)
+    write_json(tmp_path / "SFT/meta.json", {"hash": "of the baseline"})
+    monkeypatch.setattr(run, "load_lm", lambda name: None)
     monkeypatch.setattr(seed_data, "eft_by_baseline", lambda *_: made)
-    with pytest.raises(InputError, match="no judgements that rank rightly"):
-        run.eft(baseline)
+    with pytest.raises(InputError, match="no judgement of the SFT baseline ranks the responses correctly"):
+        _ = run.eft
     assert not (tmp_path / "seed/eft.jsonl").exists()
     made.append({"prompt": "Rate it.", "response": "Score: 1"})
-    assert run.eft(baseline) == made
+    assert run.eft == made
 
 
 ENGLISH_CONFIG = SeedConfig(source="english", ift=96, ranked=16, judge_evaluation=12, evaluation=48)

@@ -60,12 +60,13 @@ def test_resumed_pretraining_gives_the_same_model_and_it_has_learned(
     assert log[0]["loss"] == pytest.approx(6.04, abs=0.1)  # log 420, a uniform distribution
     assert log[-1]["loss"] < 5.5
 
-    def stop_at_7(model, masters, chosen, rate, update=train.update):
-        update(model, masters, chosen, rate)
-        Stop.asked = rate == log[6]["learning_rate"]
+    def stop_at_7(optimizer, rate, max_grad_norm, step=train.optimizer_step):
+        grad_norm = step(optimizer, rate, max_grad_norm)
+        Stop.requested = rate == log[6]["learning_rate"]
+        return grad_norm
     with monkeypatch.context() as patch:
-        patch.setattr(train, "update", stop_at_7)
-        patch.setattr(Stop, "asked", False)  # and so it is again afterwards
+        patch.setattr(train, "optimizer_step", stop_at_7)
+        patch.setattr(Stop, "requested", False)  # the value after the test
         assert pretrain(config, tmp_path / "stopped") == 130
     assert (tmp_path / "stopped/training-7.pt").exists()
     assert pretrain(config, tmp_path / "stopped") == 0

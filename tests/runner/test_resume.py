@@ -13,12 +13,12 @@ from random import Random
 import kills
 import pytest
 import torch
+from minisr.runner.resume import Journal, TrainingState, check_seal, locked, write_sealed
 from tiny import PAIRS, tiny_model, tiny_tokenizer
 
 from minisr import InputError, train
 from minisr.dpo import DPOConfig, train_dpo
 from minisr.runner.files import write_json
-from minisr.runner.resume import Journal, TrainingState, check_seal, locked, write_sealed
 from minisr.runner.stop import Stop
 from minisr.sampler import SampleConfig, sample
 from minisr.sft import train_sft
@@ -320,7 +320,7 @@ def test_a_signal_ends_the_step_keeps_it_and_says_how_to_go_on(number, started, 
     assert code == 2 and "another minisr is at work in" in told and told.count("\n") == 1
     process.send_signal(number)
     code, told = kills.finish(process)
-    assert code == 130 and "the same command goes on where it stopped" in told and "Traceback" not in told
+    assert code == 130 and "to resume, run the same command again" in told and "Traceback" not in told
     assert list((tmp_path / "run").glob("*/training*"))
 
 

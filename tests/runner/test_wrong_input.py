@@ -16,8 +16,8 @@ from minisr.interop.chat_templates import chat_template
 from minisr.runner.checkpoint import digest, save_model
 from minisr.runner.config import load_config
 from minisr.runner.files import write_jsonl
+from minisr.runner.pretrain import train_tokenizer
 from minisr.runner.run import Run
-from minisr.tokenizer import train_tokenizer
 
 CONFIG = """threads = 1
 device = "cpu"
@@ -32,7 +32,7 @@ def at(tmp_path):
     save_model(tmp_path / "M0", tiny_model(), tiny_tokenizer(), {"made_by": "test"})
     (tmp_path / "run.toml").write_text(CONFIG.format(tmp_path / "M0"))
     run = Run.open(tmp_path / "run", load_config(tmp_path / "run.toml"))
-    run.ift()
+    assert len(run.ift) == 4
     return tmp_path
 
 
@@ -93,9 +93,12 @@ COMMANDS = {  # what is given wrongly: the command, and what the one line must s
     "zero answers to show": (lambda at: ["show", at / "run", "--answers", "0"], "--answers takes 1 or more"),
     "fewer answers than none": (lambda at: ["show", at / "run", "--answers", "-3"], "takes 1 or more"),
     "no run to show": (lambda at: ["show", at / "no"], "there is no folder", f"{os.sep}no"),
-    "prompts for nobody": (lambda at: ["eval", at / "run", "--prompts", at / "p"], "say where with --export"),
+    "prompts without export": (lambda at: ["eval", at / "run", "--prompts", at / "p"],
+                               "--prompts needs --export FOLDER"),
     "import over a model": (lambda at: ["import", at / "M0", "--out", at / "M0"], "holds a model already"),
-    "nothing to show": (lambda at: ["show", at / "run"], "no judged iteration", "models that do: none"),
+    "show of SFT": (lambda at: ["show", at / "run", "--model", "SFT"], "SFT holds no judged iteration"),
+    "show of a model with no name": (lambda at: ["show", at / "run", "--model", ""], "no judged iteration"),
+    "nothing to show": (lambda at: ["show", at / "run"], "no judged iteration", "no model of this run"),
     "eval of no run": (lambda at: ["eval", at / "M0"], "cannot read config", "config.toml"),
     "eval of no model": (lambda at: ["eval", at / "run"], "no trained model yet", "minisr run"),
 }
@@ -260,6 +263,13 @@ def show_of_a_prompt_that_is_not_there(at):
     for name in ("responses", "rewards"):
         write_jsonl(at / f"run/M1/{name}.jsonl", [{"prompt": "a"}, {"prompt": "b"}])
     return ["show", at / "run", "--prompt", "2"]
+
+
+@case("M1-old holds no judged iteration", "choose --model from M1")
+def show_of_a_folder_that_is_no_model(at):
+    for name in ("M1", "M1-old"):
+        write_jsonl(at / f"run/{name}/rewards.jsonl", [{"prompt": "a"}])
+    return ["show", at / "run", "--model", "M1-old"]
 
 
 def one_line(code, out, err, *named):

@@ -1,0 +1,89 @@
+"""FastLM: an LM whose operations are the drop-in replacements of this folder.
+
+Each replacement is held to the core function by a test in tests/fast: in float64 the same tokens, losses and gradients.
+"""
+
+import copy
+
+import torch
+
+from minisr.dpo import EncodedPair
+from minisr.fast import losses, sampler
+from minisr.fast.master_weights import make_master_optimizer
+from minisr.lm import LM, ResponseConfig
+from minisr.model import upcast
+from minisr.sft import Example
+
+REPLACEMENTS = ("prefix-sharing", "row-dropping", "decode-step", "target-selection", "packed-pairs")
+
+
+class FastLM(LM):
+    """The fast engine. It also records log p of every response while sampling it, and the frozen reference reads these
+    records instead of running the model again."""
+
+    without: frozenset[str] = frozenset()  # names of REPLACEMENTS not to use, to measure what they are worth
+
+    def __init__(self, model, tokenizer):
+        super().__init__(model, tokenizer)
+        self.recorded: dict[tuple, float] = {}  # (prompt ids, response ids) -> log p under the present weights
+        self.frozen = False
+        self.gradient_checkpointing = False
+
+    def copy(self) -> "FastLM":
+        twin = super().copy()
+        twin.recorded = dict(self.recorded)
+        return twin
+
+    def frozen_copy(self) -> "FastLM":
+        """Shares the weights: only a copy is ever trained, so nothing changes them."""
+        twin = copy.copy(self)
+        twin.frozen = True
+        return twin
+
+    def generate(self, prompts, seeds, config, stop_ids):
+        # In bfloat16, training computes other log-probabilities than sampling, whose products have other shapes.
+        is_exact = self.model.embed.weight.dtype != torch.bfloat16
+        record = isinstance(config, ResponseConfig) and is_exact
+        options = sampler.Options(record, "prefix-sharing" not in self.without, "row-dropping" not in self.without,
+                                  "decode-step" not in self.without)
+        results = sampler.generate(self.model, prompts, seeds, config, stop_ids, options)
+        for prompt, completions in zip(prompts, results):
+            for completion in completions:
+                if completion.logp is not None:
+                    self.record(prompt, completion.ids, completion.logp)
+        return results
+
+    def record(self, prompt: list[int], response: list[int], logp: float) -> None:
+        """Remember log p(response | prompt) under the present weights."""
+        self.recorded[tuple(prompt), tuple(response)] = logp
+
+    def target_loss(self, examples: list[Example]):
+        if "target-selection" in self.without:
+            return super().target_loss(examples)
+        return losses.target_loss(self.model, examples, self.gradient_checkpointing)
+
+    def pair_logps(self, pairs: list[EncodedPair]):
+        if "packed-pairs" in self.without:
+            return super().pair_logps(pairs)
+        if not self.frozen:
+            return losses.pair_logps(self.model, pairs, self.gradient_checkpointing)
+        missing = [pair for pair in pairs if None in self.lookup(pair)]
+        if missing:  # the weights never change, so each pair is computed at most once
+            for pair, *logps in zip(missing, *(x.tolist() for x in losses.pair_logps(self.model, missing))):
+                self.record(pair.prompt, pair.chosen, logps[0])
+                self.record(pair.prompt, pair.rejected, logps[1])
+        dtype = upcast(self.model.embed.weight[:0]).dtype
+        return torch.tensor([self.lookup(pair) for pair in pairs], dtype=dtype, device=self.model.device).unbind(1)
+
+    def lookup(self, pair: EncodedPair) -> tuple[float | None, float | None]:
+        """The recorded log p of the chosen and of the rejected response."""
+        prompt = tuple(pair.prompt)
+        return self.recorded.get((prompt, tuple(pair.chosen))), self.recorded.get((prompt, tuple(pair.rejected)))
+
+    def prepare_training(self, config):
+        self.recorded.clear()  # the weights will change
+        self.gradient_checkpointing = getattr(config, "gradient_checkpointing", False)
+        optimizer = super().prepare_training(config)
+        if self.model.embed.weight.dtype == torch.bfloat16:
+            return make_master_optimizer(self.model, config)
+        return optimizer

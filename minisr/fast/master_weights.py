@@ -1,0 +1,32 @@
+"""Training bfloat16 weights: the optimizer updates float32 copies, in which a small step does not round to nothing.
+
+Replaces train.make_optimizer for bfloat16 models. Half the memory traffic of float32 weights on a GPU.
+"""
+
+import torch
+
+from minisr.model import Decoder
+from minisr.train import TrainConfig, make_optimizer
+
+
+def make_master_optimizer(model: Decoder, config: TrainConfig) -> torch.optim.Optimizer:
+    """AdamW on float32 master weights. Gradients move to them after each backward pass, updates back after a step."""
+    masters = {name: p.detach().float().requires_grad_() for name, p in model.named_parameters()}
+    optimizer = make_optimizer(masters.items(), config)
+
+    def add_gradient_to(master):
+        def hook(p):
+            gradient = p.grad.float()
+            master.grad = gradient if master.grad is None else master.grad + gradient
+            p.grad = None
+        return hook
+
+    @torch.no_grad()
+    def update_model(*_):
+        for name, p in model.named_parameters():
+            p.copy_(masters[name])
+
+    for name, p in model.named_parameters():
+        p.register_post_accumulate_grad_hook(add_gradient_to(masters[name]))
+    optimizer.register_step_post_hook(update_model)
+    return optimizer

@@ -1,0 +1,47 @@
+"""A checked ModelConfig from values of unknown origin: a config file, a checkpoint, another library."""
+
+import math
+from dataclasses import fields
+
+from minisr.model import ModelConfig
+
+MAX_SIZE = 2**24  # of any dimension: a larger one is an error, not a model
+MODEL_KEYS_RENAMED = {
+    "width": "dim", "layers": "n_layers", "heads": "n_heads", "kv_heads": "n_kv_heads", "hidden": "ffn_dim",
+    "context": "max_seq_len", "head_width": "head_dim", "tied": "tie_embeddings",
+}
+
+
+def model_config(**values) -> ModelConfig:
+    """Raises ValueError, before any memory is allocated, if a value is impossible or values do not go together."""
+    for field in fields(ModelConfig):
+        check_value(field, values.get(field.name, field.default))
+    values["rope_scaling"] = tuple(values.get("rope_scaling", ()))
+    n_heads, n_kv_heads = values.get("n_heads", ModelConfig.n_heads), values.get("n_kv_heads", ModelConfig.n_kv_heads)
+    head_dim = values.get("head_dim", 0)
+    if not head_dim and values.get("dim", ModelConfig.dim) % (2 * n_heads) or n_heads % n_kv_heads:
+        raise ValueError("dim must be an even multiple of n_heads, and n_heads a multiple of n_kv_heads")
+    if head_dim % 2:
+        raise ValueError("head_dim must be even")
+    if len(values["rope_scaling"]) not in (0, 1, 4) or 0 in values["rope_scaling"]:
+        raise ValueError("rope_scaling must have 0, 1 or 4 numbers, none of them 0")
+    return ModelConfig(**values)
+
+
+def check_value(field, value) -> None:
+    if field.type is int:
+        smallest = 0 if field.name in ("n_layers", "head_dim") else 1
+        if type(value) is not int or value < smallest:
+            raise ValueError(f"{field.name} must be a whole number of at least {smallest}, not {value!r}")
+        if value > MAX_SIZE:
+            raise ValueError(f"{field.name} is {value}; the largest possible value is {MAX_SIZE}")
+    if field.type is float and not (type(value) in (int, float) and 0 <= value < math.inf):
+        raise ValueError(f"{field.name} must be a number of at least 0, not {value!r}")
+
+
+def fused_weight_sizes(name: str, config: ModelConfig) -> list[int]:
+    """The rows of each matrix that a weight is made of; [] if it is one."""
+    if "qkv_proj" in name:
+        q, k = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
+        return [q, k, k]
+    return [config.ffn_dim] * 2 if "gate_up_proj" in name else []

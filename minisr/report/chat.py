@@ -1,0 +1,92 @@
+"""`minisr chat`: ask a model, which answers several times and judges each of its answers."""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from minisr import InputError, judge
+from minisr.interop.chat_templates import chat_template
+from minisr.interop.source import load_source
+from minisr.lm import LM
+from minisr.report.table import label
+from minisr.rng import derive_seed
+from minisr.runner.engine import best_lm
+from minisr.runner.files import printable
+from minisr.runner.run import ENGLISH_TEMPLATE, WORLD_TEMPLATE, load_template
+from minisr.sampler import SamplingConfig
+
+EXAMPLE = "Write a story about a sad pig at the river."
+
+
+@dataclass
+class Chat:
+    """A loaded model with all that it needs to answer and judge."""
+
+    lm: LM
+    judge_template: str
+    answers: int  # to each question
+    config: SamplingConfig
+
+    def ask(self, question: str, seed: int) -> None:
+        """Print the model's answers to a question with their rewards, best first."""
+        texts = self._answer(question, seed)
+        judge_config = judge.JudgeConfig(max_new_tokens=self.config.max_new_tokens)
+        judged = judge.judge(self.lm, self.judge_template, [question] * self.answers, texts, judge_config,
+                             derive_seed(seed, "chat judge"))
+        ranked = sorted(zip(texts, judged), key=lambda answer: -(judge.reward(answer[1]) or 0))
+        for text, judgements in ranked:
+            _print_answer(text, judgements)
+        if all(judge.reward(judgements) is None for judgements in judged):
+            self._explain_unparsed()
+
+    def _answer(self, question: str, seed: int) -> list[str]:
+        tokenizer = self.lm.tokenizer
+        [completions] = self.lm.sample([tokenizer.encode_prompt(question)], self.answers, self.config,
+                                       derive_seed(seed, "chat"), tokenizer.stop_ids)
+        return [tokenizer.decode(completion.ids) for completion in completions]
+
+    def _explain_unparsed(self) -> None:
+        """What to try if no judgement has a score."""
+        print("No judgement could be parsed. Models are trained to judge from M1 on.")
+        if is_tiny_world(self.lm.tokenizer):
+            print(f"A model of the tiny world understands only its requests, e.g. {EXAMPLE}")
+        else:
+            print("If the judgements are cut off, raise --max-new-tokens.")
+
+
+def chat(source: str, question: str | None, n: int, template: Path | None, config: SamplingConfig,
+         seed: int) -> None:
+    """Answer a question n times and judge each answer; without a question, read them from standard input."""
+    is_empty = question is not None and not question.strip()
+    if is_empty or not 1 <= n <= 64 or config.temperature < 0 or config.max_new_tokens < 1:
+        raise InputError("chat takes a question that is not empty, 1 to 64 answers, a temperature of 0 or "
+                         "more and at least 1 new token")
+    lm = best_lm(*load_source(source))
+    default = WORLD_TEMPLATE if is_tiny_world(lm.tokenizer) else ENGLISH_TEMPLATE
+    session = Chat(lm, load_template(template or default), n, config)
+    if question is not None:
+        session.ask(question, seed)
+        return
+    if sys.stdin.isatty():
+        print(f"Ask something, e.g. {EXAMPLE}   (Ctrl-D ends the chat)")
+    questions = (line.strip() for line in sys.stdin if line.strip())
+    for turn, asked in enumerate(questions):
+        try:
+            session.ask(asked, seed + turn)
+        except InputError as error:  # a question that is too long does not end the chat
+            print(error, file=sys.stderr)
+
+
+def is_tiny_world(tokenizer) -> bool:
+    """Whether a model speaks the language of the tiny world, judging by its chat template."""
+    return tokenizer.template == chat_template("tiny")
+
+
+def _print_answer(text: str, judgements: list[judge.Judgement]) -> None:
+    """An answer, its reward, and the first judgement that has a score."""
+    reward = judge.reward(judgements)
+    parsed = [judgement for judgement in judgements if judgement.score is not None]
+    shown = printable((parsed or judgements)[0].text).replace("\n", "\n        | ")
+    printed_reward = label("unread") if reward is None else f"{reward:6.2f}"
+    print(f"{printed_reward}  {printable(text)}")
+    print(f"        ({len(parsed)} of {len(judgements)} judgements parsed)\n        | {shown}")

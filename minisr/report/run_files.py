@@ -1,0 +1,22 @@
+"""Reads the files of a run that may be unfinished: a file that does not exist yet is empty."""
+
+from pathlib import Path
+
+from minisr.runner.files import read_json, read_jsonl
+
+
+def read_records(path: Path) -> list[dict]:
+    """The records of a JSONL file."""
+    return read_jsonl(path, "records") if path.exists() else []
+
+
+def read_object(path: Path) -> dict:
+    """The content of a JSON file."""
+    return read_json(path, "report") if path.exists() else {}
+
+
+def read_each(folder: Path, names: list[str], file: str) -> dict:
+    """{model: content of its file} of all models for which the file has any content."""
+    read = read_records if file.endswith(".jsonl") else read_object
+    contents = {name: read(folder / name / file) for name in names}
+    return {name: content for name, content in contents.items() if content}

@@ -1,0 +1,164 @@
+"""Every model's evaluation: its answers to held-out prompts, its judging, and how it was made. See metrics.json.
+
+Nothing here reaches training.
+"""
+
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from minisr import InputError
+from minisr.evaluate import bootstrap_ci, judge_metrics, win_rates
+from minisr.judge import judge, reward
+from minisr.rng import derive_seed
+from minisr.runner.files import read_json, read_jsonl, write_json
+from minisr.sampler import SamplingConfig
+from minisr.worlds.tiny import oracle
+
+
+def evaluate(run, models: list, keep) -> dict:
+    """Write and return metrics.json: each model by itself, against the one before, and against the SFT baseline."""
+    answers = {model.name: keep(model.answer, run.evaluation_prompts) for model in models}
+    metrics = {"seed": run.config.seed, "models": {}}
+    for model in models:
+        judged = keep(model.judge_ranked, run.judge_evaluation)
+        metrics["models"][model.name] = model_metrics(model, answers, judged)
+    for model in models[:-1]:
+        model.unload()
+    write_json(run.folder / "metrics.json", metrics)
+    return metrics
+
+
+def sample_answers(lm, prompts: list[str], config: SamplingConfig, seed: int) -> list[tuple[str, bool]]:
+    """One (answer, finished) a prompt. An answer that training could not hold counts as not finished."""
+    encoded = [lm.tokenizer.encode_prompt(prompt) for prompt in prompts]
+    answers = []
+    for ids, [completion] in zip(encoded, lm.sample(encoded, 1, config, seed, lm.tokenizer.stop_ids)):
+        text = lm.tokenizer.decode(completion.ids)
+        fits = len(ids) + len(lm.tokenizer.encode_response(text)) <= lm.max_seq_len
+        answers.append((text, completion.finished and fits))
+    return answers
+
+
+def answer_held_out(model, prompts: list[str]) -> list[dict]:
+    """Answers sampled at the paper's temperature and greedily; in the tiny world with the oracle's points."""
+    config, seed = model.config.evaluate, model.seed("evaluation")
+    sampled = sample_answers(model.lm, prompts, config, seed)
+    greedy = sample_answers(model.lm, prompts, replace(config, temperature=0.0), derive_seed(seed, "greedy"))
+    records = []
+    for prompt, (sampled_text, _), (greedy_text, _) in zip(prompts, sampled, greedy):
+        record = {"prompt": prompt, "sampled": sampled_text, "greedy": greedy_text}
+        if model.run.has_oracle:
+            request = oracle.parse_request(prompt)
+            if request is None:
+                raise InputError(f"evaluation prompt {prompt[:60]!r} is not a request of the tiny world")
+            record["sampled_points"] = oracle.examine(request, sampled_text).points
+            record["greedy_points"] = oracle.examine(request, greedy_text).points
+        records.append(record)
+    return records
+
+
+def judge_held_out(model, ranked: list[dict]) -> list[dict]:
+    """The model's judgements of responses that the annotator ranked."""
+    prompts = [record["prompt"] for record in ranked for _ in record["responses"]]
+    responses = [response for record in ranked for response in record["responses"]]
+    remaining = iter(judge(model.lm, model.data.judge_template, prompts, responses, model.config.judge,
+                           model.seed("judge evaluation")))
+    records = []
+    for record in ranked:
+        judgements = [next(remaining) for _ in record["responses"]]
+        records.append({**record, "rewards": [reward(js) for js in judgements],
+                        "given": [[j.score for j in js] for js in judgements],
+                        "judgements": [[j.text for j in js] for js in judgements]})
+    return records
+
+
+def export_answers(model, prompts: list[str], path: Path) -> None:
+    """Answers for an outside judge, in AlpacaEval's format."""
+    answers = sample_answers(model.lm, prompts, model.config.evaluate, model.seed("export"))
+    generator = f"minisr {model.run.folder.name} {model.name}"
+    write_json(path, [{"instruction": prompt, "output": text, "generator": generator}
+                      for prompt, (text, _) in zip(prompts, answers)])
+    model.unload()
+
+
+def histogram(scores) -> dict[str, int]:
+    """How often each score was given; "unread" counts those that could not be parsed."""
+    counts = Counter("unread" if score is None else f"{score:g}" for score in scores)
+    return dict(sorted(counts.items()))
+
+
+def answer_metrics(answers: list[dict]) -> dict:
+    """Share of flawless answers, mean score, share of answers that earn each point, and mean length in characters.
+
+    Each record has "sampled" and "greedy" texts, and their five points if there is an oracle."""
+    result = {"length": float(np.mean([len(record["sampled"]) for record in answers]))}
+    if "sampled_points" not in answers[0]:
+        return result
+    for way, suffix in (("sampled", ""), ("greedy", "_greedy")):
+        points = np.array([record[f"{way}_points"] for record in answers])  # (prompts, 5)
+        flawless, scores = points.all(1), points.sum(1)
+        result[f"flawless{suffix}"] = float(flawless.mean())
+        result[f"flawless{suffix}_ci95"] = bootstrap_ci(flawless)
+        result[f"mean_score{suffix}"] = float(scores.mean())
+        result[f"mean_score{suffix}_ci95"] = bootstrap_ci(scores)
+        result[f"criteria{suffix}"] = [float(share) for share in points.mean(0)]
+    return result
+
+
+def model_metrics(model, answers: dict[str, list[dict]], judged: list[dict]) -> dict:
+    """One model's entry in metrics.json; `answers` holds every model's up to the last one."""
+    own = answers[model.name]
+    result = answer_metrics(own)
+    before = list(answers)[:list(answers).index(model.name)]
+    against = {"previous": before[-1:], "sft": before[:1], "m1": before[1:2]}
+    for label, [other] in ((k, v) for k, v in against.items() if v and model.run.has_oracle):
+        result[f"versus_{label}"] = win_rates(_scores(own), _scores(answers[other]))
+    scores = [s for r in judged for row in r["given"] for s in row]
+    result["judge"] = {
+        **judge_metrics([r["scores"] for r in judged], [r["rewards"] for r in judged]),
+        "parse_rate": sum(s is not None for s in scores) / len(scores),
+        "histogram": histogram(scores)}
+    result |= training_summary(model)
+    write_json(model.folder / "evaluation.json", result)
+    return result
+
+
+def training_summary(model) -> dict:
+    """The pairs that trained a model, what became of the other prompts, how the responses were scored, and the seconds
+    that training and evaluation took."""
+    seconds = _seconds(model.folder, "training", "answers", "judge_evaluation")
+    if model.name in ("SFT", "M1"):
+        return {"pairs": 0, "seconds": seconds}
+    parent = model.folder.with_name(f"M{int(model.name[1:]) - 1}")
+    seconds += _seconds(parent, "prompts", "responses", "rewards", "pairs")
+    selection, responses, *counts = (read_json(parent / f"{name}.counts.json", "counts")
+                                     for name in ("pairs", "responses", "prompts", "rewards"))
+    return {"pairs": selection["pairs"], "selection": selection, "seconds": seconds,
+            "distinct": responses["distinct"] / max(responses["finished"] + responses["cut"], 1),
+            **(pair_label_accuracy(parent) if model.run.has_oracle else {}),
+            **dict(zip(("prompts", "scores"), counts))}
+
+
+def pair_label_accuracy(folder: Path) -> dict:
+    """Shares of the pairs in which the oracle agrees with the preference, and in which it prefers the rejected one."""
+    scores = [(oracle.score(p["prompt"], p["chosen"]), oracle.score(p["prompt"], p["rejected"]))
+              for p in read_jsonl(folder / "pairs.jsonl", "pairs")]
+    known = [(chosen, rejected) for chosen, rejected in scores if chosen is not None]
+    if not known:
+        return {}
+    return {"pairs_right": sum(chosen > rejected for chosen, rejected in known) / len(known),
+            "pairs_wrong": sum(chosen < rejected for chosen, rejected in known) / len(known)}
+
+
+def _seconds(folder: Path, *names: str) -> float:
+    """The sum of these entries of timing.json; a missing clock counts as 0."""
+    path = folder / "timing.json"
+    timing = read_json(path, "timing") if path.exists() else {}
+    return sum(timing.get(name, 0.0) for name in names)
+
+
+def _scores(answers: list[dict]) -> list[int]:
+    return [sum(record["sampled_points"]) for record in answers]

@@ -1,0 +1,105 @@
+"""Experiment files: one base config, its variants, and the seeds of each.
+
+    base = "../tiny.toml"
+    seeds = [0, 1, 2, 3, 4]
+    variant_seeds = [0, 1, 2]  # seeds of each variant, a subset of seeds; default: all of them
+    common.threads = 1         # changes to every run; two runs with one thread each (--jobs 2) finish
+                               # sooner than one run after another with two threads
+    [variants.base]            # changes to the base runs
+    iterations = 3
+    [variants.random]          # changes that define the variant "random"
+    judge.by = "random"
+    seeds = [0, 1, 2, 3, 4]    # seeds of this variant only
+"""
+
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+
+from minisr import InputError
+from minisr.runner.config import Config, load_config
+from minisr.runner.files import read_text
+from minisr.runner.run import load_template
+
+REQUIRED_KEYS = {"base", "seeds"}
+OPTIONAL_KEYS = {"variant_seeds", "common", "variants"}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A checked experiment file. Changes are "section.key=value" strings, as --set takes them."""
+
+    base: Path  # the base config's file
+    common: tuple[str, ...]  # changes to every run
+    variants: dict[str, tuple[str, ...]]  # {name: changes}, "base" first
+    seeds: dict[str, list[int]]  # {name: seeds}
+
+    def changes(self, variant: str, seed: int) -> tuple[str, ...]:
+        """All changes to the base config that make one run's config."""
+        return (f"seed={seed}", *self.common, *self.variants[variant])
+
+    def config(self, variant: str, seed: int = 0) -> Config:
+        """One run's config."""
+        return load_config(self.base, overrides=self.changes(variant, seed))
+
+
+def read_plan(path: Path) -> Plan:
+    """Read and check an experiment file, including the config of each variant."""
+    content = _read_sections(path)
+    variants = {"base": {}} | content.get("variants", {})
+    seeds = _seeds_by_variant(path, content, variants)
+    changes = {}
+    for name, table in variants.items():
+        changes[name] = tuple(overrides({key: table[key] for key in table if key != "seeds"}))
+    common = tuple(overrides(content.get("common", {})))
+    plan = Plan(Path(path).parent / content["base"], common, changes, seeds)
+    for name in plan.variants:  # report a wrong config before the first run starts
+        template = plan.config(name).judge.template
+        if template:
+            load_template(Path(template))
+    return plan
+
+
+def _read_sections(path: Path) -> dict:
+    """The content of an experiment file, its keys and their types checked."""
+    try:
+        content = tomllib.loads(read_text(path, "experiment"))
+    except tomllib.TOMLDecodeError as error:
+        raise InputError(f"experiment {path} is not valid TOML: {error}") from error
+    if set(content) - OPTIONAL_KEYS != REQUIRED_KEYS:
+        raise InputError(f"experiment {path} must have base and seeds, and may have variant_seeds, common "
+                         "and [variants.NAME]")
+    sections = [content.get("common", {}), content.get("variants", {})]
+    if isinstance(sections[1], dict):
+        sections += sections[1].values()
+    if not isinstance(content["base"], str) or not all(isinstance(table, dict) for table in sections):
+        raise InputError(f"experiment {path}: base must be a file name, common and each variant a section")
+    return content
+
+
+def _seeds_by_variant(path: Path, content: dict, variants: dict) -> dict[str, list[int]]:
+    """{variant: its seeds}; each list must be a part of the experiment's seeds."""
+    every = content["seeds"]
+    default = content.get("variant_seeds", every)
+    seeds = {}
+    for name, table in variants.items():
+        seeds[name] = table.get("seeds", every if name == "base" else default)
+    for given in (every, default, *seeds.values()):
+        is_list = isinstance(given, list) and given and all(type(seed) is int for seed in given)
+        if not is_list or not set(given) <= set(every):
+            raise InputError(f"experiment {path}: seeds must be a list such as [0, 1, 2]; variant_seeds and "
+                             "the seeds of a variant must be parts of it")
+    return seeds
+
+
+def overrides(table: dict, prefix: str = "") -> list[str]:
+    """A nested table as --set takes it: {"judge": {"by": "random"}} becomes ["judge.by=random"]."""
+    changes = []
+    for name, value in table.items():
+        if isinstance(value, dict):
+            changes += overrides(value, f"{prefix}{name}.")
+        elif isinstance(value, bool):
+            changes.append(f"{prefix}{name}={str(value).lower()}")  # as TOML spells it
+        else:
+            changes.append(f"{prefix}{name}={value}")
+    return changes

@@ -1,0 +1,113 @@
+"""Unfinished work on disk: finished batches of a step, and the state of a training.
+
+Both carry a fingerprint of everything that decides their content. Work of another origin is ignored and done again.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+from pathlib import Path
+
+import torch
+
+from minisr import InputError
+from minisr.runner.files import file_digest, read_json, write_json, writing
+
+
+class Journal:
+    """The finished batches of a step: one line a batch, flushed to disk, each with its hash.
+
+    A line that was cut short or damaged is ignored."""
+
+    def __init__(self, path: Path, *made_from):
+        self.path, self.fingerprint = path, fingerprint(made_from)
+        self.entries: dict[str, list] = {}
+        for line in path.read_bytes().split(b"\n") if path.exists() else ():
+            with contextlib.suppress(ValueError, TypeError, UnicodeDecodeError):
+                stored, content = json.loads(line)
+                if stored == self._hash(content):
+                    name, value = json.loads(content)
+                    self.entries[name] = value
+
+    def _hash(self, content: str) -> str:
+        return digest(self.fingerprint + content)
+
+    def get(self, *key):
+        """The stored value, or None."""
+        return self.entries.get(repr(key))
+
+    def add(self, value, *key) -> None:
+        content = json.dumps([repr(key), value])
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with open(self.path, "ab") as file:
+                # The line break comes first: the line before may have been cut short.
+                file.write(b"\n" + json.dumps([self._hash(content), content]).encode())
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise InputError(f"cannot write {self.path}: {error.strerror}; free some space, then run the same "
+                             "command again to resume") from error
+
+
+class TrainingState:
+    """An unfinished training: weights, optimizer, random state in FOLDER/training-STEP.pt; log in training.json."""
+
+    def __init__(self, folder: Path, *made_from):
+        self.folder, self.fingerprint = Path(folder), fingerprint(made_from)
+        self.index = self.folder / "training.json"
+
+    def save(self, log: list[dict], model, optimizer) -> None:
+        """Save after len(log) steps. The previous state is removed when this one is complete."""
+        step = len(log)
+        path = self.folder / f"training-{step}.pt"
+        previous = [old for old in self.folder.glob("training-*.pt") if old != path]
+        random = [torch.get_rng_state()]
+        if torch.cuda.is_available():
+            random += torch.cuda.get_rng_state_all()
+        with writing(path) as file:
+            torch.save({"model": model.state_dict(), "parameters": trained_tensors(optimizer), "random": random,
+                        "optimizer": optimizer.state_dict()}, file)
+        write_json(self.index, {"made_from": self.fingerprint, "step": step, "log": log, "hash": file_digest(path)})
+        for old in previous:
+            old.unlink(missing_ok=True)
+
+    def restore(self, model, optimizer) -> list[dict]:
+        """Restore everything; return the log, one record a finished step. [] without a state that can be trusted."""
+        try:
+            found = read_json(self.index, "training state")
+            path = self.folder / f"training-{found['step']}.pt"
+            if found["made_from"] != self.fingerprint or file_digest(path) != found["hash"]:
+                return []
+        except (InputError, LookupError, TypeError):
+            return []
+        stored = torch.load(path, weights_only=True, map_location="cpu")
+        model.load_state_dict(stored["model"])
+        with torch.no_grad():
+            for parameter, value in zip(trained_tensors(optimizer), stored["parameters"]):
+                parameter.copy_(value)
+        optimizer.load_state_dict(stored["optimizer"])
+        torch.set_rng_state(stored["random"][0])
+        if torch.cuda.is_available():
+            torch.cuda.set_rng_state_all(stored["random"][1:])
+        return found["log"]
+
+    @staticmethod
+    def remove(folder: Path) -> None:
+        for pattern in ("training-*.pt*", "training.json*"):  # also what a kill left half-written
+            for path in Path(folder).glob(pattern):
+                path.unlink()
+
+
+def trained_tensors(optimizer) -> list[torch.Tensor]:
+    """What the optimizer updates: the weights, or their float32 master copies."""
+    return [parameter.detach() for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def fingerprint(made_from: tuple) -> str:
+    return digest(repr(made_from))
+
+
+def digest(text: str) -> str:
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()

@@ -1,0 +1,89 @@
+"""Copy from a base run the results that a variant's run would only compute again.
+
+A run computes its results in the order of STAGES. If a variant changes one config key, everything before
+the first stage that this key affects is the same in both runs, because random numbers depend only on the
+seed and the purpose they are drawn for. FIRST_AFFECTED_STAGE names that stage for each key. A key that it
+does not list may affect every result, and then nothing is copied.
+"""
+
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+
+from minisr.runner.config import Config, differences, load_config, to_toml
+from minisr.runner.files import write_bytes
+
+STAGES = (
+    "eft",  # seed/eft.jsonl
+    "M1",  # the folder M1, and with it all later models
+    "judge_evaluation",  # the judgements of SFT and M1 on the held-out ranked responses
+    "prompts",  # from here on: the first DPO iteration, in the folder M1
+    "responses",
+    "rewards",
+    "pairs",
+    "M2",  # the folder M2, and with it all later models
+)
+
+FIRST_AFFECTED_STAGE = {
+    "seed_data.eft_by": "eft",  # who writes the EFT judgements
+    "seed_data.reasons": "eft",  # whether they give reasons
+    "judge.template": "eft",  # EFT examples contain the judge prompt
+    "judge.judgements": "judge_evaluation",  # see also affected_stages()
+    "judge.by": "rewards",  # evaluation always uses the model itself as the judge
+    "prompts": "prompts",  # any key of this section; the same holds for the sections below
+    "responses": "responses",
+    "pairs": "pairs",
+    "dpo": "M2",
+    "iterations": None,  # more iterations add models and change none
+}
+
+
+def copy_unaffected(base: Path, folder: Path, config: Config) -> None:
+    """Create a run folder for this config with all results of the base run that the config leaves the same.
+
+    If the config may change every result, no folder is created."""
+    stages = affected_stages(load_config(base / "config.toml"), config)
+    if stages is None:
+        return
+    unfinished = folder.with_name(folder.name + ".part")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    shutil.copytree(base, unfinished)
+    for name in ("metrics.json", "judge.txt"):
+        (unfinished / name).unlink(missing_ok=True)
+    for stage in stages:
+        for path in stage_files(unfinished, stage):
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+    write_bytes(unfinished / "config.toml", to_toml(config).encode())
+    unfinished.rename(folder)
+
+
+def affected_stages(base: Config, config: Config) -> tuple[str, ...] | None:
+    """The stages whose results differ between two configs, or None if every result may differ."""
+    first = len(STAGES)
+    for difference in differences(asdict(base), asdict(config)):
+        key = difference.partition(": ")[0]
+        section = key.partition(".")[0]
+        name = key if key in FIRST_AFFECTED_STAGE else section
+        if name not in FIRST_AFFECTED_STAGE:
+            return None
+        stage = FIRST_AFFECTED_STAGE[name]
+        if key == "judge.judgements" and base.seed_data.eft_by == "baseline":
+            stage = "eft"  # the SFT baseline writes the EFT data with as many judgements
+        if stage is not None:
+            first = min(first, STAGES.index(stage))
+    return STAGES[first:]
+
+
+def stage_files(run: Path, stage: str) -> list[Path]:
+    """The files and folders of a run that hold the results of one stage."""
+    if stage == "eft":
+        return [run / "seed" / "eft.jsonl"]
+    models = list(run.glob("M[1-9]*"))
+    if stage == "M1":
+        return models
+    if stage == "M2":
+        return [folder for folder in models if folder.name != "M1"]
+    return [path for folder in ("SFT", "M1") for path in (run / folder).glob(f"{stage}.*")]

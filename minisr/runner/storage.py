@@ -1,0 +1,52 @@
+"""What makes a run's folder trustworthy: one process at a time, and files that are checked before they are used."""
+
+import contextlib
+import hashlib
+from pathlib import Path
+
+from minisr import InputError
+from minisr.runner.files import file_digest, read_json, write_bytes, write_json
+
+
+@contextlib.contextmanager
+def folder_lock(folder: Path):
+    """Only one process at a time works in a folder. The lock ends with its process, however that ends."""
+    try:
+        import fcntl
+    except ImportError:  # Windows has no such lock
+        yield
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = open(folder / ".lock", "w")
+    except OSError as error:
+        raise InputError(f"cannot write into {folder}: {error.strerror}; free some space or choose another "
+                         "folder with --out") from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise InputError(f"another minisr process works in {folder}; wait until it ends, or choose another "
+                             "folder with --out") from error
+        yield
+
+
+def write_with_checksum(path: Path, content: bytes) -> None:
+    """Record the checksum in hashes.json beside the file, then write the file."""
+    index = path.parent / "hashes.json"
+    known = read_json(index, "hashes") if index.exists() else {}
+    known = known if isinstance(known, dict) else {}  # verify_checksum has reported the damage
+    write_json(index, {**known, path.name: hashlib.sha256(content).hexdigest()})
+    write_bytes(path, content)
+
+
+def verify_checksum(path: Path) -> None:
+    """Raise InputError if a file is not what was written. A file without a recorded checksum passes."""
+    index = path.parent / "hashes.json"
+    if not index.exists():
+        return
+    known = read_json(index, "hashes")
+    recorded = known.get(path.name) if isinstance(known, dict) else ""
+    if recorded is not None and recorded != file_digest(path):
+        raise InputError(f"{path} is not the file that minisr wrote there (damaged or edited); remove it, and it "
+                         "is made again")
