@@ -1,11 +1,11 @@
-"""A whole iteration, M1 -> M2, by minisr and the usual way, by transformers.generate and TRL's DPOTrainer.
+"""A whole iteration, M1 -> M2, by minisr, and by transformers.generate and TRL's DPOTrainer.
 
     minisr run tiny_configs/tiny.toml
     python benchmarks/iteration.py runs/tiny --seeds 0 1 2
 
-Both start from the run's M1, with its config, few-shot prompts, filters, judge prompt, parser and selection
-of pairs; only who generates and who trains differs. TRL knows neither replay nor minisr's NLL term: both are
-off on both sides. Of the tiny world both M2 are put before the oracle, to see that the same comes out.
+Both start from the run's M1 and use its config, few-shot prompts, filters, judge prompt, score parser and selection of
+pairs. Only generation and training differ. TRL has neither replay nor minisr's NLL term, so both are off on both sides.
+In the tiny world the oracle scores both M2, to check that they are equally good.
 """
 
 import argparse
@@ -16,140 +16,152 @@ import statistics
 import sys
 import tempfile
 import warnings
-from contextlib import ExitStack, redirect_stdout
+from contextlib import redirect_stdout
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from unittest.mock import patch
 
 import torch
 from sides import Transformers, in_one_line
-from tqdm import tqdm
 
-from minisr import dpo, judge, prompts
 from minisr.bench import machine
-from minisr.evaluate import answer_metrics
 from minisr.interop import hf
 from minisr.interop.names import weights_from
-from minisr.runner import stages
+from minisr.lm import LM
+from minisr.loop import self_reward
 from minisr.runner.config import load_config
+from minisr.runner.engine import RunLM
+from minisr.runner.evaluation import answer_metrics
 from minisr.runner.files import need, read_json
 from minisr.runner.run import Run
-from minisr.sampler import Sample
+from minisr.runner.steps import StoredModel, keep
+from minisr.sampler import Completion
 
-ARROWS = ("prompts", "responses", "rewards", "pairs", "training")
-
-
-class Peers:
-    """Stand where minisr samples and trains."""
-
-    def __init__(self, threads: int, folder: Path):
-        self.generator, self.folder = Transformers(threads, folder), folder
-
-    def sample(self, model, asked, n, config, *, key, stop, title="", **_) -> list[list[Sample]]:
-        """minisr.sampler.sample by transformers.generate, as many rows at once, like lengths together."""
-        order, results = sorted(range(len(asked)), key=lambda i: len(asked[i])), [None] * len(asked)
-        wave = max(1, config.rows // n)
-        self.generator.eos = list(stop)
-        for start in tqdm(range(0, len(order), wave), f"generate {title}", leave=False):
-            chosen = order[start:start + wave]
-            room = model.config.max_seq_len - max(len(asked[i]) for i in chosen)
-            job = {"prompts": [asked[i] for i in chosen], "n": n, "temperature": config.temperature,
-                   "top_p": config.top_p, "new_tokens": min(config.max_new_tokens, room), "forced": False}
-            rows = self.generator.sample(job, (key + start) % 2**63)
-            for number, i in enumerate(chosen):
-                results[i] = [Sample(ids, ids[-1] in stop) for ids in rows[number * n:(number + 1) * n]]
-        return results
-
-    def train(self, model, tokenizer, pairs, replay, config, key, title, *_, **__):
-        """minisr.dpo.train_dpo by TRL's DPOTrainer."""
-        import datasets
-        import transformers
-        import trl
-        role = {"prompt": "user", "chosen": "assistant", "rejected": "assistant"}
-        chats = [{k: [{"role": role[k], "content": pair[k]}] for k in role} for pair in pairs]
-        steps = -(-len(pairs) // config.batch_size) * config.epochs
-        settings = trl.DPOConfig(
-            str(self.folder.parent / "trl"), beta=config.beta, use_cpu=True, bf16=False, report_to=[],
-            max_length=None, gradient_checkpointing=False, save_strategy="no", seed=key % 2**31,
-            per_device_train_batch_size=config.micro_batch or config.batch_size,
-            gradient_accumulation_steps=config.batch_size // (config.micro_batch or config.batch_size),
-            num_train_epochs=config.epochs, learning_rate=config.learning_rate,
-            lr_scheduler_type="cosine_with_min_lr",
-            lr_scheduler_kwargs={"min_lr": config.final_learning_rate},
-            warmup_steps=round(config.warmup * steps), adam_beta2=0.95, max_grad_norm=config.clip,
-            weight_decay=config.weight_decay, precompute_ref_log_probs=True)
-        theirs = transformers.AutoModelForCausalLM.from_pretrained(
-            self.folder, attn_implementation="sdpa", dtype=torch.float32)
-        with redirect_stdout(sys.stderr):
-            trl.DPOTrainer(theirs, None, settings, train_dataset=datasets.Dataset.from_list(chats),
-                           processing_class=transformers.AutoTokenizer.from_pretrained(self.folder)).train()
-        model.load_state_dict(weights_from(model.config, dict(theirs.state_dict()), "TRL"),
-                              strict=not model.config.tie_embeddings)
-        return model
+STEPS = ("prompts", "responses", "rewards", "pairs", "training")
+METRICS = ("flawless", "flawless_greedy", "mean_score")
 
 
-def iterate(source: Path, folder: Path, config, seed: int, peers: Peers | None) -> dict:
-    """One iteration of the run in source, made in folder: seconds of each arrow, and M2's metrics."""
+class PeerLM(RunLM, LM):
+    """M1 with transformers.generate as its sampler. Batches are minisr's: as many rows, similar lengths together."""
+
+    def __init__(self, generator: Transformers, model, tokenizer):
+        super().__init__(model, tokenizer)
+        self.generator = generator
+
+    def generate(self, prompts, seeds, config, stop_ids) -> list[list[Completion]]:
+        n = seeds.shape[1]
+        room = self.max_seq_len - max(map(len, prompts))
+        job = {"prompts": prompts, "n": n, "temperature": config.temperature, "top_p": config.top_p,
+               "new_tokens": min(config.max_new_tokens, room)}
+        rows = self.generator.generate(job, int(seeds[0, 0]), list(stop_ids))
+        completions = [Completion(ids, finished=ids[-1] in stop_ids) for ids in rows]
+        return [completions[i:i + n] for i in range(0, len(completions), n)]
+
+
+class PeerModel(StoredModel):
+    """M1 with transformers.generate as its sampler and TRL's DPOTrainer for its training."""
+
+    def __init__(self, run: Run, name: str, generator: Transformers, exported: Path):
+        super().__init__(run, name)
+        self.exported = exported  # M1 as a Hugging Face folder
+        run.lm_class = partial(PeerLM, generator)
+
+    def train_dpo(self, pairs: list[dict]) -> StoredModel:
+        trained = self.lm.copy()
+        weights = train_with_trl(self.exported, pairs, self.config.dpo, self.seed("DPO"))
+        trained.model.load_state_dict(weights_from(trained.model.config, weights, "TRL"),
+                                      strict=not trained.model.config.tie_embeddings)
+        return self.successor(self.next_name, trained)
+
+
+def train_with_trl(exported: Path, pairs: list[dict], config, seed: int) -> dict:
+    """The weights, by Hugging Face's names, after TRL's DPOTrainer with the settings of a DPOConfig."""
+    import datasets
+    import transformers
+    import trl
+    role = {"prompt": "user", "chosen": "assistant", "rejected": "assistant"}
+    chats = [{k: [{"role": role[k], "content": pair[k]}] for k in role} for pair in pairs]
+    micro_batch = config.micro_batch or config.batch_size
+    steps = -(-len(pairs) // config.batch_size) * config.epochs
+    settings = trl.DPOConfig(
+        str(exported.parent / "trl"), beta=config.beta, use_cpu=True, bf16=False, report_to=[], max_length=None,
+        gradient_checkpointing=False, save_strategy="no", seed=seed % 2**31, per_device_train_batch_size=micro_batch,
+        gradient_accumulation_steps=config.batch_size // micro_batch, num_train_epochs=config.epochs,
+        learning_rate=config.learning_rate, lr_scheduler_type="cosine_with_min_lr",
+        lr_scheduler_kwargs={"min_lr": config.min_learning_rate}, warmup_steps=round(config.warmup_fraction * steps),
+        adam_beta2=0.95, max_grad_norm=config.max_grad_norm, weight_decay=config.weight_decay,
+        precompute_ref_log_probs=True)
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        exported, attn_implementation="sdpa", dtype=torch.float32)
+    with redirect_stdout(sys.stderr):
+        trl.DPOTrainer(model, None, settings, train_dataset=datasets.Dataset.from_list(chats),
+                       processing_class=transformers.AutoTokenizer.from_pretrained(exported)).train()
+    return dict(model.state_dict())
+
+
+def iterate(source: Path, folder: Path, config, make_M1) -> dict:
+    """One iteration from the M1 of the run `source`, made in `folder`: seconds of each step, and M2's metrics."""
     for name in ("seed", "M1"):
         made = shutil.ignore_patterns("timing.json", "*.counts.json", *(["*.jsonl"] if name == "M1" else []))
         shutil.copytree(source / name, folder / name, ignore=made)
-    run = Run(folder, replace(config, seed=seed))
-    M1 = stages.Model(run, "M1")
-    with ExitStack() as stack:
-        if peers:
-            for module in (prompts, judge, stages):
-                stack.enter_context(patch.object(module, "sample", peers.sample))
-            stack.enter_context(patch.object(dpo, "train_dpo", peers.train))
-        x = M1.new_prompts()
-        y = M1.respond(x)
-        M2 = M1.train_dpo(M1.select_pairs(x, y, M1.judge(x, y)))
-    timing = dict(pair for model in (M1, M2)
-                  for pair in read_json(model.folder / "timing.json", "timing").items())
-    figures = answer_metrics(M2.answer(run.evaluation())) if run.has_oracle else {}
-    return {"seed": seed, "seconds": {arrow: timing[arrow] for arrow in ARROWS},
-            **{name: figures[name] for name in ("flawless", "flawless_greedy", "mean_score") if figures}}
+    M1 = make_M1(Run(folder, config), "M1")
+    M2 = self_reward(M1, keep)
+    timings = [read_json(model.folder / "timing.json", "timing") for model in (M1, M2)]
+    result = {"seed": config.seed, "seconds": {step: (timings[0] | timings[1])[step] for step in STEPS}}
+    run = Run(folder, config)
+    if run.has_oracle:
+        metrics = answer_metrics(StoredModel(run, "M2").answer(run.evaluation_prompts))
+        result |= {name: metrics[name] for name in METRICS}
+    return result
 
 
-def main() -> None:
+def compare(step: str, sides: dict[str, list[dict]], **names) -> dict:
+    """One of the "results", also printed: the seconds of a step, or of all."""
+    ours, theirs = ([sum(made["seconds"].values()) if step == "all" else made["seconds"][step] for made in side]
+                    for side in sides.values())
+    a, b = statistics.median(ours), statistics.median(theirs)
+    print(f"{step:10} minisr {a:8.2f} s [{min(ours):.2f}, {max(ours):.2f}]   "
+          f"peers {b:8.2f} s [{min(theirs):.2f}, {max(theirs):.2f}]")
+    return {"work": step, **names, "unit": "seconds", "ours": a, "theirs": b, "ratio": b / a if a else None,
+            "runs": ours, "their_runs": theirs}
+
+
+def parse_options():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("run", type=Path, help="folder of a run that has its M1")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE",
                         help="change one key of the config, e.g. --set prompts.count=100")
-    options = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    options = parse_options()
     for package in ("transformers", "trl"):
         need(package, "test")
     warnings.simplefilter("ignore", FutureWarning)
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    plain = ["dpo.replay=0.0", "dpo.nll=0.0", "device=cpu", *options.set]
-    config = load_config(options.run / "config.toml", overrides=tuple(plain))
+    both = ["dpo.replay_weight=0.0", "dpo.nll_weight=0.0", "device=cpu", *options.set]
+    config = load_config(options.run / "config.toml", overrides=tuple(both))
     sides: dict[str, list[dict]] = {"minisr": [], "peers": []}
     with tempfile.TemporaryDirectory() as scratch:
         exported = Path(scratch) / "hf"
-        hf.export(*stages.Model(Run(options.run, config), "M1").load(), exported)
-        peers = Peers(config.threads, exported)
+        M1 = StoredModel(Run(options.run, config), "M1").lm
+        hf.export(M1.model, M1.tokenizer, exported)
+        generator = Transformers(config.threads, exported)
+        makers = {"minisr": StoredModel, "peers": partial(PeerModel, generator=generator, exported=exported)}
         able = machine("cpu", config.threads)
         for seed in options.seeds:
-            for name in sides:
-                made = iterate(options.run, Path(scratch) / f"{name}{seed}", config, seed,
-                               peers if name == "peers" else None)
+            for name, make_M1 in makers.items():
+                made = iterate(options.run, Path(scratch) / f"{name}{seed}", replace(config, seed=seed), make_M1)
                 sides[name].append(made)
                 print(name, json.dumps(made), flush=True)
-    results = []
-    for arrow in (*ARROWS, "all"):
-        ours, theirs = ([sum(made["seconds"].values()) if arrow == "all" else made["seconds"][arrow]
-                         for made in side] for side in sides.values())
-        a, b = statistics.median(ours), statistics.median(theirs)
-        results.append({"work": arrow, "model": str(options.run), "peer": f"{peers.generator.name}, TRL",
-                        "unit": "seconds", "ours": a, "theirs": b, "ratio": b / a if a else None,
-                        "runs": ours, "their_runs": theirs})
-        print(f"{arrow:10} minisr {a:8.2f} s [{min(ours):.2f}, {max(ours):.2f}]   "
-              f"peers {b:8.2f} s [{min(theirs):.2f}, {max(theirs):.2f}]")
-    for figure in ("flawless", "flawless_greedy", "mean_score"):
-        if all(figure in made for side in sides.values() for made in side):
-            means = (f"{name} {statistics.mean(made[figure] for made in side):.3f}"
-                     for name, side in sides.items())
-            print(f"M2's {figure}:", ", ".join(means))
+    names = {"model": str(options.run), "peer": f"{generator.name}, TRL"}
+    results = [compare(step, sides, **names) for step in (*STEPS, "all")]
+    for metric in METRICS:
+        if all(metric in made for side in sides.values() for made in side):
+            means = (f"{name} {statistics.mean(made[metric] for made in side):.3f}" for name, side in sides.items())
+            print(f"M2's {metric}:", ", ".join(means))
     print(json.dumps({"machine": able, "results": results, "models": sides}))
 
 

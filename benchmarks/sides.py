@@ -1,7 +1,7 @@
-"""The sides of a comparison: minisr, transformers.generate, TRL's DPOTrainer, each in a process of its own.
+"""The sides of a comparison: minisr, transformers.generate and TRL's DPOTrainer, each in its own process.
 
-A side loads a Hugging Face folder and does what it is asked by name; it times itself, so that no pickling is
-timed, and its peak memory is nobody else's.
+Every side loads the same Hugging Face folder, and its methods are called by name. A side times itself, so that no
+pickling is timed, and its peak memory includes nothing of the others.
 """
 
 import multiprocessing
@@ -14,16 +14,19 @@ import torch
 
 from minisr import InputError
 from minisr.bench import Trainer, peak_mb, reset_peak, seconds
-from minisr.dpo import dpo_loss, encode_pairs, pair_logps, reference_logps
+from minisr.dpo import dpo_loss, encode_pairs
+from minisr.fast import FastLM
+from minisr.fast.sampler import common_prefix_length
 from minisr.interop import hf
-from minisr.sampler import SampleConfig, common_prefix, sample
-from minisr.train import OptimConfig
+from minisr.sampler import SamplingConfig
+from minisr.train import TrainConfig
 
 BETA = 0.1
+NEVER = (-1,)  # stop ids that no model draws: every row reaches its maximum length
 
 
 def in_one_line(main) -> None:
-    """Run a benchmark; what is wrong with its input, or is not installed, ends it in one line."""
+    """Run a benchmark. Wrong input or a missing package ends it with one line, not with a traceback."""
     try:
         main()
     except (InputError, OSError) as error:
@@ -31,7 +34,7 @@ def in_one_line(main) -> None:
 
 
 class Process:
-    """A side in its process: process("method", argument, ...) calls it there and waits."""
+    """A side in another process: process("method", argument, ...) calls the method there and waits for its result."""
 
     def __init__(self, make, *arguments):
         context = multiprocessing.get_context("spawn")
@@ -44,7 +47,7 @@ class Process:
         self.pipe.send((method, arguments))
         done, value = self.pipe.recv()
         if not done:
-            raise RuntimeError(f"in the process of {method}:\n{value}")
+            raise RuntimeError(f"the process that runs {method} failed:\n{value}")
         return value
 
     def end(self) -> None:
@@ -53,7 +56,7 @@ class Process:
 
 
 def _serve(pipe, make, arguments) -> None:
-    """Answer calls until None comes."""
+    """Make the side and answer calls until None arrives."""
     side = None
     while (call := pipe.recv()) is not None:
         method, values = call
@@ -65,7 +68,7 @@ def _serve(pipe, make, arguments) -> None:
 
 
 class Side:
-    """What the sides share: threads, and a clock and a memory gauge around any of their methods."""
+    """What all sides have in common: the number of threads, and a method that times any other."""
 
     name = "minisr"
 
@@ -77,107 +80,112 @@ class Side:
         return self.name
 
     def timed(self, times: int, method: str, *arguments) -> dict:
-        """Call a method so many times; its mean seconds, result, and this process's peak memory meanwhile."""
-        kept = []
+        """Call a method `times` times. Returns its mean seconds, its first result, and the peak memory meanwhile."""
+        results = []
         reset_peak()
-        taken = seconds(lambda: [kept.append(getattr(self, method)(*arguments)) for _ in range(times)])
-        return {"seconds": taken / times, "result": kept[0], "peak_mb": peak_mb(),
+        taken = seconds(lambda: [results.append(getattr(self, method)(*arguments)) for _ in range(times)])
+        return {"seconds": taken / times, "result": results[0], "peak_mb": peak_mb(),
                 "libraries_mb": self.libraries}
 
-    def lengths(self, job: dict, key: int) -> list[int]:
-        """Tokens of each row."""
-        return [len(row) for row in self.sample(job, key)]
+    def lengths(self, job: dict, seed: int) -> list[int]:
+        """The number of tokens of each row."""
+        return [len(row) for row in self.sample(job, seed)]
 
 
 class Minisr(Side):
-    """minisr's sampler."""
+    """minisr's fast engine."""
 
     def __init__(self, threads: int, folder):
         super().__init__(threads)
-        self.model, self.tokenizer = hf.load(folder)
+        self.lm = FastLM(*hf.load(folder))
 
-    def sample(self, job: dict, key: int) -> list[list[int]]:
-        """The new ids of n rows a prompt, up to their stop; forced: none ever comes."""
+    def sample(self, job: dict, seed: int) -> list[list[int]]:
+        """The new ids of n rows a prompt, each up to its stop token, or of the maximum length if that is forced."""
         rows = len(job["prompts"]) * job["n"]
-        config = SampleConfig(job["temperature"], job["top_p"], job["new_tokens"], rows)
-        stop = (-1,) if job["forced"] else self.tokenizer.stop_ids
-        drawn = sample(self.model, job["prompts"], job["n"], config, key=key, stop=stop)
-        return [s.ids for row in drawn for s in row]
+        config = SamplingConfig(job["temperature"], job["top_p"], job["new_tokens"], rows)
+        stop_ids = NEVER if job["forced"] else self.lm.tokenizer.stop_ids
+        completions = self.lm.sample(job["prompts"], job["n"], config, seed, stop_ids)
+        return [completion.ids for row in completions for completion in row]
 
 
 class Transformers(Side):
-    """transformers.generate; with keep_prefix, what all prompts begin with is computed once, by hand."""
+    """transformers.generate. With share_prefix, the common prefix of all prompts is computed once, by hand."""
 
-    def __init__(self, threads: int, folder, keep_prefix: bool = False):
+    def __init__(self, threads: int, folder, share_prefix: bool = False):
         import transformers
         super().__init__(threads)
         transformers.utils.logging.set_verbosity_error()
-        self.name = f"transformers {transformers.__version__}" + ", prefix kept by hand" * keep_prefix
+        self.name = f"transformers {transformers.__version__}" + (", prefix shared by hand" if share_prefix else "")
         self.model = transformers.AutoModelForCausalLM.from_pretrained(
             folder, attn_implementation="sdpa", dtype=torch.float32).eval()
         self.eos = self.model.generation_config.eos_token_id
-        self.model.generation_config = transformers.GenerationConfig()  # nothing but what we ask for
-        self.keep_prefix, self.Cache = keep_prefix, transformers.DynamicCache
+        self.model.generation_config = transformers.GenerationConfig()  # no settings besides those passed below
+        self.share_prefix, self.Cache = share_prefix, transformers.DynamicCache
+
+    def sample(self, job: dict, seed: int) -> list[list[int]]:
+        """The same as Minisr.sample."""
+        eos = self.eos if isinstance(self.eos, list) else [self.eos]
+        return self.generate(job, seed, [] if job["forced"] else eos)
 
     @torch.inference_mode()
-    def sample(self, job: dict, key: int) -> list[list[int]]:
-        torch.manual_seed(key)
-        n, stops = job["n"], [] if job["forced"] else self.eos if isinstance(self.eos, list) else [self.eos]
-        prompts, settings = job["prompts"], {"num_return_sequences": n}
-        shared = common_prefix(prompts) if self.keep_prefix else 0
+    def generate(self, job: dict, seed: int, stop_ids: list[int]) -> list[list[int]]:
+        torch.manual_seed(seed)
+        n, prompts, settings = job["n"], job["prompts"], {"num_return_sequences": job["n"]}
+        shared = common_prefix_length(prompts) if self.share_prefix else 0
         if shared:
             settings = {"past_key_values": self._prefix(prompts[0][:shared], len(prompts) * n)}
             prompts = [prompt for prompt in prompts for _ in range(n)]
         longest = max(map(len, prompts))
-        gaps = [[0] * (longest - len(prompt)) for prompt in prompts]  # padding, after what is shared
+        gaps = [[0] * (longest - len(prompt)) for prompt in prompts]  # padding, after the shared prefix
         ids = [prompt[:shared] + gap + prompt[shared:] for prompt, gap in zip(prompts, gaps)]
         mask = [[1] * shared + gap + [1] * (len(prompt) - shared) for prompt, gap in zip(prompts, gaps)]
         if job["temperature"]:
             settings |= {"temperature": job["temperature"], "top_p": job["top_p"], "top_k": 0}
         out = self.model.generate(
             input_ids=torch.tensor(ids), attention_mask=torch.tensor(mask), max_new_tokens=job["new_tokens"],
-            do_sample=job["temperature"] > 0, eos_token_id=stops or None, pad_token_id=0, use_cache=True,
+            do_sample=job["temperature"] > 0, eos_token_id=stop_ids or None, pad_token_id=0, use_cache=True,
             **settings)
-        return [_until(row, stops) for row in out[:, longest:].tolist()]
+        return [_cut_at_stop(row, stop_ids) for row in out[:, longest:].tolist()]
 
     def _prefix(self, ids: list[int], rows: int):
-        """The cache of what all prompts begin with, copied to every row."""
+        """The cache of the common prefix, copied to every row."""
         cache = self.Cache(config=self.model.config)
         self.model(torch.tensor([ids]), past_key_values=cache, use_cache=True, logits_to_keep=1)
         cache.batch_repeat_interleave(rows)
         return cache
 
 
-def _until(row: list[int], stops: list[int]) -> list[int]:
-    """Up to the first stop, and with it."""
-    return row[:next((i for i, token in enumerate(row) if token in stops), len(row)) + 1]
+def _cut_at_stop(row: list[int], stop_ids: list[int]) -> list[int]:
+    """The ids up to and including the first stop token."""
+    return row[:next((i for i, token in enumerate(row) if token in stop_ids), len(row)) + 1]
 
 
 class MinisrDPO(Side):
-    """minisr's DPO step; the reference's log-probabilities are computed before the first."""
+    """minisr's DPO step. The reference log-probabilities are computed before the first step."""
 
     def __init__(self, threads: int, folder, pairs: list[dict], reference: str):
         super().__init__(threads)
-        self.model, tokenizer = hf.load(folder)
-        self.pairs = encode_pairs(tokenizer, pairs, self.model.config.max_seq_len)
-        self.reference = reference_logps(self.model, self.pairs, len(pairs))
-        nudge(block.parameters() for block in self.model.blocks)
-        self.trainer = Trainer(self.model, OptimConfig())
+        self.lm = FastLM(*hf.load(folder))
+        self.pairs = encode_pairs(self.lm, pairs)
+        with torch.no_grad():
+            self.reference = self.lm.pair_logps(self.pairs)
+        nudge(block.parameters() for block in self.lm.model.blocks)
+        self.trainer = Trainer(self.lm, TrainConfig())
 
-    def prompts(self) -> list[tuple]:
+    def pair_ids(self) -> list[tuple]:
+        """Token ids of prompt, chosen and rejected of each pair."""
         return self.pairs
 
     def step(self) -> float:
-        """Forward, backward, clipping, AdamW at learning rate 0; the loss."""
+        """Forward, backward, clipping, AdamW at learning rate 0. Returns the loss."""
         def losses():
-            chosen, rejected, _ = pair_logps(self.model, self.pairs)
-            yield dpo_loss(chosen, rejected, *self.reference, BETA)[0].mean()
+            yield dpo_loss(*self.lm.pair_logps(self.pairs), *self.reference, BETA)[0].mean()
         return self.trainer.step(losses())
 
 
 class TRL(Side):
-    """TRL's DPOTrainer: the lines of its loop that compute. Data loading, logging and callbacks are left
-    out, which can only help it. `reference`: "in memory" or "precomputed"."""
+    """TRL's DPOTrainer: only the computing lines of its loop, without data loading, logging and callbacks, which can
+    only help it. `reference` is "in memory" or "precomputed"."""
 
     def __init__(self, threads: int, folder, pairs: list[dict], reference: str):
         warnings.simplefilter("ignore")
@@ -207,7 +215,7 @@ class TRL(Side):
         self.trainer.current_gradient_accumulation_steps = 1
         self.rows = list(self.trainer.train_dataset)
 
-    def prompts(self) -> list[tuple]:
+    def pair_ids(self) -> list[tuple]:
         return [(row["prompt_ids"], row["chosen_ids"], row["rejected_ids"]) for row in self.rows]
 
     def step(self) -> float:
@@ -221,8 +229,8 @@ class TRL(Side):
 
 @torch.no_grad()
 def nudge(parameters_of_blocks) -> None:
-    """Change the policy a little, the same way on every side: a policy that is its reference has the loss
-    log 2 whatever its log-probabilities are."""
+    """Change the policy a little, in the same way on every side. A policy equal to its reference would have the loss
+    log 2, whatever its log-probabilities are."""
     for parameters in parameters_of_blocks:
         for weight in parameters:
             weight.mul_(1.02 if weight.dim() == 2 else 1.0)

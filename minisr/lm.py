@@ -31,9 +31,9 @@ class LM:
         return twin
 
     def frozen_copy(self) -> "LM":
-        """A copy whose weights no training can change: its gradients are off."""
+        """A copy without dropout, whose weights no training can change: its gradients are off."""
         twin = self.copy()
-        twin.model.requires_grad_(False)
+        twin.model.eval().requires_grad_(False)
         return twin
 
     @property

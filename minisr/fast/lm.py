@@ -37,6 +37,7 @@ class FastLM(LM):
     def frozen_copy(self) -> "FastLM":
         """Shares the weights: only a copy is ever trained, so nothing changes them."""
         twin = copy.copy(self)
+        twin.model.eval()
         twin.frozen = True
         return twin
 

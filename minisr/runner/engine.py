@@ -71,7 +71,7 @@ class RunLM:
         log = state.restore(self.model, optimizer)
         bar = tqdm(batches, work.title, leave=False, initial=len(log), disable=None)
         for step in range(len(log), len(batches)):
-            metrics, config = self.gradients_within_memory(loss_fn, batches[step], config)
+            metrics, config = self.gradients_within_memory(optimizer, loss_fn, batches[step], config)
             rate = train.learning_rate(step, len(batches), config)
             try:
                 grad_norm = train.optimizer_step(optimizer, rate, config.max_grad_norm)
@@ -87,7 +87,7 @@ class RunLM:
         write_jsonl(work.training_folder / "train_log.jsonl", log)
         return log
 
-    def gradients_within_memory(self, loss_fn, batch, config) -> tuple[Counter, train.TrainConfig]:
+    def gradients_within_memory(self, optimizer, loss_fn, batch, config) -> tuple[Counter, train.TrainConfig]:
         """train.accumulate_gradients; where memory runs out, the micro-batch is halved from here on: the same sum in
         more parts. Returns the metrics and the config that worked."""
         random = torch.get_rng_state()
@@ -102,15 +102,13 @@ class RunLM:
                     raise InputError("not enough memory to train on one example at a time; try a new run with "
                                      "gradient_checkpointing = true or a smaller model") from error
             config = replace(config, micro_batch=size)
-            self.discard_gradients()
+            optimizer.zero_grad()
+            self.model.zero_grad()
             torch.set_rng_state(random)
 
     def prepare_training(self, config):
         optimizer = super().prepare_training(config)
-        if getattr(config, "optimizer", "adamw") == "muon":
-            optimizer = make_muon(self.model, config)
-        self.discard_gradients = lambda: optimizer.zero_grad()
-        return optimizer
+        return make_muon(self.model, config) if config.optimizer == "muon" else optimizer
 
 
 def best_lm(model, tokenizer) -> LM:
@@ -138,7 +136,8 @@ def compute_within_memory(compute, batch: list[int]) -> list:
 
 def is_out_of_memory(error: Exception) -> bool:
     """Whether PyTorch ran out of memory. On a CPU it raises a RuntimeError without a type of its own."""
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "alloc" in str(error).lower()
+    messages = ("can't allocate memory", "not enough memory")  # of Linux and macOS, of Windows
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(m in str(error) for m in messages)
 
 
 class PlainRunLM(RunLM, LM):

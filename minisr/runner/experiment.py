@@ -79,9 +79,9 @@ def _run_process(command: list[str], log: Path) -> int:
     with open(log, "w", encoding="utf-8") as file:
         # In its own session, Ctrl-C does not reach the process: it gets one SIGTERM, from here.
         process = subprocess.Popen(command, stdout=file, stderr=file, start_new_session=True)
-        while process.poll() is None and not Stop.asked:
+        while process.poll() is None and not Stop.requested:
             time.sleep(0.1)
-        if Stop.asked:
+        if Stop.requested:
             process.terminate()
             process.wait()
             Stop.check()

@@ -43,7 +43,7 @@ def pretrain(config: PretrainConfig, folder: Path) -> None:
     lm = run_lm_class(config.engine)(model, tokenizer)
     with folder_lock(folder):
         if (folder / "meta.json").exists():
-            raise InputError(f"{folder} holds a model already; choose another folder with --out")
+            raise InputError(f"{folder} already holds a model; choose another folder with --out")
         lm.workspace = Workspace("pretrain", training_folder=folder, training_made_from=(to_toml(config),))
         train(lm, documents, config)
         save_model(folder, model, tokenizer, {

@@ -91,7 +91,7 @@ def reject_M1(model, x: list[str], y: list[dict], r: list[dict]) -> list[dict]:
     anchors = [(ri["rewards"][0], yi["responses"][0]) for yi, ri in zip(anchor_y, anchor_r)]
     rule = shortest_and_longest(model.config.pairs.length_control)
     pairs = pairs_by_rule(model, x, y, r, rule, anchors)
-    return add_agreement(pairs, anchor_y, anchor_r)
+    return add_agreement(pairs, anchor_y + y, anchor_r + r)
 
 
 def pairs_by_rule(model, x: list[str], y: list[dict], r: list[dict], rule, anchors=None) -> list[dict]:
@@ -156,7 +156,7 @@ def add_agreement(pairs: list[dict], y: list[dict], r: list[dict]) -> list[dict]
             scores[record["prompt"], response] = of_response
     for pair in pairs:
         chosen, rejected = ((pair["prompt"], pair[side]) for side in ("chosen", "rejected"))
-        if chosen in scores and rejected in scores and "agreement" not in pair:
+        if chosen in scores and rejected in scores:
             pair["agreement"] = agreement(scores[chosen], scores[rejected])
     return pairs
 

@@ -23,7 +23,7 @@ BASE = """iterations = 1
 device = "cpu"
 seed_data = {ift = 8, ranked = 8, judge_evaluation = 2, evaluation = 4}
 sft = {batch_size = 8, epochs = 1}
-prompts = {count = 3, rouge = 1.1}
+prompts = {count = 3, max_rouge_l = 1.1}
 judge = {judgements = 1}
 dpo = {batch_size = 4}
 """
@@ -40,11 +40,11 @@ def plan(tmp_path):
 
 
 def test_overrides_flatten_sections_into_what_set_understands(plan):
-    table = {"seed": 3, "judge": {"by": "random"}, "dpo": {"replay": 0.0, "beta": 0.2}}
+    table = {"seed": 3, "judge": {"by": "random"}, "dpo": {"replay_weight": 0.0, "beta": 0.2}}
     flat = overrides(table)
-    assert flat == ["seed=3", "judge.by=random", "dpo.replay=0.0", "dpo.beta=0.2"]
+    assert flat == ["seed=3", "judge.by=random", "dpo.replay_weight=0.0", "dpo.beta=0.2"]
     config = load_config(plan("").with_name("base.toml"), overrides=tuple(flat))
-    assert (config.seed, config.judge.by, config.dpo.replay, config.dpo.beta) == (3, "random", 0.0, 0.2)
+    assert (config.seed, config.judge.by, config.dpo.replay_weight, config.dpo.beta) == (3, "random", 0.0, 0.2)
 
 
 def test_a_plan_has_the_base_beside_its_variants_and_maybe_fewer_seeds_for_them(plan):
@@ -111,11 +111,11 @@ def base_run(folder, config, changes=()):
 
 @pytest.mark.parametrize("changes, copied", [
     (("judge.by=random",), upto("M1/rewards.jsonl")),
-    (("dpo.replay=0.5",), upto("M2/meta.json")),
-    (("dpo.replay=0.5", "judge.by=M1"), upto("M1/rewards.jsonl")),
+    (("dpo.replay_weight=0.5",), upto("M2/meta.json")),
+    (("dpo.replay_weight=0.5", "judge.by=M1"), upto("M1/rewards.jsonl")),
     (("pairs.length_control=0.2",), upto("M1/pairs.jsonl")),
     (("responses.candidates=8",), upto("M1/responses.jsonl")),
-    (("prompts.written_by=people",), upto("M1/prompts.jsonl")),
+    (("prompts.source=people",), upto("M1/prompts.jsonl")),
     (("judge.judgements=8",), upto("SFT/judge_evaluation.jsonl")),
     (("seed_data.reasons=false",), upto("seed/eft.jsonl")),
     (("judge.template=x.txt", "seed_data.reasons=false"), upto("seed/eft.jsonl")),
@@ -226,7 +226,7 @@ def test_a_signal_is_handed_on_to_the_runs_once_and_no_other_begins(plan, tmp_pa
 
     def popen(command, **_):
         begun.append(command)
-        monkeypatch.setattr(Stop, "asked", True)  # while it runs
+        monkeypatch.setattr(Stop, "requested", True)  # while it runs
         return SimpleNamespace(poll=lambda: None, terminate=lambda: asked.append(1), wait=lambda: None)
     monkeypatch.setattr("minisr.runner.experiment.subprocess", SimpleNamespace(Popen=popen))
     with pytest.raises(KeyboardInterrupt):

@@ -12,22 +12,21 @@ from statistics import mean
 
 import pytest
 import torch
-from minisr.runner.metrics import making
-from minisr.runner.resume import locked, write_sealed
-from minisr.runner.stages import Model
 
 from minisr import InputError
 from minisr.cli import main
 from minisr.judge import judge
-from minisr.prompts import normal
+from minisr.prompts import normalize
 from minisr.report.table import line, table
-from minisr.runner import stages
 from minisr.runner.checkpoint import SEED_MODEL, load_model
 from minisr.runner.config import load_config
+from minisr.runner.evaluation import training_summary
 from minisr.runner.files import jsonl_bytes, read_json, read_jsonl, write_jsonl
 from minisr.runner.reuse import copy_unaffected
 from minisr.runner.run import WORLD_TEMPLATE, Run
-from minisr.sampler import Sample
+from minisr.runner.steps import StoredModel, keep
+from minisr.runner.storage import folder_lock, write_with_checksum
+from minisr.sampler import Completion
 from minisr.worlds.tiny import oracle
 from minisr.worlds.tiny.corpus import held_out
 
@@ -37,10 +36,10 @@ device = "cpu"
 threads = 1
 seed_data = {ift = 16, ranked = 12, judge_evaluation = 4, evaluation = 8}
 sft = {batch_size = 8, epochs = 1, learning_rate = 3e-3}
-prompts = {count = 8, rouge = 0.95}
+prompts = {count = 8, max_rouge_l = 0.95}
 responses = {candidates = 4, temperature = 1.0, top_p = 1.0}
 judge = {judgements = 2}
-dpo = {batch_size = 4, learning_rate = 3e-4, replay = 0.5}
+dpo = {batch_size = 4, learning_rate = 3e-4, replay_weight = 0.5}
 """
 MODELS = ("SFT", "M1", "M2", "M3")
 
@@ -64,6 +63,15 @@ def files(folder):
 
 def jsonl(path):
     return read_jsonl(path, "records")
+
+
+def prompts_of(folder):
+    return [record["prompt"] for record in jsonl(folder / "prompts.jsonl")]
+
+
+def model_of(run, name):
+    """A model of a run on disk."""
+    return StoredModel(Run(run, load_config(run / "config.toml")), name)
 
 
 @pytest.fixture(scope="session")
@@ -111,7 +119,7 @@ def test_another_seed_draws_otherwise_from_the_same_model_and_prompts(copy):
     for seed in (0, 1):
         (copy / "M1/responses.jsonl").unlink()
         run = Run(copy, replace(load_config(copy / "config.toml"), seed=seed))
-        seeds[seed] = Model(run, "M1").respond(jsonl(copy / "M1/prompts.jsonl"))
+        seeds[seed] = keep(StoredModel(run, "M1").respond, prompts_of(copy / "M1"))
     assert seeds[0] == kept != seeds[1]
 
 
@@ -224,38 +232,38 @@ def test_a_model_begins_as_its_parent_which_is_its_reference(finished, name):
 
 
 def test_a_log_probability_is_kept_only_of_the_tokens_that_training_will_see(copy, monkeypatch):
-    model = Model(Run(copy, load_config(copy / "config.toml")), "M1")
-    tokenizer, text = model.load()[1], "Once there was a fox."
+    model = model_of(copy, "M1")
+    tokenizer, text = model.lm.tokenizer, "Once there was a fox."
     letters = ["▁", *text.replace(" ", "▁")]
     whole = tokenizer.encode_response(text)
     apart = [tokenizer.vocabulary.pieces.piece_to_id(c) for c in letters]
     assert tokenizer.decode(whole) == tokenizer.decode(apart) == text and apart[0] > 2
-    drawn = [Sample(whole, True, -1.5), Sample([*apart, tokenizer.eos_id], True, -2.5),
-             Sample(whole[:-1], False)]
-    monkeypatch.setattr(stages, "sample", lambda *_, **__: [drawn])
+    drawn = [Completion(whole, True, -1.5), Completion([*apart, tokenizer.eos_id], True, -2.5),
+             Completion(whole[:-1], False)]
+    monkeypatch.setattr(model.lm, "sample", lambda *_: [drawn])
     (copy / "M1/responses.jsonl").unlink()
-    [record] = model.respond([{"prompt": "News?"}])
+    [record] = keep(model.respond, ["News?"])
     assert (record["responses"], record["logps"]) == ([text] * 3, [-1.5, None, None])
 
 
 def test_a_response_that_training_could_not_hold_counts_as_cut_off(copy, monkeypatch):
     # It ended in time, but the same text in training's tokens is longer than what is left of the context.
-    model = Model(Run(copy, load_config(copy / "config.toml")), "M1")
-    decoder, tokenizer = model.load()
-    room = decoder.config.max_seq_len - len(tokenizer.encode_prompt("News?"))
+    model = model_of(copy, "M1")
+    tokenizer = model.lm.tokenizer
+    room = model.lm.max_seq_len - len(tokenizer.encode_prompt("News?"))
     answers = {text: [5] * length for text, length in (("fits", room), ("one more", room + 1))}
-    drawn = [Sample([text], True, -1.5) for text in answers]
-    monkeypatch.setattr(stages, "sample", lambda *_, **__: [drawn])
+    drawn = [Completion([text], True, -1.5) for text in answers]
+    monkeypatch.setattr(model.lm, "sample", lambda *_: [drawn])
     monkeypatch.setattr(tokenizer, "decode", lambda ids: ids[0])
     monkeypatch.setattr(tokenizer, "encode_response", answers.get)
     (copy / "M1/responses.jsonl").unlink()
-    [record] = model.respond([{"prompt": "News?"}])
+    [record] = keep(model.respond, ["News?"])
     assert (record["responses"], record["finished"]) == (["fits", "one more"], [True, False])
 
 
 def test_without_any_pair_the_next_model_is_the_same_again(copy):
     shutil.rmtree(copy / "M2")
-    Model(Run(copy, load_config(copy / "config.toml")), "M1").train_dpo([])
+    keep(model_of(copy, "M1").train_dpo, [])
     same, other = (load_model(copy / name)[0].state_dict() for name in ("M1", "M2"))
     assert all(torch.equal(same[name], other[name]) for name in same)
     assert jsonl(copy / "M2/train_log.jsonl") == []
@@ -269,12 +277,13 @@ def test_a_model_trained_from_another_parent_is_refused_by_name(copy):
 
 
 def test_with_no_prompt_at_all_and_lost_clocks_the_models_can_be_evaluated(copy):
-    model = Model(Run(copy, load_config(copy / "config.toml")), "M2")
+    model = model_of(copy, "M2")
     for path in copy.glob("*/timing.json"):
         path.unlink()
-    assert making(model)["seconds"] == 0 and making(model)["distinct"] > 0
+    summary = training_summary(model)
+    assert summary["seconds"] == 0 and summary["distinct"] > 0
     (copy / "M1/responses.counts.json").write_text(json.dumps({"finished": 0, "cut": 0, "distinct": 0}))
-    assert making(model)["distinct"] == 0
+    assert training_summary(model)["distinct"] == 0
 
 
 def test_a_run_keeps_the_judge_prompt_it_began_with(config, copy, tmp_path):
@@ -289,22 +298,22 @@ def test_a_run_keeps_the_judge_prompt_it_began_with(config, copy, tmp_path):
     changed = load_config(copy / "config.toml", overrides=(f"judge.template={own}",))
     Run.open(tmp_path / "new", changed)
     own.write_text("Another {prompt} {response}")
-    assert Run(tmp_path / "new", changed).template == "Rate {response} to {prompt}" != before.template
+    assert Run(tmp_path / "new", changed).judge_template == "Rate {response} to {prompt}" != before.judge_template
 
 
 def test_a_second_process_changes_no_config(config, copy):
     stored = (copy / "config.toml").read_bytes()
-    with locked(copy), pytest.raises(InputError, match="another minisr is at work"):
+    with folder_lock(copy), pytest.raises(InputError, match="another minisr process works in"):
         Run.open(copy, load_config(config, overrides=("iterations=7",)))
     assert (copy / "config.toml").read_bytes() == stored
 
 
 def test_no_training_file_holds_an_evaluation_prompt(finished):
-    kept = [normal(record["prompt"]) for name in ("evaluation", "judge_evaluation")
+    kept = [normalize(record["prompt"]) for name in ("evaluation", "judge_evaluation")
             for record in jsonl(finished / f"seed/{name}.jsonl")]
     for name in ("seed/ift", "seed/eft", "seed/ranked", "M1/prompts", "M2/prompts"):
         for record in jsonl(finished / f"{name}.jsonl"):
-            assert not any(prompt in normal(record["prompt"]) for prompt in kept)
+            assert not any(prompt in normalize(record["prompt"]) for prompt in kept)
 
 
 def test_the_seed_data_trains_on_one_side_of_the_split_and_evaluates_on_the_other(finished):
@@ -318,10 +327,10 @@ def test_a_new_prompt_that_is_an_evaluation_prompt_is_thrown_away(copy):
     first, second, *_ = (record["prompt"] for record in jsonl(copy / "M1/prompts.jsonl"))
     for name, extra in (("evaluation", {"prompt": first}), ("judge_evaluation", {"prompt": second})):
         path = copy / f"seed/{name}.jsonl"
-        write_sealed(path, jsonl_bytes([*jsonl(path), extra]))
+        write_with_checksum(path, jsonl_bytes([*jsonl(path), extra]))
     (copy / "M1/prompts.jsonl").unlink()
-    again = Model(Run(copy, load_config(copy / "config.toml")), "M1").new_prompts()
-    assert not {first, second} & {record["prompt"] for record in again}
+    again = keep(model_of(copy, "M1").new_prompts)
+    assert again and not {first, second} & set(again)
     assert read_json(copy / "M1/prompts.counts.json", "counts")["evaluation prompt"] >= 2
 
 
@@ -360,8 +369,7 @@ def test_the_second_iteration_is_judged_by_the_model_that_the_config_names(
     flat = [(record["prompt"], text) for record in y for text in record["responses"]]
 
     def texts_of(name):
-        judged = judge(*load_model(folder / name), run.template, *zip(*flat), run.config.judge,
-                       run.key("M2", "judge"))
+        judged = judge(run.load_lm(name), run.judge_template, *zip(*flat), run.config.judge, run.seed("M2", "judge"))
         return [[judgement.text for judgement in row] for row in judged]
 
     kept = [texts for record in r for texts in record["judgements"]]
@@ -500,7 +508,7 @@ def test_a_disk_that_fails_where_no_one_looked_is_one_line(finished, monkeypatch
 def test_a_question_too_long_does_not_end_the_chat(finished, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.StringIO("Write a story. " * 200 + "\n\nNews?\n"))
     code, out, err = minisr("chat", finished / "M1", "-n", "1")
-    assert code == 0 and "context" in err and out.count("judgements parsed)") == 1
+    assert code == 0 and "803 tokens; the model needs 1 to 255" in err and out.count("judgements parsed)") == 1
 
 
 def test_chat_prints_n_answers_the_best_first_each_with_its_judgement(finished, monkeypatch):

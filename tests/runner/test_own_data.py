@@ -5,12 +5,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from tiny import tiny_model, tiny_tokenizer
 
 from minisr import InputError
 from minisr.judge import JudgeConfig, Judgement, parse_score
 from minisr.runner import seed_data
+from minisr.runner.checkpoint import save_model
 from minisr.runner.config import Config, SeedConfig, load_config
-from minisr.runner.files import write_json, write_jsonl
+from minisr.runner.files import write_jsonl
 from minisr.runner.run import ENGLISH_TEMPLATE, Run, load_template
 from minisr.runner.seed_data import (
     ENGLISH,
@@ -131,15 +133,22 @@ def test_the_baselines_judgements_are_selected_where_a_whole_round_ranks_correct
 def test_a_baseline_that_never_ranks_correctly_is_an_error_and_nothing_is_written(monkeypatch, tmp_path):
     data = SeedConfig(ift=2, ranked=2, judge_evaluation=1, evaluation=1, eft_by="baseline")
     run = Run(tmp_path, Config(threads=1, seed_data=data))
-    made = []
-    write_json(tmp_path / "SFT/meta.json", {"hash": "of the baseline"})
-    monkeypatch.setattr(run, "load_lm", lambda name: None)
-    monkeypatch.setattr(seed_data, "eft_by_baseline", lambda *_: made)
+    save_model(tmp_path / "SFT", tiny_model(), tiny_tokenizer(), {"made_by": "test"})
+    made, asked = [], []
+
+    def eft_by_baseline(lm, ranked, template, config, seed):
+        journal = run.workspace.journal
+        asked.append(journal.get(1))
+        journal.add("judged", 1)
+        assert lm.workspace is run.workspace and len(ranked) == 2 and template == run.judge_template
+        return made
+    monkeypatch.setattr(seed_data, "eft_by_baseline", eft_by_baseline)
     with pytest.raises(InputError, match="no judgement of the SFT baseline ranks the responses correctly"):
         _ = run.eft
-    assert not (tmp_path / "seed/eft.jsonl").exists()
+    assert not (tmp_path / "seed/eft.jsonl").exists() and (tmp_path / "SFT/eft.journal").exists()
     made.append({"prompt": "Rate it.", "response": "Score: 1"})
-    assert run.eft == made
+    assert run.eft == made and asked == [None, "judged"]  # resumed from its journal
+    assert not (tmp_path / "SFT/eft.journal").exists() and run.workspace.journal is None
 
 
 ENGLISH_CONFIG = SeedConfig(source="english", ift=96, ranked=16, judge_evaluation=12, evaluation=48)

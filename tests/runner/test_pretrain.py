@@ -8,7 +8,8 @@ import torch
 
 from minisr import train
 from minisr.cli import main
-from minisr.runner.checkpoint import MODEL_KEYS_RENAMED, digest, load_model
+from minisr.interop.shape import MODEL_KEYS_RENAMED
+from minisr.runner.checkpoint import digest, load_model
 from minisr.runner.config import PretrainConfig, load_config
 from minisr.runner.pretrain import make_documents
 from minisr.runner.stop import Stop
@@ -61,12 +62,11 @@ def test_resumed_pretraining_gives_the_same_model_and_it_has_learned(
     assert log[-1]["loss"] < 5.5
 
     def stop_at_7(optimizer, rate, max_grad_norm, step=train.optimizer_step):
-        grad_norm = step(optimizer, rate, max_grad_norm)
         Stop.requested = rate == log[6]["learning_rate"]
-        return grad_norm
+        return step(optimizer, rate, max_grad_norm)
     with monkeypatch.context() as patch:
         patch.setattr(train, "optimizer_step", stop_at_7)
-        patch.setattr(Stop, "requested", False)  # the value after the test
+        patch.setattr(Stop, "requested", False)  # and so it is again afterwards
         assert pretrain(config, tmp_path / "stopped") == 130
     assert (tmp_path / "stopped/training-7.pt").exists()
     assert pretrain(config, tmp_path / "stopped") == 0
@@ -75,7 +75,7 @@ def test_resumed_pretraining_gives_the_same_model_and_it_has_learned(
     assert not list((tmp_path / "stopped").glob("training*"))
     capsys.readouterr()
     assert pretrain(config, tmp_path / "stopped", "seed=1") == 2  # a model is not overwritten
-    assert "holds a model already" in capsys.readouterr().err
+    assert "already holds a model" in capsys.readouterr().err
     assert (tmp_path / "stopped/model.pt").read_bytes() == (tmp_path / "whole/model.pt").read_bytes()
 
 

@@ -1,24 +1,49 @@
 """What the experiments change: rules of later papers, and what the paper tried and left."""
 
-from itertools import cycle
+from dataclasses import replace
+from itertools import count, cycle
+from random import Random
+from types import SimpleNamespace
 
 import pytest
 import torch
-from tiny import PAIRS, tiny_model, tiny_tokenizer
+from tiny import ENGINES, PAIRS, tiny_model, tiny_tokenizer
 
-from minisr import InputError, dpo
-from minisr.dpo import DPOConfig, dpo_loss, known_logps, train_dpo
-from minisr.loop import run_loop
-from minisr.pairs import agreement, select_pairs
-from minisr.prompts import PromptConfig, prompts_of_people
+from minisr import InputError
+from minisr.dpo import dpo_loss, encode_pairs
+from minisr.pairs import select_pairs
+from minisr.prompts import PromptConfig
+from minisr.runner import config as runner_config
+from minisr.runner import variants
 from minisr.runner.config import Config, load_config
+from minisr.runner.engine import Workspace, run_lm_class
 from minisr.runner.files import read_json, read_jsonl
 from minisr.runner.run import Run
+from minisr.runner.steps import run_loop
+from minisr.runner.variants import (
+    agreement,
+    best_and_next,
+    dpo_variant,
+    pair_rule,
+    prompts_by_people,
+    select_pairs_by_rule,
+    shortest_and_longest,
+    smoothed_dpo_loss,
+    train_dpo_variant,
+)
 
 
 def chosen_and_rejected(responses, rewards, rho=0.0, anchor=None):
-    [pair], _ = select_pairs(["x"], [responses], [rewards], rho, anchor and [anchor])
+    [pair], _ = select_pairs_by_rule(["x"], [responses], [rewards], shortest_and_longest(rho), anchor and [anchor])
     return pair["chosen"], pair["rejected"]
+
+
+def test_without_length_control_and_anchors_the_rule_is_the_papers():
+    rng, texts = Random(0), ["a", "a", "bb", "ccc"]
+    rewards = [[rng.choice([None, 0.0, 1.0, 2.0]) for _ in texts] for _ in range(300)]
+    problem = [f"{i}" for i in range(300)], [rng.sample(texts, 4) for _ in range(300)], rewards
+    pairs, counts = select_pairs_by_rule(*problem, shortest_and_longest(0.0))
+    assert (pairs, counts) == select_pairs(*problem) and min(counts.values()) > 5
 
 
 def test_length_control_takes_the_short_among_the_nearly_best_and_the_long_among_the_nearly_worst():
@@ -33,9 +58,9 @@ def test_length_control_takes_the_short_among_the_nearly_best_and_the_long_among
 
 def test_with_length_control_a_pair_still_prefers_something():
     # A rho above one half lets both sides reach across the middle.
-    pairs, counts = select_pairs(["x"], [["long one", "s"]], [[1.0, 5.0]], 1.0)
+    pairs, counts = select_pairs_by_rule(["x"], [["long one", "s"]], [[1.0, 5.0]], shortest_and_longest(1.0))
     assert [(p["chosen"], p["rejected"]) for p in pairs] == [("s", "long one")]
-    pairs, counts = select_pairs(["x"], [["long one", "s"]], [[5.0, 1.0]], 1.0)
+    pairs, counts = select_pairs_by_rule(["x"], [["long one", "s"]], [[5.0, 1.0]], shortest_and_longest(1.0))
     assert pairs == [] and counts["tie"] == 1
 
 
@@ -46,16 +71,17 @@ def test_an_anchor_is_rejected_where_it_is_worse_and_never_chosen():
     assert chosen_and_rejected(["a", "b"], [4.0, 3.0], anchor=(None, "old")) == ("a", "b")
     assert chosen_and_rejected(["a", "b"], [4.0, 4.0], anchor=(2.0, "old")) == ("a", "old")
     assert chosen_and_rejected(["a", "b"], [4.0, None], anchor=(2.0, "old")) == ("a", "old")
-    pairs, counts = select_pairs(["x"], [["a", "b"]], [[None, None]], anchors=[(2.0, "old")])
+    rule = shortest_and_longest(0.0)
+    pairs, counts = select_pairs_by_rule(["x"], [["a", "b"]], [[None, None]], rule, [(2.0, "old")])
     assert pairs == [] and counts["unread"] == 1
-    pairs, counts = select_pairs(["x"], [["a"]], [[1.0]], anchors=[(5.0, "old")])
+    pairs, counts = select_pairs_by_rule(["x"], [["a"]], [[1.0]], rule, [(5.0, "old")])
     assert pairs == [] and counts["tie"] == 1
 
 
 def test_the_next_below_the_best_can_be_the_rejected_one():
     rewards = [[3, 5, 4, 1], [2, 2, 5, 5], [4, None, 4, 4], [None, 1, 2, None]]
     answers = [[f"{letter}{n}" for n in range(4)] for letter in "abcd"]
-    pairs, counts = select_pairs(list("wxyz"), answers, rewards, next_best=True)
+    pairs, counts = select_pairs_by_rule(list("wxyz"), answers, rewards, best_and_next)
     assert [(p["chosen"], p["rejected"], p["rejected_reward"]) for p in pairs] == [
         ("a1", "a2", 4), ("b2", "b0", 2), ("d2", "d1", 1)]
     assert counts == {"pairs": 3, "tie": 1, "unread": 0, "identical": 0}
@@ -73,55 +99,98 @@ def test_smoothing_mixes_the_two_orders_of_a_pair():
     right, flipped = (dpo_loss(a, b, c, d, 0.3)[0] for a, b, c, d in
                       (logps, [logps[1], logps[0], logps[3], logps[2]]))
     for eps in (0.0, 0.1, 0.5):
-        smoothed = dpo_loss(*logps, 0.3, eps)[0]
+        smoothed = smoothed_dpo_loss(eps)(*logps, 0.3)[0]
         torch.testing.assert_close(smoothed, (1 - eps) * right + eps * flipped)
 
 
 def test_smoothing_is_trls():
     pytest.importorskip("trl")
     policy, reference = torch.randn(2, 5), torch.randn(2, 5)
-    ours = dpo_loss(*policy, *reference, 0.2, 0.15)[0]
+    ours = smoothed_dpo_loss(0.15)(*policy, *reference, 0.2)[0]
     # TRL's formula for label_smoothing (loss_type "sigmoid"), by its documentation.
     logits = (policy[0] - policy[1]) - (reference[0] - reference[1])
     log_sigmoid = torch.nn.functional.logsigmoid
     torch.testing.assert_close(ours, -log_sigmoid(0.2 * logits) * 0.85 - log_sigmoid(-0.2 * logits) * 0.15)
 
 
-def test_the_reference_can_be_another_model(monkeypatch):
-    # With every log-probability known, none is computed, and the loss at the start is not log 2.
-    policy, other = tiny_model(seed=0), tiny_model(seed=1)
-    known = known_logps(other, tiny_tokenizer(), PAIRS, 2)
-    assert len(known) == 6
-    monkeypatch.setattr(dpo, "reference_logps", lambda *_: pytest.fail("computed again"))
-    seen = []
-    monkeypatch.setattr(dpo, "dpo_loss", lambda *a, **k: seen.append(a) or dpo_loss(*a, **k))
-    config = DPOConfig(batch_size=3, learning_rate=0.0, final_learning_rate=0.0)
-    train_dpo(policy, tiny_tokenizer(), PAIRS, [], config, 0, "test", None, known)
-    encoded = dpo.encode_pairs(tiny_tokenizer(), PAIRS, 96)
-    monkeypatch.undo()
-    expected = torch.stack(dpo.reference_logps(other, encoded, 3))
-    got = torch.stack([seen[0][2], seen[0][3]])
-    torch.testing.assert_close(got.sort(1)[0], expected.sort(1)[0])
+class Stand(SimpleNamespace):
+    """What train_dpo_variant reads of a model; Stand(run, name) is another model of the same run."""
+
+    def __init__(self, run, name):
+        super().__init__(run=run, name=name, next_name="M3", lm=run.lms[name], config=run.config,
+                         data=SimpleNamespace(eft=[]), successor=lambda name, lm: SimpleNamespace(name=name, lm=lm))
 
 
-def test_consistency_smooths_by_the_mean_disagreement(monkeypatch):
-    told = []
-    monkeypatch.setattr(dpo, "dpo_loss", lambda *a: told.append(a[5]) or dpo_loss(*a))
+def random_m2(engine="plain", **dpo):
+    """M2 with random weights, beside M1 with others, in a run whose config has these keys in [dpo]."""
+    lms = {name: run_lm_class(engine)(tiny_model(seed=seed), tiny_tokenizer()) for seed, name in ((1, "M1"), (2, "M2"))}
+    for lm in lms.values():
+        lm.workspace = Workspace()
+    config = Config(threads=1, dpo=runner_config.DPOConfig(batch_size=3, **dpo))
+    return Stand(SimpleNamespace(lms=lms, config=config), "M2")
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_the_reference_can_be_another_model(engine, monkeypatch):
+    model, seen = random_m2(engine, learning_rate=0.0, min_learning_rate=0.0, reference="M1"), []
+
+    def loss(*logps):
+        seen.append(logps)
+        return dpo_loss(*logps)
+    monkeypatch.setattr(variants, "dpo_loss", loss)
+    trained = train_dpo_variant(model, PAIRS)
+    encoded = encode_pairs(model.lm, PAIRS)
+    with torch.no_grad():
+        expected = [*model.lm.pair_logps(encoded), *model.run.lms["M1"].pair_logps(encoded)]
+    [(*logps, _)] = seen
+    for got, wanted in zip(logps, expected, strict=True):
+        torch.testing.assert_close(got.detach().sort()[0], wanted.sort()[0])
+    assert trained.name == "M3" and trained.lm is not model.lm
+
+
+def test_without_a_variant_every_rule_is_the_papers():
+    assert dpo_variant(random_m2()) is None and pair_rule(random_m2()) is None
+    assert dpo_variant(random_m2(positives_only=True, reference="M1")) is variants.train_on_positives
+    assert dpo_variant(random_m2(reference="M1")) is dpo_variant(random_m2(consistency=True)) is train_dpo_variant
+
+
+@pytest.mark.parametrize("pairs, rule", [
+    ({"length_control": 0.2}, variants.control_length), ({"rejected_from": "next"}, variants.reject_next_best),
+    ({"rejected_from": "M1", "length_control": 0.2}, variants.reject_M1)])
+def test_the_config_names_the_rule_of_pairs(pairs, rule):
+    model = random_m2()
+    model.config = replace(model.config, pairs=runner_config.PairConfig(**pairs))
+    assert pair_rule(model) is rule
+    model.name = "M1"  # its responses are not compared with its own
+    assert pair_rule(model) is (variants.control_length if rule is variants.reject_M1 else rule)
+
+
+@pytest.mark.parametrize("consistency, expected", [(True, 0.2), (False, None)])
+def test_consistency_smooths_by_the_mean_disagreement(consistency, expected, monkeypatch):
+    smoothed = []
+
+    def record(smoothing):
+        smoothed.append(smoothing)
+        return smoothed_dpo_loss(smoothing)
+    monkeypatch.setattr(variants, "smoothed_dpo_loss", record)
     pairs = [{**pair, "agreement": share} for pair, share in zip(PAIRS, (1.0, 0.8, 0.6))]
-    for consistency in (True, False):
-        config = DPOConfig(batch_size=3, consistency=consistency)
-        train_dpo(tiny_model(), tiny_tokenizer(), pairs, [], config, 0, "test")
-    assert told == [pytest.approx(0.2), 0.0]
+    train_dpo_variant(random_m2(consistency=consistency), pairs)
+    assert smoothed == ([pytest.approx(expected)] if consistency else [])
 
 
-def test_prompts_of_people_pass_the_same_filters_and_end():
-    config = PromptConfig(count=3, rouge=1.1)
+def test_prompts_of_people_pass_the_same_filters_and_end(monkeypatch):
+    def made(texts, seeds):
+        monkeypatch.setattr(variants.corpus, "requests", lambda rng: ((None, text) for text in texts))
+        model = SimpleNamespace(config=SimpleNamespace(prompts=PromptConfig(count=3, max_rouge_l=1.1)), counts={},
+                                data=SimpleNamespace(ift=[{"prompt": text} for text in seeds], held_out=set()),
+                                seed=lambda purpose: 0)
+        return prompts_by_people(model), model.counts["prompts"]
     texts = ["Tell me of a fox.", "Draw a fox and a bear.", "News", "Tell me of a bear.", "tell me of a bear"]
-    made, counts = prompts_of_people(cycle(texts), ["Tell me of a fox."], set(), config)
-    assert made == ["Tell me of a bear."]
+    accepted, counts = made(cycle(texts), ["Tell me of a fox."])
+    assert accepted == ["Tell me of a bear."]
     assert counts == {"accepted": 1, "exact match": 4, "keyword": 2, "length": 2}  # 9 attempts, then no more
-    made, _ = prompts_of_people(iter(f"Tell me of fox {i}." for i in range(99)), [], set(), config)
-    assert len(made) == 3
+    accepted, counts = made((f"Tell me of fox {i}." for i in count()), [])
+    assert len(accepted) == counts["accepted"] == 3
 
 
 SMALL = """iterations = 2
@@ -129,7 +198,7 @@ device = "cpu"
 threads = 1
 seed_data = {ift = 8, ranked = 8, judge_evaluation = 2, evaluation = 4}
 sft = {batch_size = 8, epochs = 1}
-prompts = {count = 4, rouge = 1.1}
+prompts = {count = 4, max_rouge_l = 1.1}
 judge = {judgements = 2}
 dpo = {batch_size = 4}
 """
@@ -156,7 +225,7 @@ def test_a_run_on_positives_trains_m0_on_the_responses_of_full_score(tmp_path):
 
 
 def test_a_run_without_eft_learns_from_instructions_alone(tmp_path):
-    models, folder = run(tmp_path, 'seed_data.eft_by="none"', "dpo.replay=0.0", "iterations=0")
+    models, folder = run(tmp_path, 'seed_data.eft_by="none"', "dpo.replay_weight=0.0", "iterations=0")
     assert read_jsonl(folder / "seed/eft.jsonl", "EFT") == []
     logs = [read_jsonl(folder / name / "train_log.jsonl", "log") for name in ("SFT", "M1")]
     assert len(logs[0]) == len(logs[1]) == 1
@@ -164,13 +233,13 @@ def test_a_run_without_eft_learns_from_instructions_alone(tmp_path):
 
 def test_nothing_to_replay_is_told(tmp_path):
     with pytest.raises(InputError, match="nothing to replay"):
-        run(tmp_path, 'seed_data.eft_by="none"', "dpo.replay=0.5")
+        run(tmp_path, 'seed_data.eft_by="none"', "dpo.replay_weight=0.5")
 
 
 def test_people_outside_the_world_write_no_prompts():
-    config = Config(prompts=PromptConfig(written_by="people"))
+    config = Config(prompts=runner_config.PromptConfig(source="people"))
     object.__setattr__(config.seed_data, "source", "english")
-    with pytest.raises(InputError, match="needs the tiny world"):
+    with pytest.raises(InputError, match='prompts.source = "people" needs seed_data.source = "world"'):
         Run("nowhere", config)
 
 
@@ -180,8 +249,8 @@ def test_judgements_without_reasons_are_the_score_alone(tmp_path):
 
 
 def test_m1s_answers_stand_against_those_of_later_models(tmp_path):
-    models, folder = run(tmp_path, "pairs.rejected_from=M1", "dpo.reference=M1", "prompts.written_by=people",
-                         "prompts.count=12", "judge.judgements=1")
+    models, folder = run(tmp_path, "pairs.rejected_from=M1", "dpo.reference=M1", "dpo.consistency=true",
+                         "prompts.source=people", "prompts.count=12", "judge.judgements=1")
     own = [text for record in read_jsonl(folder / "M2/responses.jsonl", "y") for text in record["responses"]]
     pairs = read_jsonl(folder / "M2/pairs.jsonl", "pairs")
     assert all(pair["chosen"] in own for pair in pairs)
