@@ -11,7 +11,7 @@ from minisr.lm import LM
 from minisr.report.table import label
 from minisr.rng import derive_seed
 from minisr.runner.engine import best_lm
-from minisr.runner.files import printable
+from minisr.runner.files import check_encodable, printable
 from minisr.runner.run import ENGLISH_TEMPLATE, WORLD_TEMPLATE, load_template
 from minisr.sampler import SamplingConfig
 
@@ -29,6 +29,7 @@ class Chat:
 
     def ask(self, question: str, seed: int) -> None:
         """Print the model's answers to a question with their rewards, best first."""
+        check_encodable(question, "question")
         texts = self._answer(question, seed)
         judge_config = judge.JudgeConfig(max_new_tokens=self.config.max_new_tokens)
         judged = judge.judge(self.lm, self.judge_template, [question] * self.answers, texts, judge_config,

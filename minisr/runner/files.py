@@ -124,6 +124,15 @@ def parse_record(line: str, where: str, texts: tuple[str, ...]) -> dict:
     return record
 
 
+def check_encodable(text: str, where: str) -> None:
+    """Raise InputError if a text holds half of a surrogate pair, which JSON can escape and no tokenizer encodes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(f"{where}: half a character (a lone surrogate, \\ud800 to \\udfff) in the text "
+                         f"{text[:60]!r}; remove it") from error
+
+
 def file_digest(path: Path) -> str:
     """The sha256 of a file of any size."""
     try:

@@ -162,12 +162,15 @@ def uses_gpu(config: Config) -> bool:
 
 
 def choose_dtype(config: Config, device: str) -> torch.dtype:
-    """bfloat16 needs the fast engine's float32 master weights."""
-    if config.dtype == "auto":
-        return torch.bfloat16 if device == "cuda" and config.engine == "fast" else torch.float32
-    if config.dtype == "bfloat16" and config.engine == "plain":
+    """bfloat16 needs float32 master weights, which the fast engine has for AdamW."""
+    name = config.dtype
+    if name == "auto":
+        name = "bfloat16" if device == "cuda" and config.engine == "fast" else "float32"
+    if name == "bfloat16" and config.engine == "plain":
         raise InputError('dtype = "bfloat16" needs engine = "fast"')
-    return getattr(torch, config.dtype)
+    if name == "bfloat16" and "muon" in (config.sft.optimizer, config.dpo.optimizer):
+        raise InputError('optimizer = "muon" needs dtype = "float32"')
+    return getattr(torch, name)
 
 
 def check_resumable(old: Config, new: Config, folder: Path) -> None:

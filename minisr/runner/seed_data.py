@@ -20,7 +20,7 @@ from minisr.evaluate import ordered_correctly
 from minisr.judge import MAX_SCORE, JudgeConfig, Judgement, judge, judge_prompt, parse_score
 from minisr.lm import LM
 from minisr.rng import derive_seed
-from minisr.runner.files import read_json, read_jsonl
+from minisr.runner.files import check_encodable, read_json, read_jsonl
 from minisr.worlds.tiny import corpus
 
 ENGLISH = Path(__file__).parents[1] / "worlds" / "english"  # written for minisr
@@ -111,6 +111,7 @@ def parse_instruction(record: dict, where: str) -> dict:
         reason = f"the key {error} is missing" if isinstance(error, KeyError) else str(error)
         raise InputError(f"{where}: expected instruction/input/output, prompt/response or messages "
                          f"({reason})") from error
+    check_encodable(prompt + response, where)
     return {"prompt": prompt, "response": response}
 
 
@@ -131,6 +132,8 @@ def read_judged(path: Path) -> list[dict]:
         if not is_judged(record):
             raise InputError(f"{path}, line {number}: expected lists of equal length (2 or more): responses, "
                              f"scores from 0 to {MAX_SCORE}, reasons")
+        texts = [record["prompt"], *record["responses"], *record.get("reasons", [])]
+        check_encodable("".join(texts), f"{path}, line {number}")
     return records
 
 

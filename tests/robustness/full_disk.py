@@ -32,8 +32,7 @@ PLENTY = "size=256m,nr_inodes=10000"
 # not for another file.
 ROOMS = (0, 4096, None, 12288, 2_000_000, 0, 4096, 65536, 5_000_000, None, 8192, 0)
 SAID = r"minisr: cannot write (?:into )?(\S+): "
-FULL = re.compile(SAID + r"(?:No space left on device|the disk may be full); "
-                  r"(?:make room for it|free some space)[^\n]+\n")
+FULL = re.compile(SAID + r"(?:No space left on device|the disk may be full); make room for it[^\n]+\n")
 READ_ONLY = re.compile(SAID + r"Read-only file system; [^\n]+\n")
 # With a state every other step in SFT, too, one fills the disk before its model can.
 CONFIG = kills.CONFIG.replace("save_every = 2", "save_every = 50")

@@ -184,9 +184,8 @@ FAULTS = {
         ("a judge's tie is right", " and model[i] != model[j]\n", "\n"),
         ("five-best: best is a 5", "[h == max(human) for", "[h == 5 for")],
     ("runner/seed_data", "own_data"): [
-        ("one pair in order is enough for EFT", "and all(correct):", "and any(correct):"),
-        ("EFT keeps the last round in order",
-         "in zip(*judgements):", "in reversed([*zip(*judgements)]):")],
+        ("one pair in order is enough for EFT", "and all(agree)]", "and any(agree)]"),
+        ("EFT keeps the last round in order", "right[0])]", "right[-1])]")],
     ("runner/metrics", "loop"): [
         ("win rates are the other model's", "win_rates(_scores(own), _scores(answers[other]))",
          "win_rates(_scores(answers[other]), _scores(own))")],

@@ -141,19 +141,19 @@ class Evil:
         return os.mkdir, (self.folder,)
 
 
-@case("M0", "not a minisr model")
+@case("M0", "no minisr model")
 def weights_that_are_a_program(at):
     buffer = io.BytesIO()
     torch.save({"config": Evil(at / "executed"), "weights": {}}, buffer)
     return stored(at, buffer.getvalue())
 
 
-@case("M0", "not a minisr model")
+@case("M0", "no minisr model")
 def weights_that_are_a_program_in_a_bare_pickle(at):
     return stored(at, pickle.dumps(Evil(at / "executed")))
 
 
-@case("M0", "not a minisr model")
+@case("M0", "no minisr model")
 def weights_of_another_shape_than_their_config(at):
     content = torch.load(at / "M0/model.pt")
     content["config"]["ffn_dim"] += 8
@@ -162,7 +162,7 @@ def weights_of_another_shape_than_their_config(at):
     return stored(at, buffer.getvalue())
 
 
-@case("M0", "not a minisr model")
+@case("M0", "no minisr model")
 def weights_that_are_something_else(at):
     buffer = io.BytesIO()
     torch.save(torch.zeros(3), buffer)
@@ -204,7 +204,7 @@ def tokenizer_of_another_size(at):
     return chat(at)
 
 
-@case("M0", "not a minisr model")
+@case("M0", "no minisr model")
 def tokenizer_that_is_none(at):
     unsealed(at)
     (at / "M0/tokenizer.model").write_bytes(b"none")
