@@ -114,7 +114,8 @@ def with_llama3_scaling(config: ModelConfig, tensors: dict, path: Path) -> Model
         return config
     divisors = torch.from_numpy(tensors["rope_freqs.weight"].data.copy()).float()
     scaled = replace(config, rope_scaling=(float(divisors.max()), 1.0, 4.0, 8192.0))
-    if not torch.allclose(rope_frequencies(config, "cpu") / rope_frequencies(scaled, "cpu"), divisors, rtol=1e-3):
+    expected = rope_frequencies(config, "cpu") / rope_frequencies(scaled, "cpu")
+    if not torch.allclose(expected, divisors, rtol=1e-3):
         raise InputError(f"{path}: minisr does not support this RoPE scaling (rope_freqs); it reads "
                          "Llama 3's")
     return scaled

@@ -78,8 +78,8 @@ def weights_to_hf(config: ModelConfig, weights: dict[str, Tensor]) -> dict[str, 
     """Our weights by Hugging Face's names. No number changes."""
     converted = {}
     for ours, theirs in weight_names(config).items():
-        rows = fused_weight_sizes(ours, config)
-        parts = weights[ours].split(rows) if rows else [weights[ours]]
+        sizes = fused_weight_sizes(ours, config)
+        parts = weights[ours].split(sizes) if sizes else [weights[ours]]
         converted |= dict(zip(theirs, parts))
     return converted
 
@@ -99,8 +99,8 @@ def config_from_hf(hf_config: dict, where) -> ModelConfig:
     values.setdefault("n_kv_heads", values["n_heads"])
     try:
         return model_config(**values, head_dim=hf_config.get("head_dim") or 0,
-                           rope_theta=float(rope["rope_theta"]), rope_scaling=rope_scaling(rope),
-                           tie_embeddings=bool(hf_config.get("tie_word_embeddings", False)))
+                            rope_theta=float(rope["rope_theta"]), rope_scaling=rope_scaling(rope),
+                            tie_embeddings=bool(hf_config.get("tie_word_embeddings", False)))
     except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
         raise InputError(f"{where}: {type(error).__name__}: {error}") from error
 

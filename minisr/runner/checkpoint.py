@@ -31,7 +31,7 @@ from minisr.runner.files import (
 from minisr.tokenizer import SentencePiece, Tokenizer
 
 SEED_MODEL = Path(__file__).parents[1] / "worlds" / "tiny" / "M0"  # ships with minisr
-MODEL_KEYS_REMOVED = ("dropout",)  # it is now a setting of a training
+MODEL_KEYS_REMOVED = ("dropout",)  # keys in model.pt files of older versions; it is now a setting of a training
 
 
 def save_model(folder: Path, model: Decoder, tokenizer: Tokenizer, meta: dict) -> None:
@@ -41,13 +41,15 @@ def save_model(folder: Path, model: Decoder, tokenizer: Tokenizer, meta: dict) -
         del weights["head.weight"]
     with writing(folder / "model.pt") as file:
         torch.save({"config": asdict(model.config), "weights": weights}, file)
-    for name, content in tokenizer_files(tokenizer).items():
+    files = tokenizer_files(tokenizer)
+    for name, content in files.items():
         write_bytes(folder / name, content)
-    files = {name: digest(content) for name, content in tokenizer_files(tokenizer).items()}
-    write_json(folder / "meta.json", {"hash": file_digest(folder / "model.pt"), "files": files, **meta})
+    digests = {name: digest(content) for name, content in files.items()}
+    write_json(folder / "meta.json", {"hash": file_digest(folder / "model.pt"), "files": digests, **meta})
 
 
-def load_model(folder: Path, device: str = "cpu", dtype: torch.dtype | None = None) -> tuple[Decoder, Tokenizer]:
+def load_model(folder: Path, device: str = "cpu", dtype: torch.dtype | None = None
+               ) -> tuple[Decoder, Tokenizer]:
     """The model and tokenizer of a folder, in eval mode. Raises InputError if a file is damaged."""
     folder = Path(folder)
     check_file(folder / "model.pt", model_hash(folder))
@@ -87,7 +89,7 @@ def read_model_file(path: Path) -> tuple[ModelConfig, dict[str, torch.Tensor]]:
 
 def build_decoder(config: ModelConfig, weights: dict[str, torch.Tensor], device: str = "cpu",
                   dtype: torch.dtype | None = None) -> Decoder:
-    """A decoder with these weights, in eval mode; by default float32 on a CPU, bfloat16 on a GPU."""
+    """A decoder with these weights, in eval mode. The default dtype is float32, and bfloat16 on a GPU."""
     with torch.device("meta"):  # without memory or random numbers for weights that are replaced at once
         model = Decoder(config)
     if config.tie_embeddings:
@@ -99,7 +101,7 @@ def build_decoder(config: ModelConfig, weights: dict[str, torch.Tensor], device:
 
 
 def tokenizer_files(tokenizer: Tokenizer) -> dict[str, bytes]:
-    """What a model folder stores of a tokenizer, by file name."""
+    """The files that store a tokenizer in a model folder, by name."""
     vocabulary = tokenizer.vocabulary
     return {vocabulary.FILE: vocabulary.content, "chat.txt": tokenizer.template.encode()}
 

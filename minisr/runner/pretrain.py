@@ -1,7 +1,8 @@
 """Text -> M0: a seed model pretrained on what the tiny world's people wrote.
 
-Each row of a batch is one document. With several documents packed into a row, a trial with dim = 96 had learned to copy
-one of the four kinds of words from request to answer after 12 M tokens; with one document a row, it took 3 M.
+Each row of a batch is one document. Packing several documents into a row made training slower: in a trial with
+dim = 96, the model learned to copy one of the four kinds of words from request to answer after 12 M tokens
+instead of 3 M.
 """
 
 import io
@@ -16,6 +17,7 @@ from tqdm import tqdm
 
 from minisr import InputError
 from minisr.interop.chat_templates import chat_template
+from minisr.lm import LM
 from minisr.model import Decoder
 from minisr.rng import derive_seed
 from minisr.runner.checkpoint import digest, save_model
@@ -34,50 +36,32 @@ USER, ASSISTANT = "<|user|>", "<|assistant|>"  # the special tokens of the chat 
 def pretrain(config: PretrainConfig, folder: Path) -> None:
     """Train the tokenizer and the decoder on the world's text and save them as a model folder."""
     torch.set_num_threads(config.threads)
-    tokenizer = tokenizer_for(config)
+    tokenizer = make_tokenizer(config)
     documents = make_documents(tokenizer, config)
     model = Decoder(config.model)
     init_weights(model, torch.Generator().manual_seed(derive_seed(config.seed, "weights")))
     lm = run_lm_class(config.engine)(model, tokenizer)
-    batches = make_batches([len(document.ids) for document in documents], config.train,
-                           derive_seed(config.seed, "order"))
-
-    def loss_fn(batch, config):
-        for loss in mean_target_losses(lm, [documents[i] for i in batch], config):
-            yield loss, {}
-
     with folder_lock(folder):
         if (folder / "meta.json").exists():
             raise InputError(f"{folder} already holds a model; choose another folder with --out")
         lm.workspace = Workspace("pretrain", training_folder=folder, training_made_from=(to_toml(config),))
-        lm.fit(batches, loss_fn, config.train)
+        train(lm, documents, config)
         save_model(folder, model, tokenizer, {
             "made_by": "pretrain", "seed": config.seed, "torch": torch.__version__,
             "config_hash": digest(to_toml(config).encode())})
         TrainingState.remove(folder)
 
 
-def tokenizer_for(config: PretrainConfig) -> Tokenizer:
+def make_tokenizer(config: PretrainConfig) -> Tokenizer:
+    """A tokenizer trained on the lines of some documents."""
     rng = Random(derive_seed(config.seed, "tokenizer"))
-    texts = (corpus.document(rng) for _ in range(config.tokenizer_documents))
-    lines = (line for text in texts for line in text.split("\n"))
+    documents = (corpus.document(rng) for _ in range(config.tokenizer_documents))
+    lines = (line for document in documents for line in document.split("\n"))
     try:
         return train_tokenizer(lines, config.model.vocab_size, chat_template("tiny"))
-    except RuntimeError as error:  # SentencePiece names the sizes that are possible
-        raise InputError(f"[model] vocab_size {config.model.vocab_size} does not suit the text: {error}") from error
-
-
-def make_documents(tokenizer: Tokenizer, config: PretrainConfig) -> list[Example]:
-    """Documents of config.tokens tokens in total; every token but the first is a target."""
-    rng, documents, tokens = Random(derive_seed(config.seed, "text")), [], 0
-    with tqdm(total=config.tokens, desc="text", leave=False, disable=None) as bar:
-        while tokens < config.tokens:
-            ids = [*tokenizer.bos_ids, *tokenizer.encode(corpus.document(rng)), tokenizer.eos_id]
-            ids = ids[:config.model.max_seq_len]
-            documents.append(Example(ids, [True] * len(ids)))
-            tokens += len(ids)
-            bar.update(len(ids))
-    return documents
+    except RuntimeError as error:  # SentencePiece names the possible sizes
+        raise InputError(f"[model] vocab_size {config.model.vocab_size} does not suit the text: "
+                         f"{error}") from error
 
 
 def train_tokenizer(texts, vocab_size: int, template: str) -> Tokenizer:
@@ -92,6 +76,19 @@ def train_tokenizer(texts, vocab_size: int, template: str) -> Tokenizer:
     return Tokenizer(SentencePiece(model.getvalue()), template)
 
 
+def make_documents(tokenizer: Tokenizer, config: PretrainConfig) -> list[Example]:
+    """Documents until there are config.tokens tokens. Every token but the first is a target."""
+    rng, documents, tokens = Random(derive_seed(config.seed, "text")), [], 0
+    with tqdm(total=config.tokens, desc="text", leave=False, disable=None) as progress:
+        while tokens < config.tokens:
+            ids = [*tokenizer.bos_ids, *tokenizer.encode(corpus.document(rng)), tokenizer.eos_id]
+            ids = ids[:config.model.max_seq_len]
+            documents.append(Example(ids, [True] * len(ids)))
+            tokens += len(ids)
+            progress.update(len(ids))
+    return documents
+
+
 def init_weights(model: Decoder, generator: torch.Generator) -> None:
     """Normal with std 0.02. Matrices that write to the residual stream are scaled by 1 / sqrt(2 L), as in GPT-2."""
     for name, weight in model.named_parameters():
@@ -100,3 +97,15 @@ def init_weights(model: Decoder, generator: torch.Generator) -> None:
         writes_to_residual = name.endswith(("out_proj.weight", "down_proj.weight"))
         std = 0.02 / math.sqrt(2 * model.config.n_layers) if writes_to_residual else 0.02
         nn.init.normal_(weight, std=std, generator=generator)
+
+
+def train(lm: LM, documents: list[Example], config: PretrainConfig) -> None:
+    """Train on every token of the documents."""
+    lengths = [len(document.ids) for document in documents]
+    batches = make_batches(lengths, config.train, derive_seed(config.seed, "order"))
+
+    def loss_fn(batch, train_config):
+        for loss in mean_target_losses(lm, [documents[i] for i in batch], train_config):
+            yield loss, {}
+
+    lm.fit(batches, loss_fn, config.train)

@@ -18,6 +18,7 @@ from random import Random
 from minisr import InputError
 from minisr.evaluate import ordered_correctly
 from minisr.judge import MAX_SCORE, JudgeConfig, Judgement, judge, judge_prompt, parse_score
+from minisr.lm import LM
 from minisr.rng import derive_seed
 from minisr.runner.files import check_encodable, read_json, read_jsonl
 from minisr.worlds.tiny import corpus
@@ -162,7 +163,7 @@ def eft_by_annotator(ranked: list[dict], template: str, reasons: bool = True) ->
     return records
 
 
-def eft_by_baseline(lm, ranked: list[dict], template: str, config: JudgeConfig, seed: int) -> list[dict]:
+def eft_by_baseline(lm: LM, ranked: list[dict], template: str, config: JudgeConfig, seed: int) -> list[dict]:
     """EFT records written by the SFT baseline: J judgements of each response, of which some are selected."""
     prompts = [record["prompt"] for record in ranked for _ in record["responses"]]
     responses = [response for record in ranked for response in record["responses"]]

@@ -279,7 +279,7 @@ def an_empty_tokenizer_model(folder):
     (folder / "tokenizer.json").unlink()
 
 
-@damage("exactly once")
+@damage("{response} once")
 def a_chat_template_without_a_field(folder):
     (folder / "chat.txt").write_text("<s>{prompt}</s>")
 

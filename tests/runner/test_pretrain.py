@@ -1,4 +1,4 @@
-"""A seed model from the world's text: what it is trained on, what comes out, and going on."""
+"""Pretraining a seed model: its data, its result, and resuming."""
 
 import io
 import json
@@ -41,7 +41,7 @@ def pretrain(config, out, *changes):
     return main(["pretrain", str(config), "--out", str(out), *settings])
 
 
-def test_the_text_is_whole_documents_with_an_end_as_many_as_asked_for(tokenizer, config):
+def test_the_text_is_whole_documents_with_an_end_token_up_to_the_number_of_tokens(tokenizer, config):
     config = load_config(config, PretrainConfig, ("seed=3",))
     documents = make_documents(tokenizer, config)
     lengths = [len(ids) for ids, _ in documents]
@@ -52,13 +52,13 @@ def test_the_text_is_whole_documents_with_an_end_as_many_as_asked_for(tokenizer,
     assert documents == make_documents(tokenizer, config)
 
 
-def test_pretraining_stopped_and_gone_on_with_gives_the_same_model_which_has_learned(
+def test_resumed_pretraining_gives_the_same_model_and_it_has_learned(
         config, tmp_path, monkeypatch, capsys):
     assert pretrain(config, tmp_path / "whole") == 0
     model, tokenizer = load_model(tmp_path / "whole")
     assert model.config.dim == 16 and len(tokenizer) == 420
     log = [json.loads(line) for line in (tmp_path / "whole/train_log.jsonl").read_text().splitlines()]
-    assert log[0]["loss"] == pytest.approx(6.04, abs=0.1)  # log 420: it knows nothing
+    assert log[0]["loss"] == pytest.approx(6.04, abs=0.1)  # log 420, a uniform distribution
     assert log[-1]["loss"] < 5.5
 
     def stop_at_7(optimizer, rate, max_grad_norm, step=train.optimizer_step):
@@ -74,12 +74,12 @@ def test_pretraining_stopped_and_gone_on_with_gives_the_same_model_which_has_lea
         assert (tmp_path / "stopped" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
     assert not list((tmp_path / "stopped").glob("training*"))
     capsys.readouterr()
-    assert pretrain(config, tmp_path / "stopped", "seed=1") == 2  # a model is not written over
+    assert pretrain(config, tmp_path / "stopped", "seed=1") == 2  # a model is not overwritten
     assert "already holds a model" in capsys.readouterr().err
     assert (tmp_path / "stopped/model.pt").read_bytes() == (tmp_path / "whole/model.pt").read_bytes()
 
 
-def test_a_shape_that_does_not_go_together_ends_in_one_line(config, tmp_path, capsys):
+def test_an_impossible_shape_is_reported_in_one_line(config, tmp_path, capsys):
     assert pretrain(config, tmp_path / "M0", "model.n_heads=3") == 2
     err = capsys.readouterr().err
     assert err.count("\n") == 1 and "[model]: dim must be an even multiple of n_heads" in err
@@ -87,7 +87,7 @@ def test_a_shape_that_does_not_go_together_ends_in_one_line(config, tmp_path, ca
 
 
 @pytest.mark.parametrize("old, new", MODEL_KEYS_RENAMED.items())
-def test_an_old_key_is_refused_in_one_line_with_its_new_name(old, new, config, tmp_path, capsys):
+def test_an_old_key_is_rejected_in_one_line_with_its_new_name(old, new, config, tmp_path, capsys):
     assert pretrain(config, tmp_path / "M0", f"model.{old}=3") == 2
     err = capsys.readouterr().err
     assert err.count("\n") == 1 and f"[model]: {old!r} is now called {new!r}" in err

@@ -5,8 +5,8 @@ from random import Random
 
 import pytest
 
-from minisr.judge import load_template, parse_score
-from minisr.runner.run import WORLD_TEMPLATE
+from minisr.judge import parse_score
+from minisr.runner.run import WORLD_TEMPLATE, load_template
 from minisr.runner.seed_data import balance_scores, eft_by_annotator
 from minisr.worlds.tiny import corpus, writers
 from minisr.worlds.tiny.oracle import Request, examine, parse_request, score
