@@ -70,8 +70,9 @@ def test_a_range_or_another_scale_is_unparsed_however_spelled(text):
 
 def judged(judgement: str, responses: list[str], max_seq_len: int = 96, **config) -> list[list[Judgement]]:
     """The judgements of a model that writes the same judgement about every response."""
-    return judge(LM(speaker(judgement, max_seq_len), tiny_tokenizer()), TEMPLATE, ["Write."] * len(responses), responses,
-                 JudgeConfig(**{"judgements": 1, "max_new_tokens": 20, **config}), seed=0)
+    lm = LM(speaker(judgement, max_seq_len), tiny_tokenizer())
+    config = JudgeConfig(**{"judgements": 1, "max_new_tokens": 20, **config})
+    return judge(lm, TEMPLATE, ["Write."] * len(responses), responses, config, seed=0)
 
 
 def response_of_length(tokens: int) -> str:

@@ -1,16 +1,18 @@
 """A language model as one object: candidate responses, and copies whose weights are their own."""
 
+from dataclasses import replace
+
 import pytest
 import torch
-from tiny import EXAMPLES, PAIRS, chain, speaker, tiny_lm, tiny_tokenizer
+from tiny import ENGINES, EXAMPLES, PAIRS, chain, speaker, tiny_lm, tiny_tokenizer
 
 from minisr.dpo import encode_pairs
-from minisr.lm import LM, ResponseConfig, respond
+from minisr.lm import ResponseConfig, respond
 from minisr.sft import encode_examples
 
 
 def test_responses_are_grouped_by_prompt_and_finished_with_their_end_token(engine):
-    lm = type(tiny_lm(engine))(speaker("A fox."), tiny_tokenizer())
+    lm = ENGINES[engine](speaker("A fox."), tiny_tokenizer())
     records = respond(lm, ["Write.", "News?"], ResponseConfig(candidates=3, max_new_tokens=20), seed=0)
     assert [record["prompt"] for record in records] == ["Write.", "News?"]
     for record in records:
@@ -19,7 +21,7 @@ def test_responses_are_grouped_by_prompt_and_finished_with_their_end_token(engin
 
 
 def test_a_response_without_its_end_token_counts_as_cut_off(engine):
-    lm = type(tiny_lm(engine))(speaker("A fox."), tiny_tokenizer())
+    lm = ENGINES[engine](speaker("A fox."), tiny_tokenizer())
     needed = len(tiny_tokenizer().encode_response("A fox."))
     [record] = respond(lm, ["Write."], ResponseConfig(candidates=1, max_new_tokens=needed), seed=0)
     assert record["finished"] == [True]
@@ -28,17 +30,16 @@ def test_a_response_without_its_end_token_counts_as_cut_off(engine):
 
 
 @pytest.mark.parametrize("spare, finished", [(0, True), (-1, False)])
-def test_a_response_that_training_could_not_hold_counts_as_cut_off(spare, finished):
-    # The model writes "the" in letters; training would encode it in fewer tokens or more, as its text requires.
-    tokenizer = tiny_tokenizer()
-    specials, [letter] = tokenizer.vocabulary.specials, tokenizer.encode("\n")[-1:]
-    byte = tokenizer.vocabulary.pieces.piece_to_id("<0xC3>")  # half of a character: its text is U+FFFD, 3 bytes
-    model = chain({specials["<|assistant|>"]: byte, byte: letter, letter: tokenizer.eos_id}, len(tokenizer))
-    prompt = tokenizer.encode_prompt("Hi")
-    as_trained = tokenizer.encode_response(tokenizer.decode([byte, letter, tokenizer.eos_id]))
+def test_a_response_that_does_not_fit_as_training_encodes_it_counts_as_cut_off(engine, spare, finished):
+    # The model writes half a character. Its text is U+FFFD, which training encodes as three bytes.
+    tokenizer, prompt = tiny_tokenizer(), tiny_tokenizer().encode_prompt("Hi")
+    byte = tokenizer.vocabulary.pieces.piece_to_id("<0xC3>")
+    model = chain({prompt[-1]: byte, byte: tokenizer.eos_id}, len(tokenizer))
+    as_trained = tokenizer.encode_response(tokenizer.decode([byte]))
     assert len(as_trained) > 3
-    model.config = model.config.__class__(**{**vars(model.config), "max_seq_len": len(prompt) + len(as_trained) + spare})
-    [record] = respond(LM(model, tokenizer), ["Hi"], ResponseConfig(candidates=1, max_new_tokens=20), seed=0)
+    model.config = replace(model.config, max_seq_len=len(prompt) + len(as_trained) + spare)
+    lm, config = ENGINES[engine](model, tokenizer), ResponseConfig(candidates=1, max_new_tokens=20)
+    [record] = respond(lm, ["Hi"], config, seed=0)
     assert record["finished"] == [finished] and record["logps"] == [None]
 
 
