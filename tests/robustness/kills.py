@@ -1,6 +1,6 @@
 """Kill a small run at random instants, go on, and hold its files against those of a run that was left alone.
 
-    python tests/kills.py [--kills 60] [--signal 9] [--seed 0] [--folder FOLDER]
+    python tests/robustness/kills.py [--kills 60] [--signal 9] [--seed 0] [--folder FOLDER]
 
 Every attempt begins where the one before was killed, until the run is whole; then the next begins anew. Ends
 with exit code 1 if a file differs, if a process says "Traceback", or if one ends in another way than asked.
@@ -24,11 +24,11 @@ device = "cpu"
 threads = 1
 seed_data = {ift = 48, ranked = 32, judge_evaluation = 8, evaluation = 24}
 sft = {batch_size = 8, epochs = 1, save_every = 2}
-prompts = {count = 24, rouge = 1.1, rows = 8}
+prompts = {count = 24, max_rouge_l = 1.1, rows = 8}
 responses = {rows = 16, temperature = 1.0}
 judge = {rows = 48, judgements = 2}
 evaluate = {rows = 8}
-dpo = {batch_size = 4, replay = 0.5, save_every = 1, dropout = 0.1}
+dpo = {batch_size = 4, replay_weight = 0.5, save_every = 1, dropout = 0.1}
 """
 
 

@@ -12,6 +12,7 @@ from statistics import mean
 
 import pytest
 import torch
+from small_run import MODELS, files, jsonl, minisr, model_of, prompts_of
 
 from minisr import InputError
 from minisr.cli import main
@@ -21,7 +22,7 @@ from minisr.report.table import line, table
 from minisr.runner.checkpoint import SEED_MODEL, load_model
 from minisr.runner.config import load_config
 from minisr.runner.evaluation import training_summary
-from minisr.runner.files import jsonl_bytes, read_json, read_jsonl, write_jsonl
+from minisr.runner.files import jsonl_bytes, read_json, write_jsonl
 from minisr.runner.reuse import copy_unaffected
 from minisr.runner.run import WORLD_TEMPLATE, Run
 from minisr.runner.steps import StoredModel, keep
@@ -29,75 +30,6 @@ from minisr.runner.storage import folder_lock, write_with_checksum
 from minisr.sampler import Completion
 from minisr.worlds.tiny import oracle
 from minisr.worlds.tiny.corpus import held_out
-
-CONFIG = """
-iterations = 2
-device = "cpu"
-threads = 1
-seed_data = {ift = 16, ranked = 12, judge_evaluation = 4, evaluation = 8}
-sft = {batch_size = 8, epochs = 1, learning_rate = 3e-3}
-prompts = {count = 8, max_rouge_l = 0.95}
-responses = {candidates = 4, temperature = 1.0, top_p = 1.0}
-judge = {judgements = 2}
-dpo = {batch_size = 4, learning_rate = 3e-4, replay_weight = 0.5}
-"""
-MODELS = ("SFT", "M1", "M2", "M3")
-
-
-def minisr(*arguments):
-    out, err = io.StringIO(), io.StringIO()
-    with redirect_stdout(out), redirect_stderr(err):
-        code = main([str(argument) for argument in arguments])
-    return code, out.getvalue(), err.getvalue()
-
-
-def files(folder):
-    """A digest of every file, without what the clock wrote."""
-    found = {}
-    for path in folder.rglob("*"):
-        if path.is_file() and path.name != "timing.json":
-            content = re.sub(rb'"seconds": [0-9.e-]+', b"", path.read_bytes())
-            found[path.relative_to(folder).as_posix()] = hashlib.sha256(content).hexdigest()
-    return found
-
-
-def jsonl(path):
-    return read_jsonl(path, "records")
-
-
-def prompts_of(folder):
-    return [record["prompt"] for record in jsonl(folder / "prompts.jsonl")]
-
-
-def model_of(run, name):
-    """A model of a run on disk."""
-    return StoredModel(Run(run, load_config(run / "config.toml")), name)
-
-
-@pytest.fixture(scope="session")
-def config(tmp_path_factory):
-    path = tmp_path_factory.mktemp("config") / "tiny.toml"
-    path.write_text(CONFIG)
-    return path
-
-
-@pytest.fixture(scope="session")
-def session_run(config, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("run") / "whole"
-    code, out, _ = minisr("run", config, "--out", folder)
-    assert code == 0
-    return folder, out
-
-
-@pytest.fixture(scope="session")
-def finished(session_run):
-    """A run that nobody stopped. Tests read it; those that write take a copy."""
-    return session_run[0]
-
-
-@pytest.fixture
-def copy(finished, tmp_path):
-    return shutil.copytree(finished, tmp_path / "copy")
 
 
 def test_the_same_seed_gives_the_same_files_bit_for_bit(config, finished, tmp_path):

@@ -99,8 +99,9 @@ def test_an_old_key_is_unknown_in_a_section_that_has_no_such_setting(config, tmp
     assert "[train]: unknown key 'hidden'; known: learning_rate" in capsys.readouterr().err
 
 
-def test_a_model_file_with_the_old_names_of_the_keys_is_read(config, tmp_path):
+def test_a_model_file_with_the_old_names_of_the_keys_is_read(config, tmp_path, capsys):
     assert pretrain(config, tmp_path / "M0") == 0
+    assert capsys.readouterr().err == ""  # no progress bar where stderr is not a terminal
     expected, _ = load_model(tmp_path / "M0")
     stored = torch.load(tmp_path / "M0/model.pt")
     old_names = {new: old for old, new in MODEL_KEYS_RENAMED.items()}
