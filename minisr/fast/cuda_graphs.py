@@ -50,10 +50,9 @@ class GraphDecoder:
     def __init__(self, model: Decoder, max_new_tokens: int, how: Decoding):
         """For batches of up to max_new_tokens new tokens."""
         max_seq_len = model.config.max_seq_len
-        self.how, self.columns = how, bucket(min(max_new_tokens, max_seq_len), COLUMNS)
-        self.forward = DecodeStep(model, max_seq_len + self.columns)  # finished rows may pass max_seq_len
-        self.is_stop = how.is_stop(model.config.vocab_size, model.device)
-        self.attempts = torch.arange(number_of_attempts(how.top_p), device=model.device)
+        self.columns = bucket(min(max_new_tokens, max_seq_len), COLUMNS)
+        self.step = SamplingStep(model, max_seq_len + self.columns, how)  # finished rows may pass max_seq_len
+        self.drops_rows = how.options.row_dropping
         self.state: DecodeState | None = None
         self.graphs: dict[tuple[int, int], CudaGraph] = {}
         self.capturing = Capturing() if model.embed.weight.is_cuda else None
@@ -70,14 +69,14 @@ class GraphDecoder:
     def _decode(self, logits: Tensor, state: "DecodeState", B: int, max_new: int) -> tuple[Tensor, Tensor]:
         rows = bucket(B, ROWS)
         padded = torch.cat([logits, logits.new_zeros(rows - B, logits.shape[1])])
-        self._sample(padded, StaticBatch(state, rows, 0))
+        self.step.sample(padded, StaticBatch(state, rows, 0))
         done = 1  # tokens drawn
         while done < max_new:
             n_alive = int(state.alive[:rows].sum())  # the only place where the host waits for the GPU
             if n_alive == 0:
                 break
             fewer = bucket(n_alive, ROWS)
-            if fewer < rows and self.how.options.row_dropping:
+            if fewer < rows and self.drops_rows:
                 state.compact(rows, fewer, done - 1)
                 rows = fewer
             steps = min(CHECK_EVERY, max_new - done)
@@ -105,15 +104,26 @@ class GraphDecoder:
 
     def _graph(self, rows: int, columns: int) -> "CudaGraph":
         if (rows, columns) not in self.graphs:
-            run = partial(self._advance, StaticBatch(self.state, rows, columns))
+            run = partial(self.step, StaticBatch(self.state, rows, columns))
             self.graphs[rows, columns] = CudaGraph(run, self.capturing)
         return self.graphs[rows, columns]
 
-    def _advance(self, batch: "StaticBatch") -> None:
-        """One decode step: read the last token of each row, draw the next."""
-        self._sample(self.forward(batch.token, batch), batch)
 
-    def _sample(self, logits: Tensor, batch: "StaticBatch") -> None:
+class SamplingStep:
+    """step(batch) is one decode step, in place on static tensors: read the last token of each row, draw the next.
+
+    It does not refer to the GraphDecoder. A cycle would keep the memory of a decoder that is no longer used."""
+
+    def __init__(self, model: Decoder, max_len: int, how: Decoding):
+        """For rows of up to max_len tokens."""
+        self.how, self.forward = how, DecodeStep(model, max_len)
+        self.is_stop = how.is_stop(model.config.vocab_size, model.device)
+        self.attempts = torch.arange(number_of_attempts(how.top_p), device=model.device)
+
+    def __call__(self, batch: "StaticBatch") -> None:
+        self.sample(self.forward(batch.token, batch), batch)
+
+    def sample(self, logits: Tensor, batch: "StaticBatch") -> None:
         """Draw a token for each row of logits (rows, V) and record it."""
         numbers = uniforms(batch.seed, batch.n_columns * MAX_ATTEMPTS + self.attempts)  # (attempts, rows)
         drawn = sample_top_p(logits, self.how.temperature, self.how.top_p, numbers)

@@ -1,5 +1,7 @@
 """Decoding with static shapes, without graphs: the tokens of fast.sampler.decode, whatever the buckets."""
 
+import gc
+import weakref
 from dataclasses import replace
 from random import Random
 from types import SimpleNamespace
@@ -172,6 +174,16 @@ def test_where_memory_runs_out_a_smaller_batch_is_decoded(model, monkeypatch):
             lm.sample(prompts, 1, config, 5, STOP)
     assert lm.decoder.state is None and lm.decoder.graphs == {}
     assert_same_samples(model, prompts[:20], 1, config, lm=lm)
+
+
+def test_a_dropped_graph_decoder_frees_its_memory_at_once(lm):
+    state = weakref.ref(lm.decoder.state)
+    gc.disable()
+    try:
+        lm.graphs = None
+        assert state() is None
+    finally:
+        gc.enable()
 
 
 def fail_with_out_of_memory(*_):
