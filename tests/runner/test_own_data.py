@@ -95,6 +95,24 @@ def test_a_wrong_judged_record_is_named_by_its_line(folder, change):
         build_seed_data(SeedConfig(source=str(folder), judge_evaluation=1), 0)
 
 
+@pytest.mark.parametrize("name, record, where", [
+    ("ift", WANTED | {"prompt": "Name \ud800."}, "record 2"), ("ift", WANTED | {"response": "\udfff"}, "record 2"),
+    ("evaluation", {"prompt": "\ud800?"}, "record 2"), ("judged", JUDGED | {"prompt": "\ud800"}, "line 2"),
+    ("judged", JUDGED | {"responses": ["Blue.", "\ud800"]}, "line 2"),
+    ("judged", JUDGED | {"reasons": ["Good.", "\ud800"]}, "line 2")])
+def test_half_a_character_is_named_where_the_file_is_read(name, record, where, folder):
+    path = folder / f"{name}.jsonl"
+    whole = {"ift": WANTED, "judged": JUDGED, "evaluation": {"prompt": "What is new?"}}[name]
+    write_jsonl(path, [whole, record, whole])
+    with pytest.raises(InputError, match=rf"{name}\.jsonl, {where}: half a character \(a lone surrogate"):
+        build_seed_data(SeedConfig(source=str(folder), judge_evaluation=1), 0)
+
+
+def test_both_halves_of_a_character_are_one(tmp_path):
+    (tmp_path / "ift.jsonl").write_text('{"prompt": "\\ud83d\\ude42?", "response": "Yes."}\n')
+    assert read_instructions(tmp_path / "ift.jsonl") == [{"prompt": "\U0001f642?", "response": "Yes."}]
+
+
 def test_holding_out_all_judged_records_is_an_error(folder):
     with pytest.raises(InputError, match="judge_evaluation = 5"):
         build_seed_data(SeedConfig(source=str(folder), judge_evaluation=5), 0)

@@ -101,6 +101,7 @@ COMMANDS = {  # what is given wrongly: the command, and what the one line must s
     "file as folder": (lambda at: run(at, out="run.toml"), "cannot write", "choose another folder"),
     "folder in a file": (lambda at: run(at, out="run.toml/new"), "cannot write", "run.toml/new"),
     "long question": (lambda at: chat(at, "Write a story. " * 40), "tokens; the model needs 1 to 95"),
+    "question with half a character": (lambda at: chat(at, "News\ud800?"), "question: half a character"),
     "question of spaces": (lambda at: chat(at, "  "), "a question that is not empty"),
     "chat with a run": (lambda at: ["chat", at / "run", "--ask", "News?"], "is a run", "one of its models"),
     "no answers to show": (lambda at: ["show", at / "run", "--answers", "2"], "no evaluated model yet"),
