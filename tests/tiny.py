@@ -1,4 +1,4 @@
-"""What several tests need: a small tokenizer, random decoders, decoders with a known output, a Llama to compare with."""
+"""Helpers of several tests: a tokenizer, decoders that are random or have a known output, a Llama to compare with."""
 
 import json
 from functools import cache

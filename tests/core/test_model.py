@@ -177,11 +177,11 @@ def test_forward_with_cache_equals_forward_without_for_every_split(random_decode
 def test_padding_on_the_left_leaves_no_trace_in_the_logits(random_decoder):
     model, lengths, T, steps = random_decoder(), [1, 3, 6, 6], 6, 3
     text = random_ids(4, T + steps, seed=3)  # the ids in padding columns are arbitrary
-    is_token = torch.arange(T + steps) >= torch.tensor([T - length for length in lengths])[:, None]  # (B, S)
-    whole = model(text, is_token=is_token)
+    attention_mask = torch.arange(T + steps) >= torch.tensor([T - length for length in lengths])[:, None]  # (B, S)
+    whole = model(text, None, attention_mask)
     cache = KVCache(model, batch_size=4, max_len=T + steps)
-    parts = [model(text[:, :T], cache, is_token[:, :T])]
-    parts += [model(text[:, end - 1:end], cache, is_token[:, :end]) for end in range(T + 1, T + steps + 1)]
+    parts = [model(text[:, :T], cache, attention_mask[:, :T])]
+    parts += [model(text[:, end - 1:end], cache, attention_mask[:, :end]) for end in range(T + 1, T + steps + 1)]
     for padded in (whole, torch.cat(parts, dim=1)):
         for row, length in enumerate(lengths):
             expected = model(text[row:row + 1, T - length:])[0]

@@ -30,7 +30,7 @@ NEVER = (-1,)
 class GraphLM(FastLM):
     """FastLM with graph decoders on a CPU too, where they run without graphs."""
 
-    def generate(self, prompts, seeds, config, stop_ids):
+    def sample_batch(self, prompts, seeds, config, stop_ids):
         options = Options(isinstance(config, ResponseConfig), "prefix-sharing" not in self.without,
                           "row-dropping" not in self.without)
         options = replace(options, decoder=self.graph_decoder(config, stop_ids, options))
@@ -244,7 +244,7 @@ def test_a_graph_decoder_is_used_on_a_gpu_only(monkeypatch, is_cuda, without, ex
     weight = SimpleNamespace(is_cuda=is_cuda, dtype=torch.float32)
     lm = FastLM(SimpleNamespace(embed=SimpleNamespace(weight=weight)), None)
     lm.without = frozenset(without)
-    lm.generate([[1, 2]], row_seeds(5, 1, 1), CONFIG, STOP)
+    lm.sample_batch([[1, 2]], row_seeds(5, 1, 1), CONFIG, STOP)
     assert decoders == ["a graph decoder" if expected else None]
 
 
