@@ -13,12 +13,13 @@ from nasty import NASTY
 
 from minisr import InputError
 from minisr.cli import main
-from minisr.evaluate import answer_metrics, histogram, judge_metrics, win_rates
+from minisr.evaluate import judge_metrics, win_rates
 from minisr.report import chart_data, figures, markup, run_charts
 from minisr.report.experiment_table import COLUMNS, differences_table, results_table
 from minisr.report.page import write_page
 from minisr.report.seed_statistics import mean_and_interval, over_seeds
 from minisr.runner.config import load_config, to_toml
+from minisr.runner.evaluation import answer_metrics, histogram
 from minisr.runner.files import read_json, read_jsonl, write_json
 from minisr.worlds.tiny import oracle
 
@@ -490,7 +491,7 @@ def short_run(monkeypatch, copy):
     run = SimpleNamespace(folder=copy, has_oracle=True)
     monkeypatch.setattr("minisr.cli._open_run", lambda options: run)
     metrics = read_json(copy / "metrics.json", "metrics")
-    monkeypatch.setattr("minisr.loop.run_loop", lambda run, after: metrics)
+    monkeypatch.setattr("minisr.runner.steps.run_loop", lambda run, on_evaluated: metrics)
     return ["run", "any.toml"]
 
 
