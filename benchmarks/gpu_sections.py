@@ -55,9 +55,9 @@ SIZES = {"full": {"rows": (64, 256, 512), "new_tokens": 128, "judged_tokens": 64
 class GraphLM(FastLM):
     """FastLM, which uses graph decoders on a GPU. Here also on a CPU, where they run without graphs."""
 
-    def generate(self, prompts, seeds, config, stop_ids):
+    def sample_batch(self, prompts, seeds, config, stop_ids):
         if self.model.embed.weight.is_cuda or "cuda-graphs" in self.without:
-            return super().generate(prompts, seeds, config, stop_ids)
+            return super().sample_batch(prompts, seeds, config, stop_ids)
         options = Options(record_logps=isinstance(config, ResponseConfig))
         options = replace(options, decoder=self.graph_decoder(config, stop_ids, options))
         return sampler.generate(self.model, prompts, seeds, config, stop_ids, options)

@@ -48,7 +48,7 @@ class PeerLM(RunLM, LM):
         super().__init__(model, tokenizer)
         self.generator = generator
 
-    def generate(self, prompts, seeds, config, stop_ids) -> list[list[Completion]]:
+    def sample_batch(self, prompts, seeds, config, stop_ids) -> list[list[Completion]]:
         n = seeds.shape[1]
         room = self.max_seq_len - max(map(len, prompts))
         job = {"prompts": prompts, "n": n, "temperature": config.temperature, "top_p": config.top_p,

@@ -1,7 +1,6 @@
 """M_t -> M_{t+1}: direct preference optimization on the model's own pairs (section 2.3; Rafailov et al., 2023)."""
 
 from dataclasses import dataclass
-from itertools import zip_longest
 from typing import NamedTuple
 
 import torch
@@ -16,11 +15,11 @@ from minisr.train import TrainConfig, make_batches, micro_batches
 
 @dataclass(frozen=True)
 class DPOConfig(TrainConfig):
-    """DPO, and two terms that the paper does not have (weight 0: off)."""
+    """DPO, and two optional terms that are not in the paper (0: off)."""
 
     beta: float = 0.1
-    nll_weight: float = 0.0  # of the chosen response's loss per token (Iterative RPO, Pang et al., 2024, eq. 1)
-    replay_weight: float = 0.0  # of the SFT loss on one EFT example for each pair
+    nll_weight: float = 0.0  # weight of -log p(y_w | x) / |y_w| (Iterative RPO, Pang et al., 2024, eq. 1)
+    replay_weight: float = 0.0  # weight of the SFT loss on a batch of EFT examples, added in every step
 
 
 class EncodedPair(NamedTuple):
@@ -61,7 +60,7 @@ def train_dpo(lm, pairs: list[dict], eft: list[dict], config: DPOConfig, seed: i
 
     Without any pair there is nothing to learn, and M_{t+1} is M_t."""
     policy = lm.copy()
-    reference = lm.frozen_copy()  # M_t itself, which never moves
+    reference = lm.frozen_copy()  # M_t, out of reach of any gradient
     batches = dpo_batches(lm, pairs, eft, config, seed)
     torch.manual_seed(derive_seed(seed, "dropout"))
     fit_dpo(policy, reference, batches, config)
@@ -69,7 +68,9 @@ def train_dpo(lm, pairs: list[dict], eft: list[dict], config: DPOConfig, seed: i
 
 
 def fit_dpo(policy, reference, batches: list[tuple], config: DPOConfig, preference_loss=dpo_loss) -> None:
-    """Train the policy in place on batches of (pairs, replayed examples), see dpo_batches."""
+    """Train the policy in place on batches of (pairs, replayed examples), see dpo_batches.
+
+    A control may replace the loss."""
 
     def loss_fn(batch: tuple, config: DPOConfig):
         pairs, replayed = batch
@@ -77,11 +78,10 @@ def fit_dpo(policy, reference, batches: list[tuple], config: DPOConfig, preferen
             chosen, rejected = policy.pair_logps(part)  # (b,) each
             with torch.no_grad():
                 reference_chosen, reference_rejected = reference.pair_logps(part)
-            losses, chosen_rewards, rejected_rewards = preference_loss(
+            losses, reward_w, reward_l = preference_loss(  # implicit rewards, not the judge's
                 chosen, rejected, reference_chosen, reference_rejected, config.beta)
             nll = -chosen / torch.tensor([len(pair.chosen) for pair in part], device=chosen.device)  # (b,)
-            metrics = {"dpo_loss": losses, "margin": chosen_rewards - rejected_rewards,
-                       "accuracy": (chosen_rewards > rejected_rewards).float(),
+            metrics = {"dpo_loss": losses, "margin": reward_w - reward_l, "accuracy": (reward_w > reward_l).float(),
                        "chosen_logp": chosen, "rejected_logp": rejected}
             yield ((losses + config.nll_weight * nll).sum() / len(pairs),
                    {name: values.sum().item() / len(pairs) for name, values in metrics.items()})
@@ -93,21 +93,21 @@ def fit_dpo(policy, reference, batches: list[tuple], config: DPOConfig, preferen
 
 
 def dpo_batches(lm, pairs: list[dict], eft: list[dict], config: DPOConfig, seed: int) -> list[tuple]:
-    """One (encoded pairs, EFT examples to replay or None) an optimizer step."""
+    """One (encoded pairs, EFT examples to replay or None) per optimizer step."""
     encoded = encode_pairs(lm, pairs)
     order = make_batches([sum(map(len, pair)) for pair in encoded], config, seed)
     pair_batches = [[encoded[i] for i in batch] for batch in order]
-    replay_batches = []
-    if config.replay_weight:
+    replay_batches = [None] * len(pair_batches)
+    if config.replay_weight and eft:
         examples = encode_examples(lm, eft)
-        epochs = 1 + len(pair_batches) * config.batch_size // len(examples)
+        epochs = 1 + len(pair_batches) * config.batch_size // len(examples)  # enough for one batch per step
         order = make_batches([len(example.ids) for example in examples], config, derive_seed(seed, "replay"), epochs)
         replay_batches = [[examples[i] for i in batch] for batch in order[:len(pair_batches)]]
-    return list(zip_longest(pair_batches, replay_batches))
+    return list(zip(pair_batches, replay_batches))
 
 
 def encode_pairs(lm, pairs: list[dict]) -> list[EncodedPair]:
-    """Raises InputError if a pair is longer than the model's max_seq_len."""
+    """Tokenize preference pairs. Raises InputError if one is longer than the model's max_seq_len."""
     encoded = []
     for number, pair in enumerate(pairs, 1):
         ids = EncodedPair(lm.tokenizer.encode_prompt(pair["prompt"]), lm.tokenizer.encode_response(pair["chosen"]),

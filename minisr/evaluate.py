@@ -1,13 +1,15 @@
-"""How good a model is: win rates between models, and the judge's agreement with human rankings (sections 3.1.2 to 3.3).
+"""Evaluation: win rates between models, and the judge's agreement with human rankings (sections 3.1.2 to 3.3).
 
-Nothing here reaches training. TIE_RULE says how equal scores count; it is printed beside the numbers.
+A run calls these functions after each model, for reporting only. TIE_RULE is printed beside the numbers.
 """
 
 import numpy as np
 
+from minisr.judge import MAX_SCORE
+
 TIE_RULE = ("pairs that the annotator scored equally are left out; a pair that the model scores equally, or with an "
-            "unparsed judgement, counts as wrong; Spearman and Kendall (tau-b) are means over instructions, 0 where "
-            "the model gives all responses the same score")
+            "unparsed judgement, counts as wrong; Spearman and Kendall (tau-b) are means over instructions, without "
+            "unparsed responses, and 0 where all scores are the same")
 
 RESAMPLES = 2000  # of every bootstrap
 
@@ -48,7 +50,7 @@ def judge_metrics(human_scores: list[list[float]], model_rewards: list[list[floa
             continue
         pairwise.append(ordered)
         exact.append(all(ordered))
-        five_best += [h == max(human) for h, m in zip(human, model) if m == 5]
+        five_best += [h == max(human) for h, m in zip(human, model) if m == MAX_SCORE]
         scored = [i for i, reward in enumerate(model) if reward is not None]
         human, model = [human[i] for i in scored], [model[i] for i in scored]
         spearman.append(correlation(ranks(human), ranks(model)))

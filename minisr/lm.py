@@ -1,7 +1,8 @@
 """A language model: decoder and tokenizer as one object.
 
-The method never touches the decoder itself. It needs four operations, `sample`, `target_loss`, `pair_logps` and `fit`,
-so an engine that overrides these four is a complete replacement (fast/ holds one).
+The algorithm uses a model only through an LM, and computes with four operations: `sample`, `target_loss`,
+`pair_logps` and `fit`. Overriding them replaces the engine (fast/ does). `map_batches`, `sample_batch` and
+`prepare_training` are the points where a run on disk or an engine hooks in.
 """
 
 import copy
@@ -19,22 +20,22 @@ from minisr.tokenizer import Tokenizer
 
 
 class LM:
-    """The plain engine: every operation in the most readable way."""
+    """The plain engine: simple, not fast."""
 
     def __init__(self, model: Decoder, tokenizer: Tokenizer):
         self.model, self.tokenizer = model, tokenizer
 
     def copy(self) -> "LM":
         """The same model with weights of its own."""
-        twin = copy.copy(self)
-        twin.model = copy.deepcopy(self.model)
-        return twin
+        clone = copy.copy(self)
+        clone.model = copy.deepcopy(self.model)
+        return clone
 
     def frozen_copy(self) -> "LM":
-        """A copy without dropout, whose weights no training can change: its gradients are off."""
-        twin = self.copy()
-        twin.model.eval().requires_grad_(False)
-        return twin
+        """A copy in eval mode, with requires_grad off for all weights."""
+        clone = self.copy()
+        clone.model.eval().requires_grad_(False)
+        return clone
 
     @property
     def max_seq_len(self) -> int:
@@ -51,7 +52,7 @@ class LM:
         seeds = row_seeds(seed, len(prompts), n)  # (P, n)
 
         def complete(batch: list[int]) -> list[list[Completion]]:
-            return self.generate([prompts[i] for i in batch], seeds[batch], config, stop_ids)
+            return self.sample_batch([prompts[i] for i in batch], seeds[batch], config, stop_ids)
 
         by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # similar lengths, little padding
         size = max(1, config.rows // n)
@@ -60,15 +61,15 @@ class LM:
         return [results[i] for i in range(len(prompts))]
 
     def map_batches(self, compute, batches: list[list[int]], seed: int) -> list:
-        """compute(batch) for each batch of indices, concatenated: one result an index.
+        """compute(batch) for each batch of indices, concatenated: one result per index.
 
-        A runner overrides this to store finished batches and to share them among processes; `seed` identifies them."""
+        A run on disk overrides this to store finished batches; `seed` identifies them."""
         results = []
         for batch in tqdm(batches, "sample", leave=False, disable=None):
             results += compute(batch)
         return results
 
-    def generate(self, prompts, seeds, config, stop_ids) -> list[list[Completion]]:
+    def sample_batch(self, prompts, seeds, config, stop_ids) -> list[list[Completion]]:
         """One batch of `sample`."""
         return sampler.generate(self.model, prompts, seeds, config, stop_ids)
 
@@ -104,16 +105,17 @@ class ResponseConfig(SamplingConfig):
 def respond(lm: LM, prompts: list[str], config: ResponseConfig, seed: int) -> list[dict]:
     """{y_i^1 .. y_i^N}: N candidate responses to each prompt.
 
-    One record a prompt: "responses", and for each whether it "finished" and its "logps" (None if unknown). A response
-    without its end token, or one that training could not hold within max_seq_len, counts as cut off."""
+    One record per prompt, e.g. {"prompt": "Write ...", "responses": ["Once ...", "There ..."],
+    "finished": [True, False], "logps": [-12.3, None]}. A response is finished if it ended with a stop token and,
+    encoded again for training, fits max_seq_len; otherwise it counts as cut off."""
     encoded = [lm.tokenizer.encode_prompt(x) for x in prompts]
     sampled = lm.sample(encoded, config.candidates, config, seed, lm.tokenizer.stop_ids)
     records = []
     for x, ids, completions in zip(prompts, encoded, sampled):
         record = {"prompt": x, "responses": [], "finished": [], "logps": []}
         for completion in completions:
-            text = lm.tokenizer.decode(completion.ids)
-            response_ids = lm.tokenizer.encode_response(text)  # training may encode the text in other tokens
+            text = lm.tokenizer.decode_response(completion.ids)
+            response_ids = lm.tokenizer.encode_response(text)  # may differ from the ids that were sampled
             fits = len(ids) + len(response_ids) <= lm.max_seq_len
             record["responses"].append(text)
             record["finished"].append(completion.finished and fits)

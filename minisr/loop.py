@@ -1,24 +1,23 @@
 """The loop: M0 -> SFT baseline and M1 -> M2 -> M3 -> ... (Figure 1 and section 2.4 of the paper).
 
-Every step goes through `keep(step, *inputs)`. By default that just calls the step, and the whole loop runs in memory; a
-runner passes a function that stores each result and restores it after an interruption.
+Every step goes through `keep(step, *inputs)`. By default that just calls the step, and the whole loop runs in memory. A
+run on disk passes a function that stores each result and restores it after an interruption.
 """
 
 from collections import Counter
 from dataclasses import dataclass, field
 
-from minisr.dpo import DPOConfig, train_dpo
-from minisr.judge import JudgeConfig, judge_responses
-from minisr.lm import LM, ResponseConfig, respond
-from minisr.pairs import select_pairs
-from minisr.prompts import PromptConfig, new_prompts
+from minisr import dpo, judge, lm, pairs, prompts, sft
+from minisr.dpo import DPOConfig
+from minisr.judge import JudgeConfig
+from minisr.lm import LM, ResponseConfig
+from minisr.prompts import PromptConfig
 from minisr.rng import derive_seed
-from minisr.sft import train_sft
 from minisr.train import TrainConfig
 
 
 def call(step, *inputs):
-    """The simplest way to keep a result: in memory."""
+    """The default `keep`: just take the step."""
     return step(*inputs)
 
 
@@ -43,20 +42,22 @@ def self_rewarding_training(M0, keep=call):
 
 @dataclass
 class SeedData:
-    """What people provide (section 2.1). IFT and EFT records are {"prompt", "response"}."""
+    """The seed data that people provide (section 2.1). IFT and EFT records are {"prompt", "response"}."""
 
     ift: list[dict]  # instruction following: a prompt and its response
-    eft: list[dict]  # judging: a judge prompt and its justification with a score
+    eft: list[dict]  # judging: a filled judge template, and a justification with a score
     held_out: set[str]  # prompts kept for evaluation
     judge_template: str  # the judge prompt, with {prompt} and {response}
 
 
 @dataclass(frozen=True)
 class LoopConfig:
-    """A whole run, M0 to M_{T+1}. Each section is documented where its dataclass is defined."""
+    """The method's settings. Each section is documented where its dataclass is defined.
+
+    The defaults are no recipe: tiny_configs/ holds complete ones. A run on disk adds sections of its own."""
 
     seed: int = 0
-    iterations: int = 2  # T rounds of DPO after M1: M2 .. M_{T+1}
+    iterations: int = 2  # rounds of DPO after M1: M2, M3
     sft: TrainConfig = field(default_factory=TrainConfig)
     prompts: PromptConfig = field(default_factory=PromptConfig)
     responses: ResponseConfig = field(default_factory=ResponseConfig)
@@ -64,46 +65,51 @@ class LoopConfig:
     dpo: DPOConfig = field(default_factory=DPOConfig)
 
 
-class Model:
+class SelfRewardingModel:
     """M_t: a language model, and what it needs to make its own training data and M_{t+1}."""
 
     def __init__(self, name: str, lm: LM, data: SeedData, config: LoopConfig):
         self.name, self.lm, self.data, self.config = name, lm, data, config
-        self.counts: dict[str, Counter] = {}  # what became of the candidate prompts and pairs, by reason
+        self.counts: dict[str, Counter] = {}  # of the last step that filters: what was kept, what dropped, and why
 
     def new_prompts(self) -> list[str]:
-        seeds = [record["prompt"] for record in self.data.ift]
-        x, self.counts["prompts"] = new_prompts(
-            self.lm, seeds, self.data.held_out, self.config.prompts, self.seed("prompts"))
+        """{x_i}: prompts that M_t writes, with the IFT prompts as examples."""
+        seed_prompts = [record["prompt"] for record in self.data.ift]
+        x, self.counts["prompts"] = prompts.new_prompts(
+            self.lm, seed_prompts, self.data.held_out, self.config.prompts, self.seed("prompts"))
         return x
 
     def respond(self, x: list[str]) -> list[dict]:
-        return respond(self.lm, x, self.config.responses, self.seed("responses"))
+        """{y_i^n}: one record per prompt, {"prompt", "responses", "finished", "logps"}."""
+        return lm.respond(self.lm, x, self.config.responses, self.seed("responses"))
 
     def judge(self, x: list[str], y: list[dict]) -> list[dict]:
-        return judge_responses(self.lm, self.data.judge_template, y, self.config.judge, self.seed("judge"))
+        """{r_i^n}: one record per prompt, {"prompt", "rewards", "scores", "judgements"}. The records y hold x."""
+        return judge.judge_responses(self.lm, self.data.judge_template, y, self.config.judge, self.seed("judge"))
 
     def select_pairs(self, x: list[str], y: list[dict], r: list[dict]) -> list[dict]:
+        """{x_i, y_i^w, y_i^l}: {"prompt", "chosen", "rejected", "chosen_reward", "rejected_reward"} records."""
         responses = [record["responses"] for record in y]
         rewards = [record["rewards"] for record in r]
-        pairs, self.counts["pairs"] = select_pairs(x, responses, rewards)
-        return pairs
+        selected, self.counts["pairs"] = pairs.select_pairs(x, responses, rewards)
+        return selected
 
-    def train_dpo(self, pairs: list[dict]) -> "Model":
-        name = self.next_name
-        seed = derive_seed(self.config.seed, name, "DPO")
-        return self.successor(name, train_dpo(self.lm, pairs, self.data.eft, self.config.dpo, seed))
+    def train_dpo(self, pairs: list[dict]) -> "SelfRewardingModel":
+        """M_{t+1}: a copy of M_t trained on its pairs, and on EFT examples if config.dpo.replay_weight is not 0."""
+        seed = derive_seed(self.config.seed, self.next_name, "DPO")  # named after the model that is made
+        return self.successor(self.next_name, dpo.train_dpo(self.lm, pairs, self.data.eft, self.config.dpo, seed))
 
-    def train_sft(self, name: str, examples: list[dict]) -> "Model":
+    def train_sft(self, name: str, examples: list[dict]) -> "SelfRewardingModel":
+        """A copy of M0 fine-tuned on {"prompt", "response"} records."""
         seed = derive_seed(self.config.seed, name, "SFT")
-        return self.successor(name, train_sft(self.lm, examples, self.config.sft, seed))
+        return self.successor(name, sft.train_sft(self.lm, examples, self.config.sft, seed))
 
-    def successor(self, name: str, lm: LM) -> "Model":
-        return Model(name, lm, self.data, self.config)
+    def successor(self, name: str, lm: LM) -> "SelfRewardingModel":
+        return SelfRewardingModel(name, lm, self.data, self.config)
 
     @property
     def next_name(self) -> str:
-        """M2 after M1."""
+        """M2 for M1."""
         return f"M{int(self.name[1:]) + 1}"
 
     def seed(self, purpose: str) -> int:

@@ -4,6 +4,8 @@ Shape legend, used in every module:
     B  rows of a batch            H  query heads           V  vocabulary size
     T  new tokens of each row     G  key/value heads       L  layers
     S  tokens so far, T included  D  dimension of a head   C  model dimension
+
+The layout is that of Hugging Face's Llama. Weights are always loaded; runner/pretrain.py initializes new ones.
 """
 
 import math
@@ -33,6 +35,7 @@ class ModelConfig:
     tie_embeddings: bool = True  # the embedding and the output head share one matrix
 
     def __post_init__(self):
+        # The dataclass is frozen, so that a config can be a dictionary key.
         object.__setattr__(self, "head_dim", self.head_dim or self.dim // self.n_heads)
 
 
@@ -43,7 +46,7 @@ class KVCache:
         config, weight = model.config, model.embed.weight
         shape = (config.n_layers, batch_size, config.n_kv_heads, max_len, config.head_dim)
         self.k, self.v = weight.new_zeros(shape), weight.new_zeros(shape)
-        self.length = 0  # tokens in the cache; the decoder advances it
+        self.length = 0  # tokens in the cache; Decoder.hidden_states advances it, after the last layer
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store the new k, v (B, G, T, D) of one layer; return all of its keys and values (B, G, S, D)."""
@@ -63,7 +66,7 @@ class Decoder(nn.Module):
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
         self.norm = RMSNorm(config)
         self.head = nn.Linear(config.dim, config.vocab_size, bias=False)
-        self.dropout = nn.Dropout(0.0)
+        self.dropout = nn.Dropout(0.0)  # the probability is set by train.set_training_mode
         self.tie_weights()
 
     def tie_weights(self) -> None:
@@ -71,25 +74,25 @@ class Decoder(nn.Module):
         if self.config.tie_embeddings:
             self.head.weight = self.embed.weight
 
-    def forward(self, ids: Tensor, cache: KVCache | None = None, is_token: Tensor | None = None) -> Tensor:
-        return self.head(self.hidden_states(ids, cache, is_token))  # (B, T, V)
+    def forward(self, ids: Tensor, cache: KVCache | None = None, attention_mask: Tensor | None = None) -> Tensor:
+        return self.head(self.hidden_states(ids, cache, attention_mask))  # (B, T, V)
 
-    def hidden_states(self, ids: Tensor, cache: KVCache | None = None, is_token: Tensor | None = None) -> Tensor:
+    def hidden_states(self, ids: Tensor, cache: KVCache | None = None, attention_mask: Tensor | None = None) -> Tensor:
         """The last layer's output (B, T, C), normalized, before the head.
 
-        ids (B, T) are the new tokens; `cache` holds those before them. is_token (B, S) is False on padding; it may be
-        left out where there is none, or only on the right."""
+        ids (B, T) are the new tokens; `cache` holds those before them. attention_mask (B, S) is True on tokens and
+        False on padding. It may be omitted if all padding is on the right: no token attends to what follows it."""
         B, T = ids.shape
-        S = T + (cache.length if cache else 0)
-        if is_token is None:
-            is_token = ids.new_ones(B, S, dtype=torch.bool)
-        positions = (is_token.cumsum(-1) - 1).clamp(min=0)[:, -T:]  # (B, T); padding does not count
+        S = T + (cache.length if cache is not None else 0)
+        if attention_mask is None:
+            attention_mask = ids.new_ones(B, S, dtype=torch.bool)
+        positions = (attention_mask.cumsum(-1) - 1).clamp(min=0)[:, -T:]  # (B, T); padding does not count
         cos, sin = rope_cos_sin(positions, self.config)
-        mask = causal_mask(is_token, T)  # (B, 1, T, S)
+        mask = causal_mask(attention_mask, T)  # (B, 1, T, S)
         x = self.dropout(self.embed(ids))  # (B, T, C)
         for block in self.blocks:
             x = block(x, cos, sin, mask, cache)
-        if cache:
+        if cache is not None:
             cache.length += T
         return self.norm(x)
 
@@ -130,8 +133,9 @@ class Attention(nn.Module):
         qkv = self.qkv_proj(x).view(B, T, H + 2 * G, D).transpose(1, 2)  # (B, H + 2 G, T, D)
         q, k, v = qkv.split((H, G, G), dim=1)
         q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
-        if cache:
+        if cache is not None:
             k, v = cache.append(self.layer, k, v)  # (B, G, S, D)
+        # softmax(q k^T / sqrt(D)) v
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)  # (B, H, T, D)
         return self.out_proj(y.transpose(1, 2).reshape(B, T, H * D))
 
@@ -163,13 +167,13 @@ class RMSNorm(nn.Module):
         return normalized.to(x.dtype) * self.weight
 
 
-def causal_mask(is_token: Tensor, T: int) -> Tensor:
+def causal_mask(attention_mask: Tensor, T: int) -> Tensor:
     """Which of S tokens each of the last T may attend to: itself and the tokens before it, never padding.
 
-    is_token (B, S) -> (B, 1, T, S). Padding attends to itself, because a softmax needs at least one term."""
-    keys = torch.arange(is_token.shape[1], device=is_token.device)  # (S,)
+    attention_mask (B, S) -> (B, 1, T, S). Padding attends to itself, because a softmax needs at least one term."""
+    keys = torch.arange(attention_mask.shape[1], device=attention_mask.device)  # (S,)
     queries = keys[-T:, None]  # (T, 1)
-    mask = (keys == queries) | (keys < queries) & is_token[:, None]  # (B, T, S)
+    mask = (keys == queries) | ((keys < queries) & attention_mask[:, None])  # (B, T, S)
     return mask[:, None]
 
 
@@ -184,8 +188,8 @@ def rope_cos_sin(positions: Tensor, config: ModelConfig) -> tuple[Tensor, Tensor
 def rope_frequencies(config: ModelConfig, device: torch.device) -> Tensor:
     """theta^(-2i/D) for i < D/2 (Su et al., 2021), scaled down for contexts longer than in pretraining: (D/2,).
 
-    Linear scaling divides every frequency by a factor. Llama 3 divides those that turn fewer than `low` times within
-    the original context, leaves those that turn more than `high` times, and interpolates between the two."""
+    Linear scaling divides every frequency by a factor. Llama 3 divides the frequencies with fewer than `low` rotations
+    over the original context, keeps those with more than `high`, and interpolates linearly in between."""
     exponents = torch.arange(0, config.head_dim, 2, device=device, dtype=torch.float32) / config.head_dim
     frequencies = 1.0 / config.rope_theta**exponents
     if not config.rope_scaling:
@@ -193,18 +197,18 @@ def rope_frequencies(config: ModelConfig, device: torch.device) -> Tensor:
     if len(config.rope_scaling) == 1:
         return frequencies / config.rope_scaling[0]
     factor, low, high, original_max_seq_len = config.rope_scaling
-    turns = original_max_seq_len * frequencies / (2 * math.pi)
-    unscaled_share = ((turns - low) / (high - low)).clamp(0, 1)
-    return frequencies * (unscaled_share + (1 - unscaled_share) / factor)
+    rotations = original_max_seq_len * frequencies / (2 * math.pi)
+    smooth = ((rotations - low) / (high - low)).clamp(0, 1)
+    return frequencies * (smooth + (1 - smooth) / factor)
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate each pair (x_i, x_{i + D/2}) of x (B, heads, T, D) by its angle, as Llama's weights expect."""
+    """Rotate each pair (x_i, x_{i + D/2}) of x (B, heads, T, D) by its angle: Hugging Face's half-split layout."""
     first, second = x.chunk(2, dim=-1)
     rotated = torch.cat([-second, first], dim=-1)
     return (x * cos + rotated * sin).to(x.dtype)
 
 
 def upcast(x: Tensor) -> Tensor:
-    """At least float32: bfloat16 and float16 are converted, float32 and float64 stay."""
+    """Convert half precision to float32; leave other dtypes as they are."""
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x

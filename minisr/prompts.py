@@ -26,26 +26,27 @@ class PromptConfig(SamplingConfig):
     seed_shots: int = 6
     generated_shots: int = 2
     max_attempts_factor: float = 3.0  # give up after count * max_attempts_factor generations
-    max_rouge_l: float = 0.7  # reject a prompt that is this similar to a known one
+    max_rouge_l: float = 0.7  # reject a prompt with at least this ROUGE-L F1 to a known one
     min_words: int = 3
     max_words: int = 150
     keywords: tuple[str, ...] = ("image", "images", "graph", "graphs", "picture", "pictures",
                                  "file", "files", "draw", "plot", "video", "audio", "music")
 
 
-def new_prompts(lm: LM, seeds: list[str], held_out: set[str], config: PromptConfig, seed: int
+def new_prompts(lm: LM, seed_prompts: list[str], held_out: set[str], config: PromptConfig, seed: int
                 ) -> tuple[list[str], Counter]:
     """Up to config.count new prompts, and how many candidates were accepted or rejected, by reason.
 
-    `seeds` are the seed prompts shown as examples; neither they nor a held-out prompt is ever returned."""
-    pool = PromptPool(seeds, held_out, config)
+    The seed prompts are shown as examples. Neither they nor a held-out prompt is ever returned. In each round,
+    config.rows candidates are sampled as plain text: the chat template would ask for an answer instead of a prompt."""
+    pool = PromptPool(seed_prompts, held_out, config)
     stop_ids = (*lm.tokenizer.newline_ids, *lm.tokenizer.stop_ids)  # one line of the list is one prompt
-    room = lm.max_seq_len - config.max_new_tokens - len(lm.tokenizer.bos_ids)
+    max_tokens = lm.max_seq_len - config.max_new_tokens - len(lm.tokenizer.bos_ids)
     attempts = int(config.count * config.max_attempts_factor)
     for round_, start in enumerate(tqdm(range(0, attempts, config.rows), "prompts", leave=False, disable=None)):
         rng, encoded = Random(derive_seed(seed, round_)), []
         for _ in range(min(config.rows, attempts - start)):
-            text = few_shot_prompt(lm.tokenizer, seeds, pool.accepted, config, rng, room)
+            text = few_shot_prompt(lm.tokenizer, seed_prompts, pool.accepted, config, rng, max_tokens)
             encoded.append([*lm.tokenizer.bos_ids, *lm.tokenizer.encode(text)])
         for [completion] in lm.sample(encoded, 1, config, derive_seed(seed, round_, "draw"), stop_ids):
             pool.try_add(first_line(lm.tokenizer.decode(completion.ids)), completion.finished)
@@ -54,14 +55,14 @@ def new_prompts(lm: LM, seeds: list[str], held_out: set[str], config: PromptConf
     return pool.accepted, pool.counts
 
 
-def few_shot_prompt(tokenizer, seeds: list[str], generated: list[str], config: PromptConfig, rng: Random,
+def few_shot_prompt(tokenizer, seed_prompts: list[str], generated: list[str], config: PromptConfig, rng: Random,
                     max_tokens: int) -> str:
     """A numbered list of example prompts that ends where the model writes the next one.
 
-    In the first round there are only seed prompts to show. Where not all examples fit, the last ones are left out."""
+    In the first round there are only seed prompts to show. If the examples exceed max_tokens, the last are left out."""
     n_generated = min(config.generated_shots, len(generated))
-    n_seeds = min(config.seed_shots + config.generated_shots - n_generated, len(seeds))
-    shots = rng.sample(generated, n_generated) + rng.sample(seeds, n_seeds)
+    n_seeds = min(config.seed_shots + config.generated_shots - n_generated, len(seed_prompts))
+    shots = rng.sample(generated, n_generated) + rng.sample(seed_prompts, n_seeds)
     rng.shuffle(shots)
     while True:
         lines = [f"{i}. {' '.join(shot.split())}" for i, shot in enumerate(shots, 1)]
@@ -72,25 +73,24 @@ def few_shot_prompt(tokenizer, seeds: list[str], generated: list[str], config: P
 
 
 def first_line(text: str) -> str:
-    """One prompt only: models tend to continue with more prompts or with an answer (appendix A.5)."""
-    lines = text.strip().splitlines()
-    return lines[0].strip() if lines else ""
+    """The first line: models tend to continue with more prompts or with an answer (appendix A.5)."""
+    return next(iter(text.strip().splitlines()), "").strip()
 
 
 class PromptPool:
     """The prompts accepted so far, and the filters that a new one must pass."""
 
-    def __init__(self, seeds: list[str], held_out: set[str], config: PromptConfig):
+    def __init__(self, seed_prompts: list[str], held_out: set[str], config: PromptConfig):
         self.config = config
         self.accepted: list[str] = []
         self.counts = Counter(accepted=0)
-        self.known = [split_words(prompt) for prompt in seeds]
-        self.known_texts = {normalize(prompt) for prompt in seeds}
+        self.known = [split_words(prompt) for prompt in seed_prompts]
+        self.known_texts = {normalize(prompt) for prompt in seed_prompts}
         self.held_out_texts = {normalize(prompt) for prompt in held_out}
         self.keywords = re.compile(rf"\b(?:{'|'.join(map(re.escape, config.keywords))})\b")
 
     def try_add(self, prompt: str, finished: bool) -> None:
-        """Accept a prompt, or count why not."""
+        """Add a prompt if it passes all filters; count the outcome."""
         reason = self.rejection_reason(prompt, finished)
         self.counts[reason or "accepted"] += 1
         if reason is None:
@@ -99,6 +99,7 @@ class PromptPool:
             self.known_texts.add(normalize(prompt))
 
     def rejection_reason(self, prompt: str, finished: bool) -> str | None:
+        """The first filter that the prompt fails, or None."""
         words = split_words(prompt)
         if not finished:
             return "cut off"
@@ -117,7 +118,7 @@ class PromptPool:
     def is_similar(self, words: list[str], other: list[str]) -> bool:
         """ROUGE-L F1 = 2 LCS / (length + length) (Lin, 2004) of at least max_rouge_l."""
         total = len(words) + len(other)
-        in_both = sum(word in other for word in words)  # no common subsequence is longer
+        in_both = sum(word in other for word in words)  # an upper bound of the LCS, cheaper to compute
         if 2 * in_both / total < self.config.max_rouge_l:
             return False
         return 2 * lcs_length(words, other) / total >= self.config.max_rouge_l
@@ -139,5 +140,5 @@ def split_words(text: str) -> list[str]:
 
 
 def normalize(text: str) -> str:
-    """Equal for prompts that differ only in case, spaces and punctuation."""
+    """Canonical form: prompts that differ only in case, spaces and punctuation are the same."""
     return " ".join(split_words(text))

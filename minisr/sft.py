@@ -18,10 +18,10 @@ class Example(NamedTuple):
 
 
 def train_sft(lm, examples: list[dict], config: TrainConfig, seed: int):
-    """A copy of lm, fine-tuned on {prompt, response} records."""
+    """A copy of lm, fine-tuned on {"prompt", "response"} records."""
     encoded = encode_examples(lm, examples)
     batches = make_batches([len(example.ids) for example in encoded], config, seed)
-    torch.manual_seed(derive_seed(seed, "dropout"))
+    torch.manual_seed(derive_seed(seed, "dropout"))  # dropout draws from PyTorch's global stream
     trained = lm.copy()
 
     def loss_fn(batch: list[int], config: TrainConfig):
@@ -33,7 +33,7 @@ def train_sft(lm, examples: list[dict], config: TrainConfig, seed: int):
 
 
 def encode_examples(lm, examples: list[dict]) -> list[Example]:
-    """Raises InputError if an example is longer than the model's max_seq_len."""
+    """Tokenize {"prompt", "response"} records. Raises InputError if one is longer than the model's max_seq_len."""
     encoded = [Example(*lm.tokenizer.encode_chat(e["prompt"], e["response"])) for e in examples]
     for number, example in enumerate(encoded, 1):
         check_length(lm, f"training example {number}", len(example.ids))
@@ -46,7 +46,7 @@ def check_length(lm, name: str, length: int) -> None:
 
 
 def mean_target_losses(lm, batch: list[Example], config: TrainConfig):
-    """Yield, for each micro-batch, its share of the batch's mean loss per target token."""
+    """Yield, for each micro-batch, its summed loss over the number of target tokens in the whole batch."""
     targets = sum(sum(example.mask[1:]) for example in batch)  # the first token has nothing to predict it from
     for part in micro_batches(batch, config):
         yield lm.target_loss(part) / targets

@@ -1,4 +1,4 @@
-"""Text <-> token ids: a vocabulary, and the chat template that marks who speaks.
+"""Text <-> token ids: a vocabulary, and the chat template that marks the speaker roles.
 
 A chat template is one text with {prompt} and {response} in which special tokens are spelled out, e.g.
 "<s><|user|>{prompt}<|assistant|>{response}</s>". Only the template's own text makes special tokens: a prompt or a
@@ -10,7 +10,7 @@ from functools import cached_property
 
 import sentencepiece
 
-# Special tokens with which models end a text or a turn, whatever their template.
+# Common end-of-text and end-of-turn tokens. Where a vocabulary has one, it ends a response.
 END_TOKENS = {"</s>", "<|endoftext|>", "<|end_of_text|>", "<|im_end|>", "<|eot_id|>", "<|eom_id|>"}
 
 
@@ -22,10 +22,11 @@ class Tokenizer:
     """A vocabulary (SentencePiece, or one with the same methods) and a chat template."""
 
     def __init__(self, vocabulary, template: str):
-        """Raises TemplateError if the template lacks a field or the end of the response."""
+        """template: the chat template's text. Raises TemplateError if it lacks a field or the end of the response."""
         self.vocabulary, self.template = vocabulary, template
         self.bos_ids = vocabulary.bos_ids  # ids that begin a plain text
         names = sorted(vocabulary.specials, key=len, reverse=True)
+        # (?!) never matches: a vocabulary may have no special tokens.
         self._special = re.compile(f"({'|'.join(map(re.escape, names)) or '(?!)'})")
         self._before_response, _, after = template.partition("{response}")
         self._after_response, *end = self._special.split(after)[:2]  # text, then the first special token
@@ -43,8 +44,12 @@ class Tokenizer:
         return self.vocabulary.encode(text)
 
     def decode(self, ids: list[int]) -> str:
-        """The text of these ids, without special tokens and without ids that only pad the embedding."""
+        """The text of these ids, without special tokens and unused rows of the embedding."""
         return self.vocabulary.decode([i for i in ids if i < len(self)])
+
+    def decode_response(self, ids: list[int]) -> str:
+        """The inverse of encode_response."""
+        return self.decode(ids).removesuffix(self._after_response)
 
     def encode_prompt(self, prompt: str) -> list[int]:
         """The template up to {response}: the model continues with its answer."""
@@ -57,7 +62,7 @@ class Tokenizer:
         return ids
 
     def encode_response(self, response: str) -> list[int]:
-        """A response and its end token."""
+        """A response, the template's text after it, and the end token."""
         return [*self.encode(response + self._after_response), self.eos_id]
 
     def encode_chat(self, prompt: str, response: str) -> tuple[list[int], list[bool]]:

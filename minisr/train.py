@@ -12,10 +12,10 @@ from tqdm import tqdm
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How a model is trained, whatever the loss."""
+    """Optimizer settings shared by SFT and DPO."""
 
     learning_rate: float = 1e-3
-    min_learning_rate: float = 1e-4  # reached by a cosine at the last step (section 3.1.3)
+    min_learning_rate: float = 1e-4  # approached by a cosine at the end (section 3.1.3)
     warmup_fraction: float = 0.05  # of the steps
     batch_size: int = 16
     micro_batch: int = 0  # examples in memory at once, their gradients added up; 0: the whole batch
@@ -26,9 +26,11 @@ class TrainConfig:
 
 
 def fit(model: nn.Module, optimizer, batches: list, loss_fn, config: TrainConfig) -> list[dict]:
-    """Train the model in place, one optimizer step a batch; return one log record a step.
+    """Train the model in place, one optimizer step per batch; return one log record per step.
 
-    loss_fn(batch, config) yields (loss, metrics) for each micro-batch: its share of the batch's loss and metrics."""
+    loss_fn(batch, config) is a generator that yields (loss, metrics) for each micro-batch, divided by the size of the
+    whole batch, so that they add up. Each micro-batch's graph is freed before the next one is built. The config is an
+    argument because a run may lower micro_batch when memory runs out."""
     log = []
     for step, batch in enumerate(tqdm(batches, "train", leave=False, disable=None)):
         metrics = accumulate_gradients(loss_fn(batch, config))
@@ -44,7 +46,7 @@ def accumulate_gradients(losses) -> Counter:
     metrics = Counter()
     for loss, values in losses:
         loss.backward()
-        metrics.update({"loss": loss.item(), **values})
+        metrics.update({"loss": loss.item(), **values})  # Counter.update adds
     return metrics
 
 
@@ -88,7 +90,7 @@ def make_batches(lengths: list[int], config: TrainConfig, seed: int, epochs: int
     for _ in range(config.epochs if epochs is None else epochs):
         order = list(range(len(lengths)))
         rng.shuffle(order)
-        window = 16 * size  # sorting within windows leaves little padding, and the order random
+        window = 16 * size  # sorting within windows reduces padding and keeps the order random
         windows = [sorted(order[i:i + window], key=lengths.__getitem__) for i in range(0, len(order), window)]
         order = [i for indices in windows for i in indices]
         epoch = [order[i:i + size] for i in range(0, len(order), size)]
@@ -98,7 +100,7 @@ def make_batches(lengths: list[int], config: TrainConfig, seed: int, epochs: int
 
 
 def micro_batches(batch: list, config: TrainConfig) -> list[list]:
-    """A batch in parts that fit into memory."""
+    """Split a batch into micro-batches."""
     size = config.micro_batch or len(batch)
     return [batch[i:i + size] for i in range(0, len(batch), size)]
 

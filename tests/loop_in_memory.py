@@ -9,7 +9,7 @@ from tiny import ENGINES
 from minisr.dpo import DPOConfig
 from minisr.judge import JudgeConfig
 from minisr.lm import ResponseConfig
-from minisr.loop import LoopConfig, Model, SeedData, self_rewarding_training
+from minisr.loop import LoopConfig, SeedData, SelfRewardingModel, self_rewarding_training
 from minisr.prompts import PromptConfig
 from minisr.runner.checkpoint import SEED_MODEL, load_model
 from minisr.runner.config import SeedConfig
@@ -41,7 +41,7 @@ def seed_data() -> SeedData:
 
 
 @cache
-def run_loop(engine: str, dtype: torch.dtype) -> tuple[list[Model], list[Step]]:
+def run_loop(engine: str, dtype: torch.dtype) -> tuple[list[SelfRewardingModel], list[Step]]:
     """The models of a run, and each of its steps."""
     decoder, tokenizer = load_model(SEED_MODEL)
     steps = []
@@ -51,5 +51,5 @@ def run_loop(engine: str, dtype: torch.dtype) -> tuple[list[Model], list[Step]]:
         steps.append(Step(step.__self__.name, step.__name__, inputs, result))
         return result
 
-    M0 = Model("M0", ENGINES[engine](decoder.to(dtype), tokenizer), seed_data(), CONFIG)
+    M0 = SelfRewardingModel("M0", ENGINES[engine](decoder.to(dtype), tokenizer), seed_data(), CONFIG)
     return list(self_rewarding_training(M0, keep)), steps

@@ -25,7 +25,8 @@ PACKAGES_OF_THE_CORE = {"torch", "numpy", "sentencepiece", "tqdm", *sys.stdlib_m
 # Who may import whom: a module only those before it.
 ORDER = """
     rng model tokenizer sampler train sft dpo lm prompts judge pairs evaluate loop
-    fast.rng fast.forward fast.cache fast.decode_step fast.sampler fast.cuda_graphs fast.losses fast.master_weights fast.lm fast
+    fast.rng fast.forward fast.cache fast.decode_step fast.sampler fast.cuda_graphs fast.losses
+    fast.master_weights fast.lm fast
     runner runner.files worlds worlds.tiny worlds.tiny.words worlds.tiny.oracle worlds.tiny.writers worlds.tiny.corpus
     interop interop.shape interop.chat_templates interop.tokenizer_json interop.sentencepiece_json interop.names
     runner.checkpoint interop.hf interop.gguf interop.source

@@ -34,18 +34,18 @@ class FastLM(LM):
         self.graphs: tuple | None = None  # (what it was made for, GraphDecoder) of the last batch on a GPU
 
     def copy(self) -> "FastLM":
-        twin = super().copy()
-        twin.recorded, twin.graphs = dict(self.recorded), None
-        return twin
+        clone = super().copy()
+        clone.recorded, clone.graphs = dict(self.recorded), None
+        return clone
 
     def frozen_copy(self) -> "FastLM":
         """Shares the weights: only a copy is ever trained, so nothing changes them."""
-        twin = copy.copy(self)
-        twin.model.eval()
-        twin.frozen, twin.graphs = True, None
-        return twin
+        clone = copy.copy(self)
+        clone.model.eval()
+        clone.frozen, clone.graphs = True, None
+        return clone
 
-    def generate(self, prompts, seeds, config, stop_ids):
+    def sample_batch(self, prompts, seeds, config, stop_ids):
         # In bfloat16, training computes other log-probabilities than sampling, whose products have other shapes.
         is_exact = self.model.embed.weight.dtype != torch.bfloat16
         record = isinstance(config, ResponseConfig) and is_exact

@@ -36,7 +36,7 @@ def sample_answers(lm, prompts: list[str], config: SamplingConfig, seed: int) ->
     encoded = [lm.tokenizer.encode_prompt(prompt) for prompt in prompts]
     answers = []
     for ids, [completion] in zip(encoded, lm.sample(encoded, 1, config, seed, lm.tokenizer.stop_ids)):
-        text = lm.tokenizer.decode(completion.ids)
+        text = lm.tokenizer.decode_response(completion.ids)
         fits = len(ids) + len(lm.tokenizer.encode_response(text)) <= lm.max_seq_len
         answers.append((text, completion.finished and fits))
     return answers

@@ -13,7 +13,7 @@ import torch
 
 from minisr import InputError, __version__
 from minisr.interop.source import source_digest
-from minisr.loop import Model, self_rewarding_training
+from minisr.loop import SelfRewardingModel, self_rewarding_training
 from minisr.runner import variants
 from minisr.runner.checkpoint import SEED_MODEL, model_hash, save_model
 from minisr.runner.evaluation import answer_held_out, evaluate, histogram, judge_held_out
@@ -28,7 +28,7 @@ FILES = {"new_prompts": "prompts", "respond": "responses", "judge": "rewards", "
          "answer": "answers", "judge_ranked": "judge_evaluation"}
 
 
-class StoredModel(Model):
+class StoredModel(SelfRewardingModel):
     """M_t as a folder of a run. Its weights are loaded when they are first needed."""
 
     def __init__(self, run: Run, name: str):

@@ -91,3 +91,11 @@ def test_plain_text_begins_with_bos_and_responses_end_with_an_end_token(tokenize
 def test_a_template_without_its_fields_or_an_end_is_rejected(tokenizer, template):
     with pytest.raises(TemplateError, match="prompt.*response.*ends the response"):
         Tokenizer(tokenizer.vocabulary, template)
+
+
+def test_a_response_decodes_to_its_text_where_the_template_has_text_before_the_end_token():
+    tokenizer = Tokenizer(tiny_tokenizer().vocabulary, "<s>[INST] {prompt} [/INST] {response} </s>")
+    ids = tokenizer.encode_response("a fox")
+    assert tokenizer.decode(ids) != "a fox"  # the template's space
+    assert tokenizer.decode_response(ids) == "a fox"
+    assert tokenizer.encode_response(tokenizer.decode_response(ids)) == ids
