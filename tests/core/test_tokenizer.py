@@ -4,6 +4,7 @@ from random import Random
 
 import pytest
 import sentencepiece
+from tiny import tiny_tokenizer
 
 from minisr.runner.pretrain import train_tokenizer
 from minisr.tokenizer import TemplateError, Tokenizer
