@@ -1,5 +1,7 @@
-"""Writes the golden vectors beside this file. Nothing here comes from minisr: hand-made inputs, and
-expected values by hand or by the plainest arithmetic there is, in double precision."""
+"""Write the golden vectors, JSON files in this folder.
+
+Nothing here imports minisr: the inputs are made by hand, and the expected values by hand or by textbook formulas in
+double precision."""
 
 import json
 from itertools import combinations
@@ -25,11 +27,11 @@ def judge_parsing() -> dict:
         "Score: 3+1": None, "Score: 4,5": None,
     }
     return {
-        "description": "The score in a judge's own text: a number after the word Score (any case, whole "
-                       "word) and a colon; quotes, brackets and Markdown signs around them do not matter. "
-                       "'/5' or 'out of 5' may follow. Ranges, sums, comma numbers and other scales are no"
-                       " score. A score is valid from 0 to 5, fractions included. The last valid one "
-                       "counts; null: there is none.",
+        "description": "The score in a judge's own text: a number after the word Score (whole word, in upper or lower "
+                       "case) and a colon. Quotes, brackets and Markdown signs around them do not matter. '/5' or "
+                       "'out of 5' may follow. Ranges, sums, numbers with a comma and other scales are not scores. A "
+                       "score is valid from 0 to 5, fractions included. The last valid score counts; null means that "
+                       "there is none.",
         "cases": [{"text": text, "score": score} for text, score in scores.items()]}
 
 
@@ -44,11 +46,11 @@ def pair_selection() -> dict:
         ("aa", [5, 1], "identical", None), ("aba", [5, 3, 1], "identical", None),
     ]
     return {
-        "description": "Of each prompt's responses the one with the highest reward is chosen, the one with"
-                       " the lowest rejected; the first of equal ones. null is an unread reward: such a "
-                       "response is neither. No pair comes of fewer than two read responses (unread), of "
-                       "equal highest and lowest reward (tie), or of chosen and rejected being the same "
-                       "text (identical). chosen and rejected are indices from 0.",
+        "description": "Of the responses to each prompt, the one with the highest reward is chosen and the one with "
+                       "the lowest is rejected; of several, the first. A reward of null means unparsed: that response is "
+                       "neither. A prompt is dropped if fewer than two of its responses have a reward (unread), if the "
+                       "highest reward equals the lowest (tie), or if chosen and rejected are the same text "
+                       "(identical). chosen and rejected are indices from 0.",
         "cases": [{"responses": list(texts), "rewards": rewards,
                    **({"dropped": a} if b is None else {"chosen": a, "rejected": b})}
                   for texts, rewards, a, b in cases]}
@@ -57,7 +59,7 @@ def pair_selection() -> dict:
 def sequence_logprobs() -> dict:
     table = [[0.0, 1.0, -1.0, 0.5], [2.0, 0.0, 0.25, -3.0], [-0.5, 0.0, 4.0, 1.0], [0.0, 0.0, 0.0, 0.0]]
     rows = [  # ids, whether each is a response token
-        ([0, 1, 2, 3, 1], [0, 0, 1, 1, 1]), ([0, 1, 2, 0, 0], [0, 0, 1, 0, 0]),  # the second with padding
+        ([0, 1, 2, 3, 1], [0, 0, 1, 1, 1]), ([0, 1, 2, 0, 0], [0, 0, 1, 0, 0]),  # the second one has padding
         ([3, 3, 3, 3, 3], [0, 1, 1, 1, 1]), ([2, 2, 2, 2, 0], [0, 0, 0, 1, 1]),
         ([0, 1, 2, 3, 1], [0, 0, 0, 0, 0]),
     ]
@@ -66,10 +68,9 @@ def sequence_logprobs() -> dict:
         return table[before][token] - log(sum(exp(x) for x in table[before]))
 
     return {
-        "description": "A model whose logits depend on the last token alone: logits[a][b] is that of b "
-                       "after a. The log-probability of a response is the sum, over its tokens (mask 1), "
-                       "of the natural log of the softmax at the position before. Prompt and padding (mask"
-                       " 0) add nothing.",
+        "description": "A model whose logits depend on the last token alone: logits[a][b] is the logit of b after a. "
+                       "The log-probability of a response is the sum, over its tokens (mask 1), of the natural logarithm "
+                       "of the softmax at the position before. Prompt and padding (mask 0) add nothing.",
         "logits": table,
         "cases": [{"ids": ids, "mask": mask, "logprob": sum(
             logprob(ids[t - 1], ids[t]) for t in range(1, len(ids)) if mask[t])} for ids, mask in rows]}
@@ -93,9 +94,9 @@ def dpo_loss() -> dict:
                          "reference_chosen": slope, "reference_rejected": -slope}})
     return {
         "description": "loss = -log sigmoid(beta ((policy_chosen - reference_chosen) - (policy_rejected - "
-                       "reference_rejected))), of log-probabilities of whole responses; rewards are beta "
-                       "(policy - reference); gradient holds the derivatives of the loss by the four "
-                       "inputs. In training the reference is constant and only the first two are used.",
+                       "reference_rejected))), where the inputs are log-probabilities of whole responses. The rewards "
+                       "are beta (policy - reference). gradient holds the derivatives of the loss with respect to the "
+                       "four inputs. In training the reference is constant, and only the first two are used.",
         "cases": cases}
 
 
@@ -108,13 +109,13 @@ def judge_metrics() -> dict:
         ([[0, 1, 2, 3, 3], [4, 1, 1, 0]], [[1, 0, 4.5, 4.5, 3], [5, 5, None, 2]]),
     ]
     return {
-        "description": "Agreement of a judge's rewards with an annotator's scores. Only instructions whose"
-                       " scores are not all equal count. pairwise: share, over all pairs of responses that"
-                       " the annotator scored differently, that the judge orders alike; a tie or an unread"
-                       " reward (null) is wrong. exact: share of instructions with all such pairs right. "
-                       "five_best: share of the responses with reward 5 that have their instruction's "
-                       "highest score. spearman, kendall (tau-b): means over instructions, of the read "
-                       "responses; 0 where either side does not vary. null: no case.",
+        "description": "Agreement of a judge's rewards with an annotator's scores. Instructions whose scores are all "
+                       "equal do not count. pairwise: of all pairs of responses that the annotator scored differently, "
+                       "the share that the judge orders in the same way; a tie or an unparsed reward (null) is wrong. "
+                       "exact: the share of instructions with all such pairs right. five_best: of the responses with "
+                       "reward 5, the share with the highest score of their instruction. spearman and kendall (tau-b): "
+                       "means over instructions, of the responses with a reward; 0 if either side does not vary. null: "
+                       "there is no case.",
         "cases": [{"truth": truth, "given": given, "expected": _agreement(truth, given)}
                   for truth, given in cases]}
 
@@ -129,8 +130,8 @@ def _agreement(truth: list, given: list) -> dict:
         pairs += right
         exact.append(all(right))
         five_best += [human[i] == max(human) for i, reward in enumerate(judge) if reward == 5]
-        read = [i for i, reward in enumerate(judge) if reward is not None]
-        h, j = [human[i] for i in read], [judge[i] for i in read]
+        parsed = [i for i, reward in enumerate(judge) if reward is not None]
+        h, j = [human[i] for i in parsed], [judge[i] for i in parsed]
         spearman.append(_pearson(_ranks(h), _ranks(j)) if len(set(h)) > 1 and len(set(j)) > 1 else 0)
         kendall.append(_tau_b(h, j) if len(set(h)) > 1 and len(set(j)) > 1 else 0)
     lists = {"pairwise": pairs, "exact": exact, "five_best": five_best, "spearman": spearman,
