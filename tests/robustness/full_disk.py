@@ -1,7 +1,7 @@
 """Fill a real, small disk in the middle of a run, make room, go on, and hold the files against those of a run
 that was left alone.
 
-    unshare -rm python tests/full_disk.py [--times 24]
+    unshare -rm python tests/robustness/full_disk.py [--times 24]
 
 The disk is a tmpfs (Linux; with `unshare -rm` no root is needed, where the system permits that). Whenever
 the run has written another share of its files, the disk shrinks under it: to what lies on it and a little
@@ -32,7 +32,7 @@ PLENTY = "size=256m,nr_inodes=10000"
 # not for another file.
 ROOMS = (0, 4096, None, 12288, 2_000_000, 0, 4096, 65536, 5_000_000, None, 8192, 0)
 SAID = r"minisr: cannot write (?:into )?(\S+): "
-FULL = re.compile(SAID + r"(?:No space left on device|the disk may be full); make room for it[^\n]+\n")
+FULL = re.compile(SAID + r"(?:No space left on device|the disk may be full); free some space[^\n]+\n")
 READ_ONLY = re.compile(SAID + r"Read-only file system; [^\n]+\n")
 # With a state every other step in SFT, too, one fills the disk before its model can.
 CONFIG = kills.CONFIG.replace("save_every = 2", "save_every = 50")

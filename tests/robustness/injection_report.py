@@ -1,4 +1,4 @@
-"""What a trained judge makes of hostile answers: python tests/injection_report.py RUN/M1
+"""What a trained judge makes of hostile answers: python tests/robustness/injection_report.py RUN/M1
 
 Flawed answers of the run's held-out requests (2 to 4 points by the annotator) are judged plain, and with a
 hostile text (hostile.jsonl) after them, before them and in their place. The parser reads only the judge's own
@@ -11,8 +11,7 @@ from statistics import mean
 
 from minisr import InputError
 from minisr.judge import judge, reward
-from minisr.rng import key
-from minisr.runner.checkpoint import load_model
+from minisr.rng import derive_seed
 from minisr.runner.config import load_config
 from minisr.runner.files import read_jsonl
 from minisr.runner.run import Run
@@ -44,7 +43,7 @@ class Case:
 def flawed_answers(run: Run, count: int) -> list[tuple[str, str]]:
     """The first (prompt, answer) of the held-out ranked ones that earned 2 to 4 points, one a prompt."""
     found = {}
-    for record in run.judge_evaluation():
+    for record in run.judge_evaluation:
         for y, score in zip(record["responses"], record["scores"]):
             if 2 <= score <= 4:
                 found.setdefault(record["prompt"], y)
@@ -95,11 +94,11 @@ def strongest(cases: list[Case], count: int = 8) -> list[str]:
 def report(folder: Path, requests: int, most: int) -> None:
     """Judge everything and print the table."""
     run = Run(folder.parent, replace(load_config(folder.parent / "config.toml"), threads=1))
-    model, tokenizer = load_model(folder, run.device)
+    lm = run.load_lm(folder.name)
 
     def rewards(asked: list[tuple[str, str]], purpose: str) -> list[float | None]:
-        rows = judge(model, tokenizer, run.template, [x for x, _ in asked], [y for _, y in asked],
-                     run.config.judge, key(run.config.seed, "injection", purpose))
+        rows = judge(lm, run.judge_template, [x for x, _ in asked], [y for _, y in asked], run.config.judge,
+                     derive_seed(run.config.seed, "injection", purpose))
         return [reward(judgements) for judgements in rows]
 
     answers = flawed_answers(run, requests)

@@ -1,6 +1,6 @@
 """Faults put into the numeric core by hand, one at a time: the tests must tell of each.
 
-    python tests/mutants.py [--only SUBSTRING] [--jobs 1] [--list]
+    python tests/robustness/mutants.py [--only SUBSTRING] [--jobs 1] [--list]
 
 Each mutant is a plausible mistake: a sign, a shift by one, a mean for a sum, a tie the other way. A test that
 none of them makes fail guards little, and a mutant that no test kills shows what is unguarded. Package and

@@ -1,6 +1,6 @@
 """Run the loop again and again in one process, and see that it stays as small and as fast as it was.
 
-    TQDM_DISABLE=1 python tests/soak.py [--minutes 120]
+    TQDM_DISABLE=1 python tests/robustness/soak.py [--minutes 120]
 
 Every run is a small one, the same each time, in a new temporary folder that is removed after it: the disk
 holds one run at a time. Noted after each iteration M_t -> M_{t+1}: its seconds and, of the process, the
@@ -25,12 +25,12 @@ from pathlib import Path
 from statistics import linear_regression, mean
 
 import kills
-from minisr.runner.resume import locked
 
-from minisr.loop import run_loop
 from minisr.report.page import write_page
 from minisr.runner.config import load_config
 from minisr.runner.run import Run
+from minisr.runner.steps import run_loop
+from minisr.runner.storage import folder_lock
 
 CONFIG = kills.CONFIG.replace("iterations = 1", "iterations = 4")
 FIRST, RISE, SLOWER, ROWS = 3, 0.05, 0.15, 12
@@ -95,7 +95,7 @@ def one_run(folder: Path, number: int, start: float, samples: list[Sample]) -> N
             samples.append(Sample((now - start) / 60, number, name, *held(), objects, now - clocks[0],
                                   cpu - clocks[1]))
         clocks[:] = time.perf_counter(), time.process_time()
-    with locked(run.folder):
+    with folder_lock(run.folder):
         run_loop(run, after)
     write_page(run.folder)
 

@@ -16,12 +16,13 @@ from tiny import byte_level_json, speaker, tiny_tokenizer
 from minisr.cli import main
 from minisr.interop.chat_templates import chat_template
 from minisr.interop.tokenizer_json import TokenizerJSON
-from minisr.judge import JudgeConfig, Judgement, judge, judge_prompt, load_template, parse_score, reward
+from minisr.judge import JudgeConfig, Judgement, judge, judge_prompt, parse_score, reward
+from minisr.lm import LM
 from minisr.pairs import select_pairs
 from minisr.report.chat import EXAMPLE
 from minisr.runner.checkpoint import save_model
 from minisr.runner.files import read_jsonl, write_jsonl
-from minisr.runner.run import ENGLISH_TEMPLATE, WORLD_TEMPLATE
+from minisr.runner.run import ENGLISH_TEMPLATE, WORLD_TEMPLATE, load_template
 from minisr.tokenizer import Tokenizer
 from minisr.worlds.tiny import oracle
 
@@ -43,8 +44,8 @@ def families() -> dict[str, list[str]]:
 @cache
 def judged(says: str, template: str) -> dict[str, Judgement]:
     """What a judge who always says the same is read to have said of each hostile answer."""
-    rows = judge(speaker(says, CONTEXT), tiny_tokenizer(), TEMPLATES[template], [EXAMPLE] * len(HOSTILE),
-                 list(HOSTILE.values()), CONFIG, key=0)
+    lm = LM(speaker(says, CONTEXT), tiny_tokenizer())
+    rows = judge(lm, TEMPLATES[template], [EXAMPLE] * len(HOSTILE), list(HOSTILE.values()), CONFIG, 0)
     return {name: judgement for name, [judgement] in zip(HOSTILE, rows)}
 
 
@@ -75,8 +76,8 @@ def test_only_what_the_judge_says_is_read(says, score, template):
 @pytest.mark.parametrize("says, score", [("Score:1", 1), ("Fine.", None)])
 def test_a_hostile_prompt_writes_no_score_either(says, score):
     short = [text for name, text in HOSTILE.items() if not name.startswith("long/")]
-    rows = judge(speaker(says, CONTEXT), tiny_tokenizer(), TEMPLATES["english"], short,
-                 ["A fox."] * len(short), CONFIG, key=0)
+    lm = LM(speaker(says, CONTEXT), tiny_tokenizer())
+    rows = judge(lm, TEMPLATES["english"], short, ["A fox."] * len(short), CONFIG, 0)
     assert rows == [[Judgement(says, score)]] * len(short)
 
 
