@@ -18,7 +18,7 @@ from minisr.runner.seed_data import build_seed_data, eft_by_annotator
 from minisr.train import TrainConfig
 
 CONFIG = LoopConfig(
-    seed=0, iterations=2, sft=TrainConfig(batch_size=16), prompts=PromptConfig(count=8, rows=12, max_rouge_l=0.95),
+    seed=0, iterations=2, sft=TrainConfig(batch_size=16), prompts=PromptConfig(count=6, rows=8, max_rouge_l=0.95),
     responses=ResponseConfig(temperature=1.0, top_p=1.0, max_new_tokens=40), judge=JudgeConfig(judgements=2),
     dpo=DPOConfig(batch_size=2, learning_rate=3e-4, replay_weight=0.5))
 
@@ -34,7 +34,7 @@ class Step(NamedTuple):
 
 @cache
 def seed_data() -> SeedData:
-    records = build_seed_data(SeedConfig("world", ift=128, ranked=48, judge_evaluation=1, evaluation=8), seed=0)
+    records = build_seed_data(SeedConfig("world", ift=64, ranked=24, judge_evaluation=1, evaluation=8), seed=0)
     template = load_template(WORLD_TEMPLATE)
     held_out = {record["prompt"] for record in records["evaluation"]}
     return SeedData(records["ift"], eft_by_annotator(records["ranked"], template), held_out, template)

@@ -26,7 +26,7 @@ def test_the_models_and_their_steps_are_those_of_the_paper(run):
 def test_the_baseline_is_trained_on_ift_and_M1_on_ift_and_eft(run):
     _, [baseline, M1, *_] = run
     data = seed_data()
-    assert len(data.ift) == 128 and len(data.eft) > 50
+    assert len(data.ift) == 64 and len(data.eft) > 30
     assert baseline.inputs == ("SFT", data.ift) and M1.inputs == ("M1", data.ift + data.eft)
 
 

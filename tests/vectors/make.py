@@ -47,9 +47,9 @@ def pair_selection() -> dict:
     ]
     return {
         "description": "Of the responses to each prompt, the one with the highest reward is chosen and the one with "
-                       "the lowest is rejected; of several, the first. A reward of null means unparsed: that response is "
-                       "neither. A prompt is dropped if fewer than two of its responses have a reward (unread), if the "
-                       "highest reward equals the lowest (tie), or if chosen and rejected are the same text "
+                       "the lowest is rejected; of several, the first. A reward of null means unparsed: that response "
+                       "is neither. A prompt is dropped if fewer than two of its responses have a reward (unread), if "
+                       "the highest reward equals the lowest (tie), or if chosen and rejected are the same text "
                        "(identical). chosen and rejected are indices from 0.",
         "cases": [{"responses": list(texts), "rewards": rewards,
                    **({"dropped": a} if b is None else {"chosen": a, "rejected": b})}
@@ -69,8 +69,8 @@ def sequence_logprobs() -> dict:
 
     return {
         "description": "A model whose logits depend on the last token alone: logits[a][b] is the logit of b after a. "
-                       "The log-probability of a response is the sum, over its tokens (mask 1), of the natural logarithm "
-                       "of the softmax at the position before. Prompt and padding (mask 0) add nothing.",
+                       "The log-probability of a response is the sum, over its tokens (mask 1), of the natural "
+                       "logarithm of the softmax at the position before. Prompt and padding (mask 0) add nothing.",
         "logits": table,
         "cases": [{"ids": ids, "mask": mask, "logprob": sum(
             logprob(ids[t - 1], ids[t]) for t in range(1, len(ids)) if mask[t])} for ids, mask in rows]}
