@@ -51,7 +51,9 @@ def prompts_of(count, common=0, longest=40):
 def assert_same_samples(model, prompts, n, config, stop_ids=STOP, lm=None):
     """In float64 rounding tips no row over. Returns the samples."""
     expected = FastLM(model, None).sample(prompts, n, config, 5, stop_ids)
-    found = (lm or GraphLM(model, None)).sample(prompts, n, config, 5, stop_ids)
+    lm = lm or GraphLM(model, None)
+    found = lm.sample(prompts, n, config, 5, stop_ids)
+    assert isinstance(lm.decoder, GraphDecoder)
     for row, other in zip(found, expected, strict=True):
         for a, b in zip(row, other, strict=True):
             assert a.ids == b.ids and a.finished == b.finished
