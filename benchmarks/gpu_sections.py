@@ -395,7 +395,8 @@ class Sections(Side):
 
     def smoke(self) -> dict:
         """tiny_configs/smoke.toml through M2 with graphs; with --quick, a shorter training and fewer prompts."""
-        less = ["seed_data.judge_evaluation=4", "seed_data.evaluation=4", "sft.epochs=1", "prompts.count=12"]
+        less = ["seed_data.judge_evaluation=4", "seed_data.evaluation=4", "seed_data.ift=96",
+                "seed_data.ranked=32", "sft.epochs=1", "prompts.count=8"]
         changes = ["iterations=1", f"device={self.device}", f"threads={torch.get_num_threads()}"]
         config = load_config(CONFIGS / "smoke.toml", overrides=(*changes, *(less if self.quick else [])))
         lines = []
