@@ -44,7 +44,7 @@ class Chat:
         tokenizer = self.lm.tokenizer
         [completions] = self.lm.sample([tokenizer.encode_prompt(question)], self.answers, self.config,
                                        derive_seed(seed, "chat"), tokenizer.stop_ids)
-        return [tokenizer.decode(completion.ids) for completion in completions]
+        return [tokenizer.decode_response(completion.ids) for completion in completions]
 
     def _explain_unparsed(self) -> None:
         """What to try if no judgement has a score."""

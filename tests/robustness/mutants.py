@@ -1,12 +1,11 @@
-"""Faults put into the numeric core by hand, one at a time: the tests must tell of each.
+"""Bugs inserted into the code by hand, one at a time (mutants): the tests must detect each.
 
     python tests/robustness/mutants.py [--only SUBSTRING] [--jobs 1] [--list]
 
-Each mutant is a plausible mistake: a sign, a shift by one, a mean for a sum, a tie the other way. A test that
-none of them makes fail guards little, and a mutant that no test kills shows what is unguarded. Package and
-tests are copied, a mutant is put into the copy, and the test file named beside it runs until one test fails.
-Ends with exit code 1 if a mutant survives or does not even run, or if the code no longer has, or has twice,
-what it replaces.
+Each mutant is a plausible mistake: a sign, a shift by one, a mean in place of a sum, a tie decided the other way. A
+mutant that no test detects shows what is not tested. Package and tests are copied, one mutant is put into the copy, and
+the test file named beside it runs until one test fails. Ends with exit code 1 if a mutant survives, if the tests of one
+cannot be run, or if the text that a mutant replaces does not occur exactly once.
 """
 
 import argparse
@@ -22,191 +21,334 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[2]
-LONGEST = 300  # seconds for the tests of one mutant
+TIMEOUT = 300  # seconds for the tests of one mutant
 
-# By module and by the test file that must tell: what is wrong, what stands there once, what takes its place.
+# By module, and by the test file that must detect the fault: its name, the text that occurs once, its replacement.
 FAULTS = {
     ("model", "model"): [
-        ("RoPE turns the other way", "torch.cat([-sin, sin], -1)", "torch.cat([sin, -sin], -1)"),
-        ("RoPE frequencies an index too high", "torch.arange(0, D, 2,", "torch.arange(2, D + 2, 2,"),
-        ("causal mask gone", "is_causal=True", "is_causal=False"),
-        ("query head h looks at key head h mod G", "attention(q, k, v, is_causal=True, enable_gqa=True)",
-         "attention(q, *(x.repeat(1, q.shape[1] // len(x[0]), 1, 1) for x in (k, v)), is_causal=True)"),
-        ("feed-forward takes the norm of attention",
+        ("RoPE rotates the other way", "torch.cat([-second, first], dim=-1)", "torch.cat([second, -first], dim=-1)"),
+        ("RoPE pairs neighbors, not halves", "first, second = x.chunk(2, dim=-1)",
+         "first, second = x[..., ::2], x[..., 1::2]"),
+        ("RoPE frequencies an index too high", "torch.arange(0, config.head_dim, 2,",
+         "torch.arange(2, config.head_dim + 2, 2,"),
+        ("keys are not rotated", "q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)",
+         "q = apply_rope(q, cos, sin)"),
+        ("no causal mask", "((keys < queries) &", "((keys != queries) &"),
+        ("padding is attended to", "((keys < queries) & attention_mask[:, None])", "(keys < queries)[None]"),
+        ("padding counts in positions", "(attention_mask.cumsum(-1) - 1).clamp(min=0)[:, -T:]",
+         "torch.arange(S, device=ids.device).expand(B, S)[:, -T:]"),
+        ("positions begin again at each call", ".clamp(min=0)[:, -T:]", ".clamp(min=0)[:, :T]"),
+        ("the cache grows by one token a call", "cache.length += T", "cache.length += 1"),
+        ("query head h uses key head h mod G",
+         "F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)",
+         "F.scaled_dot_product_attention(q, *(x.repeat(1, H // G, 1, 1) for x in (k, v)), attn_mask=mask)"),
+        ("feed-forward uses the norm of attention",
          "self.feed_forward(self.feed_forward_norm(x))", "self.feed_forward(self.attention_norm(x))"),
-        ("initial weights of L, not 2 L writers",
-         "math.sqrt(2 * model.config.n_layers)", "math.sqrt(model.config.n_layers)")],
+        ("RMSNorm without eps", "keepdim=True) + self.eps)", "keepdim=True))"),
+        ("RMSNorm of the sum", "wide.square().mean(-1", "wide.square().sum(-1"),
+        ("SwiGLU gates with up", "F.silu(gate) * up", "F.silu(up) * gate")],
     ("model", "interop"): [
         ("Llama 3 scaling keeps the slow, slows the fast",
-         "(keep + (1 - keep) / factor)", "(1 - keep + keep / factor)")],
+         "(smooth + (1 - smooth) / factor)", "(1 - smooth + smooth / factor)"),
+        ("linear scaling speeds up", "frequencies / config.rope_scaling[0]", "frequencies * config.rope_scaling[0]")],
     ("model", "dpo"): [
         ("tied head is a copy, without the embedding's gradient", "self.head.weight = self.embed.weight",
          "self.head.weight = nn.Parameter(self.embed.weight.detach().clone())")],
-    ("fast/lean", "model"): [
-        ("RoPE swaps neighbours, not halves", "x.roll(x.shape[-1] // 2, -1)",
-         "x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)")],
-    ("fast/lean", "lean"): [
-        ("RoPE's gradient turns as RoPE does", "turn(grad, cos, sin, -1)", "turn(grad, cos, sin)"),
-        ("RMSNorm without eps", "keepdim=True) + eps)", "keepdim=True))"),
-        ("RMSNorm of the sum", "x.float().square().mean(", "x.float().square().sum("),
-        ("RMSNorm's gradient: sign of the second term", "value=-1)", "value=1)"),
-        ("RMSNorm's gradient: not divided by C", "r**3 / x.shape[-1]", "r**3"),
-        ("RMSNorm's weight gradient without r", "r.reshape(1, -1) @", "r.reshape(1, -1).sign() @"),
-        ("SwiGLU gates with up", "F.linear(F.silu(gate) * up,", "F.linear(F.silu(up) * gate,"),
-        ("SwiGLU's gradient for up: gate without silu",
-         "torch.mul(inner, silu, out=for_up)", "torch.mul(inner, gate, out=for_up)"),
-        ("SwiGLU's gradient for down without up", "silu.mul_(up)", "silu")],
-    ("fast/cache", "step"): [
-        ("attention divided by D, not its root", "alpha=q.shape[-1]**-0.5", "alpha=1 / q.shape[-1]")],
-    ("fast/cache", "model"): [
-        ("positions count the padding", "self.seen[:, None] - before +", "self.seen[:, None] +"),
-        ("positions go on one too early", "self.seen = self.seen + new", "self.seen = self.seen + new - 1"),
-        ("first token after the padding is hidden",
-         "(columns < self.pad[:, None])[:, None]  # (B, T, S)", "(columns <= self.pad[:, None])[:, None]"),
-        ("padding of what rows share is seen", "self.bias[rows, :1] == 0", "self.bias[rows, :1] <= 0"),
-        ("a row's children count another's tokens",
-         "self.seen = self.seen[rows // width]", "self.seen = self.seen[rows % len(self.seen)]"),
-        ("a row that stays takes a leaver's position", "= self.seen[rows], self.pad[rows], self.bias[rows]",
-         "= self.seen[:len(rows)], self.pad[rows], self.bias[rows]")],
-    ("fast/step", "step"): [
-        ("a step turns by the position before", "self.cos[cache.seen]", "self.cos[cache.seen - 1]"),
-        ("a step's eps is not scaled by C",
-         "self.scale * model.config.norm_eps**0.5", "model.config.norm_eps**0.5"),
-        ("a large product forgets the stream", "else onto + y", "else y")],
     ("sampler", "sampler"): [
+        ("padding on the right", "[[0] * (T - len(row)) + row for row in rows]",
+         "[row + [0] * (T - len(row)) for row in rows]"),
+        ("the first token counts as padding", ">= (T - lengths)[:, None]", "> (T - lengths)[:, None]"),
+        ("prefill without a mask",
+         "model.hidden_states(ids, cache, attention_mask)", "model.hidden_states(ids, cache)"),
+        ("decoding without a mask", "model(drawn[:, None], cache, attention_mask)", "model(drawn[:, None], cache)"),
         ("temperature multiplies",
-         "logits.float() / max(temperature, 1e-30)", "logits.float() * max(temperature, 1e-30)"),
-        ("top-p lets in the token at the boundary", ".sum(-1) >= top_p", ".sum(-1) > top_p"),
-        ("top-p leaves out the token that crosses p", "above = probs > probs", "above = probs >= probs"),
-        ("a second try takes the next token's number", "step * 64 + attempt", "step * 64 + 64 * attempt"),
-        ("a sample's key is its place in the wave",
-         "for i in numbers for", "for i in range(len(numbers)) for"),
-        ("only the first stop token ends a response", "if token in stop)", "if token == stop[0])"),
-        ("the end token is cut off", "Sample(row[:end + 1], True", "Sample(row[:end], True"),
-        ("log p goes on after the second stop token", "ends[list(stop)] = True", "ends[stop[0]] = True"),
-        ("log p without the end token",
-         "torch.where(alive, said,", "torch.where(alive & ~ends[drawn], said,"),
-        ("log p at the temperature",
-         "- logits.logsumexp(1)", "- (logits / config.temperature).logsumexp(1)")],
-    ("rng", "sampler"): [
-        ("responses n and n + 1 of neighbours share numbers",
-         "prompt * 0x8CB92BA72F3D8DD7 + n * 0xD1B54A32D192ED03", "(prompt + n) * 0x8CB92BA72F3D8DD7"),
-        ("shift of a negative number keeps its sign", "(x >> bits) & (2 ** (64 - bits) - 1)", "x >> bits")],
-    ("tokenizer", "sft"): [
-        ("prompt tokens are trained", "[False] * len(prompt_ids)", "[True] * len(prompt_ids)"),
-        ("responses have no end",
-         "[*self.encode(response + self._after_response), self.eos_id]",
-         "self.encode(response + self._after_response)")],
+         "upcast(logits) / max(temperature, 1e-30)", "upcast(logits) * max(temperature, 1e-30)"),
+        ("top-p includes the token at the boundary", "mass_before >= top_p", "mass_before > top_p"),
+        ("top-p excludes the token that crosses p", "mass_before >= top_p", "mass_before + descending >= top_p"),
+        ("top-p excludes its least probable token", "(probs >= least)", "(probs > least)"),
+        ("every attempt uses the same number", "MAX_ATTEMPTS * step + attempt)", "MAX_ATTEMPTS * step)"),
+        ("an attempt uses the next token's number", "MAX_ATTEMPTS * step + attempt)", "step + attempt)"),
+        ("seeds of samples and prompts change places", "seeds = seeds.flatten()", "seeds = seeds.T.flatten()"),
+        ("only the first stop token ends a response", "if token in stop_ids:", "if token == stop_ids[0]:"),
+        ("the stop token is cut off", "Completion(ids[:position + 1], finished=True)",
+         "Completion(ids[:position], finished=True)"),
+        ("a response that was cut off is finished",
+         "Completion(ids, finished=False)", "Completion(ids, finished=True)"),
+        ("a row runs into the room of others", "cut_at_stop(row[:limit], stop_ids)", "cut_at_stop(row, stop_ids)"),
+        ("sampling ends with the first finished row", "if finished.all():", "if finished.any():")],
+    ("lm", "sampler"): [
+        ("a sample's seed is its place in the batch", "seeds[batch], config, stop_ids)",
+         "seeds[:len(batch)], config, stop_ids)"),
+        ("results are in the order of lengths", "[results[i] for i in range(len(prompts))]", "[*results.values()]")],
+    ("lm", "lm"): [
+        ("a copy shares its weights", "clone.model = copy.deepcopy(self.model)", "clone.model = self.model"),
+        ("a frozen copy can be trained", "clone.model.eval().requires_grad_(False)", "clone.model.eval()"),
+        ("a response that training cannot hold is finished", "append(completion.finished and fits)",
+         "append(completion.finished)"),
+        ("a response without its end is finished", "append(completion.finished and fits)", "append(fits)")],
+    ("lm", "loop"): [
+        ("log p of other tokens than DPO trains",
+         "completion.logp if response_ids == completion.ids else None", "completion.logp")],
+    ("lm", "sft"): [
+        ("the loss is a mean over sequences", "-sequence_logprobs(self.model(ids), ids, mask).sum()",
+         "-sequence_logprobs(self.model(ids), ids, mask).mean()")],
+    ("lm", "dpo"): [
+        ("chosen and rejected change places", "right_pad(chosen + rejected,", "right_pad(rejected + chosen,")],
+    ("rng", "rng"): [
+        ("samples of neighboring prompts share numbers",
+         "(i * np.uint64(0x8CB92BA72F3D8DD7) + j * np.uint64(0xD1B54A32D192ED03))",
+         "((i + j) * np.uint64(0x8CB92BA72F3D8DD7))"),
+        ("the counter begins at 0", "(counter + 1) * GOLDEN_GAMMA", "counter * GOLDEN_GAMMA"),
+        ("half of the range", "(x >> np.uint64(40))", "(x >> np.uint64(41))")],
+    ("tokenizer", "tokenizer"): [
+        ("prompt tokens are targets", "[False] * len(prompt_ids)", "[True] * len(prompt_ids)"),
+        ("responses have no end token", "[*self.encode(response + self._after_response), self.eos_id]",
+         "self.encode(response + self._after_response)"),
+        ("a prompt makes special tokens", "self._special.split(self._before_response)",
+         'self._special.split(self._before_response.replace("{prompt}", prompt))'),
+        ("only the template's end token ends a response", "(self.eos_id, *sorted(others - {self.eos_id}))",
+         "(self.eos_id,)"),
+        ("a response keeps the template's text", ".removesuffix(self._after_response)", "")],
     ("sft", "sft"): [
-        ("padding is trained", "mask + [False] *", "mask + [True] *"),
-        ("a state predicts its own token", "F.pad(counts, (0, 1))", "F.pad(counts, (1, 0))"),
-        ("micro-batches count alike, whatever their tokens", "model.device)) / targets",
-         "model.device)) / sum(sum(m[1:]) for _, m in part) * len(part) / len(batch)")],
-    ("train", "sft"): [
+        ("padding is trained", "example.mask + [False] *", "example.mask + [True] *"),
+        ("micro-batches count alike, whatever their tokens", "yield lm.target_loss(part) / targets",
+         "yield lm.target_loss(part) / sum(sum(e.mask[1:]) for e in part) * len(part) / len(batch)"),
+        ("M0 itself is trained", "trained = lm.copy()", "trained = lm")],
+    ("train", "train"): [
         ("warm-up begins at 0", "(step + 1) / warmup", "step / warmup"),
         ("cosine begins with the warm-up", "(step - warmup) / (steps - warmup)", "step / steps"),
         ("norms decay", '{"params": others, "weight_decay": 0.0}',
          '{"params": others, "weight_decay": config.weight_decay}'),
-        ("AdamW's betas change places", "AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.95)",
-         "AdamW(groups, lr=config.learning_rate, betas=(0.95, 0.9)"),
-        ("Muon takes the embedding", 'name.startswith("blocks.") and p.dim() == 2', "p.dim() == 2"),
-        ("Muon takes q, k, v for one matrix", "part_rows(name, shape) or len(p)", "len(p)"),
-        ("Muon's steps are not AdamW's size", '"match_rms_adamw"', '"original"'),
-        ("gradients of all steps add up",
-         "for p in masters.values():\n        p.grad = None", "for p in ():\n        p.grad = None"),
-        ("no float32 masters for bfloat16",
-         "{name: p if p.dtype == torch.float32 else p.detach().float().requires_grad_()", "{name: p"),
-        ("masters keep the last micro-batch's gradient alone",
-         "grad if masters[name].grad is None else masters[name].grad + grad", "grad")],
+        ("AdamW's betas change places", "betas=(0.9, 0.95)", "betas=(0.95, 0.9)"),
+        ("gradients of all steps add up", "    optimizer.step()\n    optimizer.zero_grad()", "    optimizer.step()"),
+        ("gradients are never clipped", "max_grad_norm or math.inf", "math.inf"),
+        ("a loss that is not finite changes the weights", "if not torch.isfinite(norm):", "if False:"),
+        ("the learning rate stays", 'group["lr"] = rate', "pass"),
+        ("dropout stays on", "    model.eval()\n    return log", "    return log"),
+        ("the last micro-batch is left out", "batch[i:i + size] for i in range(0, len(batch), size)",
+         "batch[i:i + size] for i in range(0, len(batch) - size + 1, size)"),
+        ("the last batch of an epoch is left out", "order[i:i + size] for i in range(0, len(order), size)",
+         "order[i:i + size] for i in range(0, len(order) - size + 1, size)")],
     ("dpo", "dpo"): [
-        ("the rejected is preferred",
-         "losses = -F.logsigmoid(chosen - rejected)", "losses = -F.logsigmoid(rejected - chosen)"),
-        ("beta weighs the policy alone", "beta * (policy_rejected_logps - reference_rejected_logps)",
+        ("the rejected response is preferred", "-F.logsigmoid(chosen - rejected)", "-F.logsigmoid(rejected - chosen)"),
+        ("beta scales the policy alone", "beta * (policy_rejected_logps - reference_rejected_logps)",
          "beta * policy_rejected_logps - reference_rejected_logps"),
         ("log p of a response is the mean",
-         "(logps * mask[:, 1:]).sum(-1)", "(logps * mask[:, 1:]).sum(-1) / mask[:, 1:].sum(-1)"),
-        ("logits stand for their own token", "logits[:, :-1].float()", "logits[:, 1:].float()"),
-        ("response mask a token too late", "(logps * mask[:, 1:])", "(logps * mask[:, :-1])"),
-        ("log p of a packed response is the mean",
-         'segment_reduce(logps, "sum"', 'segment_reduce(logps, "mean"'),
-        ("the rejected's positions follow the chosen's",
-         "(column - rejected * lengths[:, 1:2])[there]", "column.expand(there.shape)[there]"),
-        ("the rejected sees the chosen", "& ~apart)", "& (apart | ~apart))"),
-        ("the chosen's end predicts the rejected",
-         "place - 1 - (first * lengths[:, 1:2])[there]", "place - 1")],
-    ("dpo", "variants"): [
-        ("smoothing adds without taking away", "(1 - smoothing) * losses", "losses"),
-        ("smoothing by agreement", "smoothing = 1 - sum(", "smoothing = sum(")],
+         "(token_logps * mask[:, 1:]).sum(-1)", "(token_logps * mask[:, 1:]).sum(-1) / mask[:, 1:].sum(-1)"),
+        ("logits predict their own token", "upcast(logits[:, :-1])", "upcast(logits[:, 1:])"),
+        ("response mask a token too late", "(token_logps * mask[:, 1:])", "(token_logps * mask[:, :-1])"),
+        ("rewards carry a gradient", "chosen.detach(), rejected.detach()", "chosen, rejected")],
     ("dpo", "train_dpo"): [
-        ("the reference learns too", "dpo_loss(chosen, rejected, ref_chosen[part], ref_rejected[part],",
-         "dpo_loss(chosen, rejected, *reference_logps(model, [encoded[i] for i in part], 1),"),
-        ("the reference has dropout", "    model.eval()\n    order", "    order"),
-        ("a pair meets another's reference", "logps[:, batch] =", "logps[:, i:i + len(batch)] ="),
-        ("NLL of the whole response, not a token", "-chosen / packed.sizes[0::2]", "-chosen"),
-        ("replay in full, whatever its share", "yield config.replay * loss", "yield loss"),
-        ("micro-batches of pairs weigh in full", "nll).sum() / len(batch)", "nll).sum() / len(part)")],
+        ("the reference is trained too", "reference = lm.frozen_copy()", "reference = policy"),
+        ("M_t itself is trained", "policy = lm.copy()", "policy = lm"),
+        ("the reference carries a gradient", "with torch.no_grad():", "with torch.enable_grad():"),
+        ("chosen and rejected of the reference change places", "reference_chosen, reference_rejected = reference",
+         "reference_rejected, reference_chosen = reference"),
+        ("NLL of the whole response, not per token",
+         "nll = -chosen / torch.tensor([len(pair.chosen) for pair in part], device=chosen.device)", "nll = -chosen"),
+        ("replay in full, whatever its weight", "yield config.replay_weight * loss", "yield loss"),
+        ("micro-batches of pairs count in full", "nll).sum() / len(pairs)", "nll).sum() / len(part)")],
+    ("dpo", "variants"): [
+        ("another loss is ignored", "reward_w, reward_l = preference_loss(", "reward_w, reward_l = dpo_loss(")],
     ("judge", "judge"): [
-        ("the first score is read", "for s in reversed(scores)", "for s in scores"),
-        ("a score of 0 is unread", "if 0 <= s <= MAX_SCORE", "if 0 < s <= MAX_SCORE"),
-        ("a judgement that was cut off is read",
-         "parse_score(text) if s.finished else None", "parse_score(text)"),
+        ("the first score counts", "valid[-1] if valid", "valid[0] if valid"),
+        ("a score of 0 is unparsed", "if 0 <= score <= MAX_SCORE", "if 0 < score <= MAX_SCORE"),
+        ("a judgement that was cut off is parsed",
+         "parse_score(text) if completion.finished else None", "parse_score(text)"),
         ("a reward is rounded", "sum(scores) / len(scores) if", "round(sum(scores) / len(scores)) if"),
-        ("an unread judgement counts as 0",
-         "sum(scores) / len(scores) if", "sum(scores) / len(judgements) if")],
+        ("an unparsed judgement counts as 0", "sum(scores) / len(scores) if", "sum(scores) / len(judgements) if"),
+        ("a response that was cut off has a reward", "[reward(js) if done else None for", "[reward(js) for"),
+        ("a judge prompt that fills the context is sampled", "if len(ids) < lm.max_seq_len]",
+         "if len(ids) <= lm.max_seq_len]"),
+        ("a closing tag in capitals closes the frame", '"< /", response, flags=re.IGNORECASE)', '"< /", response)'),
+        ("a field spelled in a prompt is filled",
+         r're.sub(r"\{prompt\}|\{response\}", lambda field: values[field[0]], template)',
+         'template.replace("{prompt}", prompt).replace("{response}", response)')],
     ("pairs", "pairs"): [
-        ("an unread response is the worst", "[(r, y) for r, y in zip(rs, ys, strict=True) if r is not None]",
+        ("an unparsed response is the worst", "[(r, y) for r, y in zip(rs, ys, strict=True) if r is not None]",
          "[(r or 0.0, y) for r, y in zip(rs, ys, strict=True)]"),
         ("a reward of 0 is none", "strict=True) if r is not None]", "strict=True) if r]"),
-        ("equal rewards make a pair", "if best[0] <= worst[0]:", "if best[0] < worst[0]:"),
-        ("the last of the best is chosen",
-         "best = min((ry for ry in read if", "best = min((ry for ry in read[::-1] if"),
-        ("the last of the worst is rejected",
-         "for ry in read + anchor if", "for ry in (read + anchor)[::-1] if")],
-    ("pairs", "variants"): [
-        ("judgements that tie agree", "(a > b) + (a == b) / 2", "(a >= b)")],
-    ("runner/stages", "loop"): [
-        ("a response that was cut off has a reward", "[reward(j) if done else None for", "[reward(j) for"),
-        ("every model is trained from M0", "model, tokenizer = load_model(self.folder,",
-         'model, tokenizer = load_model(self.run.folder / "M0",'),
-        ("M2 draws M1's random numbers",
-         "return self.run.key(self.name, purpose)", "return self.run.key(purpose)"),
-        ("log p of other tokens than DPO will train",
-         "s.logp if exact and again == s.ids else None", "s.logp if exact else None"),
-        ("a response that DPO cannot hold is chosen", "s.finished and fits,", "s.finished,")],
+        ("one scored response suffices", "if len(scored) < 2:", "if len(scored) < 1:"),
+        ("equal rewards make a pair", "if r_w == r_l:", "if False:"),
+        ("a text is preferred to itself", "elif y_w == y_l:", "elif False:"),
+        ("the last of the best is chosen", "max(scored, key=itemgetter(0))", "max(scored[::-1], key=itemgetter(0))"),
+        ("the last of the worst is rejected", "min(scored, key=itemgetter(0))",
+         "min(scored[::-1], key=itemgetter(0))")],
+    ("prompts", "prompts"): [
+        ("ROUGE-L is the recall", "return 2 * lcs_length(words, other) / total >=",
+         "return lcs_length(words, other) / len(other) >="),
+        ("similar only above the threshold", "lcs_length(words, other) / total >= self",
+         "lcs_length(words, other) / total > self"),
+        ("the shortcut skips similar prompts", "if 2 * in_both / total <", "if in_both / total <"),
+        ("common subsequences lose a word", "max(previous[j + 1], row[j])", "max(previous[j], row[j])"),
+        ("an evaluation prompt passes in other case", "if normalize(prompt) in self.held_out_texts",
+         "if prompt in self.held_out_texts"),
+        ("keywords inside of words", r'rf"\b(?:', 'rf"(?:'),
+        ("a prompt that was cut off is accepted", "if not finished:", "if False:"),
+        ("a prompt goes on after its line", "stop_ids = (*lm.tokenizer.newline_ids, *lm.tokenizer.stop_ids)",
+         "stop_ids = lm.tokenizer.stop_ids")],
     ("evaluate", "evaluate"): [
-        ("a tie is won", "difference == sign for", "difference >= sign for"),
-        ("the interval holds 90 %",
-         "values[picks].mean(axis=1), (0.025, 0.975)", "values[picks].mean(axis=1), (0.05, 0.95)"),
+        ("a tie is won", "float((signs == sign).mean())", "float((signs >= sign).mean())"),
+        ("the interval holds 90 %", "(0.025, 0.975)", "(0.05, 0.95)"),
         ("the pairwise interval weighs instructions alike",
-         "hits[picks].sum(1) / sizes[picks].sum(1)", "(hits[picks] / sizes[picks]).mean(1)"),
+         "sums[picks].sum(1) / sizes[picks].sum(1)", "(sums[picks] / sizes[picks]).mean(1)"),
         ("equal values share the lowest rank", "((v[:, None] == v).sum(1) + 1) / 2", "1"),
         ("Kendall's tau without signs", "np.sign(v[:, None] - v)", "(v[:, None] - v)"),
         ("a judge's tie is right", " and model[i] != model[j]\n", "\n"),
-        ("five-best: best is a 5", "[h == max(human) for", "[h == 5 for")],
-    ("runner/seed_data", "own_data"): [
-        ("one pair in order is enough for EFT", "and all(agree)]", "and any(agree)]"),
-        ("EFT keeps the last round in order", "right[0])]", "right[-1])]")],
-    ("runner/metrics", "loop"): [
+        ("an annotator's tie counts", "if human[i] == human[j]:", "if False:"),
+        ("five-best: best is a 5", "[h == max(human) for", "[h == MAX_SCORE for")],
+    ("loop", "self_reward"): [
+        ("M1 learns no judging", "M0.data.ift + M0.data.eft", "M0.data.ift"),
+        ("every iteration begins with M1", "        M_t = self_reward(M_t, keep)\n        yield M_t",
+         "        yield self_reward(M_t, keep)")],
+    ("loop", "loop"): [
+        ("M2 uses M1's random numbers", "derive_seed(self.config.seed, self.name, purpose)",
+         "derive_seed(self.config.seed, purpose)")],
+    ("fast/forward", "prefix_cache"): [
+        ("grouped heads use each other's mask", "mask.repeat(1, 1, H // G, 1)", "mask.repeat_interleave(H // G, 2)")],
+    ("fast/forward", "decode_step"): [
+        ("attention divided by D, not its root", "alpha=q.shape[-1]**-0.5", "alpha=1 / q.shape[-1]")],
+    ("fast/cache", "prefix_cache"): [
+        ("positions count the padding", "self.seq_lens[:, None] - pad_to_come +", "self.seq_lens[:, None] +"),
+        ("positions continue one too early", "self.seq_lens = self.seq_lens + T\n",
+         "self.seq_lens = self.seq_lens + T - 1\n"),
+        ("the first token after the padding is hidden", "(columns >= self.left_pad[:, None])",
+         "(columns > self.left_pad[:, None])"),
+        ("padding of a shared prefix is attended to", "self.bias[rows, :1] == 0", "self.bias[rows, :1] <= 0"),
+        ("a row's samples count another's tokens", "self.seq_lens = self.seq_lens[rows // n]",
+         "self.seq_lens = self.seq_lens[rows % len(self.seq_lens)]"),
+        ("a row that stays takes a leaver's position",
+         "= self.seq_lens[rows], self.left_pad[rows], self.bias[rows]",
+         "= self.seq_lens[:len(rows)], self.left_pad[rows], self.bias[rows]"),
+        ("a row that stays takes a leaver's keys", "= old[:, rows, :, :self.n_columns]",
+         "= old[:, :len(rows), :, :self.n_columns]"),
+        ("padding holds memory that was never written", "self.v[:, :, :, :self.max_left_pad] = 0", "pass"),
+        ("rows of one prefix share a slot", "prefix.slot[rows // n] * n + rows % n", "prefix.slot[rows // n] * n"),
+        ("a dropped prefix moves rows to other slots", "self.slot = prefix * self.slots_per_prefix + place",
+         "self.slot = prefix * self.slots_per_prefix")],
+    ("fast/decode_step", "decode_step"): [
+        ("a step rotates by the position before", "self.cos[cache.seq_lens]", "self.cos[cache.seq_lens - 1]"),
+        ("a step rotates the other way", "torch.cat([-sin[", "torch.cat([sin["),
+        ("a step's eps is not scaled by C",
+         "self.scale * model.config.norm_eps**0.5", "model.config.norm_eps**0.5"),
+        ("a large product loses the residual", "else residual + y", "else y")],
+    ("fast/sampler", "fast_sampler"): [
+        ("top-p includes the token at the boundary",
+         "more_probable).sum(-1) >= top_p", "more_probable).sum(-1) > top_p"),
+        ("top-p excludes the token that crosses p", "more_probable = probs > probs", "more_probable = probs >= probs"),
+        ("a second attempt uses the next token's number", "64 * step + attempt", "64 * step + 64 * attempt"),
+        ("a row that stays uses a leaver's numbers",
+         "uniforms = uniforms[:, keep]", "uniforms = uniforms[:, :len(keep)]"),
+        ("log p without the end token",
+         "torch.where(alive, token_logps", "torch.where(alive & ~is_stop[drawn], token_logps"),
+        ("log p continues after the end", "torch.where(alive, token_logps, 0.0)", "token_logps"),
+        ("log p at the temperature", "upcast(logits).logsumexp(1)", "(upcast(logits) / how.temperature).logsumexp(1)"),
+        ("a row takes another's room", "len(prompts[row // n])", "len(prompts[row % len(prompts)])")],
+    ("fast/rng", "fast_rng"): [
+        ("the shift of a negative number keeps its sign", "(x >> bits) & (2 ** (64 - bits) - 1)", "x >> bits"),
+        ("first numbers of steps overlap", "(64 * step + 1) * GOLDEN_GAMMA", "(step + 1) * GOLDEN_GAMMA")],
+    ("fast/losses", "fast_losses"): [
+        ("a state predicts its own token", "F.pad(is_target, (0, 1))", "F.pad(is_target, (1, 0))"),
+        ("log p of a packed response is the mean", 'segment_reduce(logps, "sum"', 'segment_reduce(logps, "mean"'),
+        ("chosen and rejected change places", "return sums[0::2], sums[1::2]", "return sums[1::2], sums[0::2]"),
+        ("the rejected's positions follow the chosen's",
+         "(column - is_rejected * chosen_lengths)[is_token]", "column.expand(is_token.shape)[is_token]"),
+        ("the rejected sees the chosen", "& ~hidden)", "& (hidden | ~hidden))"),
+        ("the chosen's end predicts the rejected",
+         "index - 1 - (is_first_rejected * chosen_lengths)[is_token]", "index - 1")],
+    ("fast/lm", "fast_lm"): [
+        ("records survive a training", "self.recorded.clear()", "pass"),
+        ("copies share their records", "dict(self.recorded), None", "self.recorded, None"),
+        ("a frozen copy computes what is recorded", "clone.frozen, clone.graphs = True, None",
+         "clone.frozen, clone.graphs = False, None"),
+        ("the rejected has the chosen's record", "self.record(pair.prompt, pair.rejected, logps[1])",
+         "self.record(pair.prompt, pair.rejected, logps[0])"),
+        ("judgements are recorded", "isinstance(config, ResponseConfig) and is_exact", "is_exact"),
+        ("bfloat16 is recorded", "isinstance(config, ResponseConfig) and is_exact",
+         "isinstance(config, ResponseConfig)")],
+    ("fast/master_weights", "master_weights"): [
+        ("masters keep the last micro-batch's gradient alone",
+         "gradient if master.grad is None else master.grad + gradient", "gradient"),
+        ("the model's gradient adds up too", "            p.grad = None", "            pass"),
+        ("updates do not reach the model", "p.copy_(masters[name])", "pass"),
+        ("masters are bfloat16", "p.detach().float()", "p.detach().clone()")],
+    ("runner/engine", "resume"): [
+        ("every batch is stored as the first", "for row in completions], seed, number)",
+         "for row in completions], seed, 0)"),
+        ("every batch is restored from the first", "journal.get(seed, number)", "journal.get(seed, 0)"),
+        ("a step is skipped on resuming",
+         "range(len(log), len(batches))", "range(len(log) + bool(log), len(batches))"),
+        ("what failed in a lack of memory is added",
+         "            optimizer.zero_grad()\n            self.model.zero_grad()\n",
+         ""),
+        ("dropout differs after a lack of memory", "            torch.set_rng_state(random)\n", ""),
+        ("a halved batch loses a prompt", "compute_within_memory(compute, batch[middle:])",
+         "compute_within_memory(compute, batch[middle + 1:])")],
+    ("runner/journal", "resume"): [
+        ("the random state is not restored", 'torch.set_rng_state(stored["random"][0])', "pass"),
+        ("the optimizer begins anew", 'optimizer.load_state_dict(stored["optimizer"])', "pass"),
+        ("master weights are not restored", "parameter.copy_(value)", "pass"),
+        ("another training's state is used", 'found["made_from"] != self.fingerprint or ', ""),
+        ("a damaged state is used", ' or file_digest(path) != found["hash"]', ""),
+        ("another journal's batches are used", "digest(self.fingerprint + content)", "digest(content)")],
+    ("runner/storage", "resume"): [
+        ("a checksum is not compared", "recorded is not None and recorded != file_digest(path)", "False")],
+    ("runner/steps", "keep"): [
+        ("a finished step is taken again", "if not (path.exists() and counts_path.exists()):", "if True:"),
+        ("a finished training is repeated", 'if not (trained.folder / "meta.json").exists():', "if True:"),
+        ("a journal is used for other inputs", "self.run.fingerprint, *inputs)", "self.run.fingerprint)"),
+        ("a journal is used for other weights",
+         'f"{name}.journal", model_hash(self.folder), self', 'f"{name}.journal", self'),
+        ("a finished step's journal stays", '(model.folder / f"{name}.journal").unlink(missing_ok=True)', "pass")],
+    ("runner/steps", "loop"): [
+        ("every model is M0", "self._lm = self.run.load_lm(self.name)", 'self._lm = self.run.load_lm("M0")')],
+    ("runner/steps", "variants"): [
+        ("positives are said to be trained from M_t",
+         'model if step.__name__ == "train_sft" or not by_sft else StoredModel(model.run, "M0")', "model")],
+    ("runner/variants", "variants"): [
+        ("smoothing adds without taking away", "(1 - smoothing) * right", "right"),
+        ("smoothing by agreement", "smoothed_dpo_loss(1 - sum(", "smoothed_dpo_loss(sum("),
+        ("judgements that tie agree", "(a > b) + (a == b) / 2", "(a >= b)"),
+        ("an anchor is chosen", "rule(scored, scored + anchor)", "rule(scored + anchor, scored + anchor)"),
+        ("an anchor is never rejected", "rule(scored, scored + anchor)", "rule(scored, scored)"),
+        ("length control chooses the long", "min(nearly_best, key=length)", "max(nearly_best, key=length)"),
+        ("length control rejects the short", "max(nearly_worst, key=length)", "min(nearly_worst, key=length)"),
+        ("length control: a share of the reward, not of the range", "rho * (top - bottom)", "rho * top"),
+        ("the next best is as good as the best", "if s[0] < best[0]]", "if s[0] <= best[0]]"),
+        ("the next best is the worst", "max(below, key=itemgetter(0), default=worst)",
+         "min(below, key=itemgetter(0), default=worst)"),
+        ("the reference is always M_t", "reference_lm.frozen_copy()", "model.lm.frozen_copy()"),
+        ("agreement without the responses themselves", "anchor_y + y, anchor_r + r", "anchor_y, anchor_r"),
+        ("a good response counts as positive", "if given == MAX_SCORE}", "if given}")],
+    ("runner/variants", "loop"): [
+        ("the random judge never gives 0", "rng.randint(0, MAX_SCORE)", "rng.randint(1, MAX_SCORE)"),
+        ("the judge is always M_t",
+         'lm = model.lm if model.name == "M1" else type(model)(model.run, "M1").lm', "lm = model.lm"),
+        ("a recorded log p belongs to another response", 'zip(record["responses"], record["logps"])',
+         'zip(record["responses"], record["logps"][::-1])')],
+    ("runner/evaluation", "loop"): [
         ("win rates are the other model's", "win_rates(_scores(own), _scores(answers[other]))",
          "win_rates(_scores(answers[other]), _scores(own))")],
-    ("prompts", "prompts"): [
-        ("ROUGE-L is the recall",
-         "2 * lcs[:, -1] / (np.array(self.lengths) + len(text))", "lcs[:, -1] / np.array(self.lengths)")],
-    ("runner/resume", "resume"): [
-        ("random state is not restored", 'torch.set_rng_state(stored["random"][0])', "pass"),
-        ("optimizers begin anew", "optimizer.load_state_dict(state)", "pass"),
-        ("another training's state is taken", 'found["made_from"] != self.made_from or ', ""),
-        ("another journal's waves are taken", "_hash(self.made_from + content)", "_hash(content)")],
-    ("train", "resume"): [
-        ("a step is skipped on going on",
-         "range(len(log), len(batches))", "range(len(log) + bool(log), len(batches))")],
-    ("sampler", "resume"): [
-        ("every wave is kept as the first", "journal.add(drawn, key, start)", "journal.add(drawn, key, 0)")],
+    ("runner/seed_data", "own_data"): [
+        ("one pair in order is enough for EFT", "if correct and all(correct):", "if correct and any(correct):"),
+        ("a round that ranks nothing agrees", "if correct and all(correct):", "if all(correct):"),
+        ("EFT takes the last round in order", "for one_round in zip(*judgements):",
+         "for one_round in reversed([*zip(*judgements)]):"),
+        ("held-out judgements are trained on", "judged[:n_train][:config.ranked]", "judged[:config.ranked]")],
+    ("runner/reuse", "experiment"): [
+        ("another judge keeps the rewards", '"judge.by": "rewards"', '"judge.by": "pairs"')],
+    ("runner/muon", "muon"): [
+        ("Muon takes the embedding", 'name.startswith("blocks.") and p.dim() == 2', "p.dim() == 2"),
+        ("Muon takes q, k, v for one matrix", "fused_weight_sizes(name, shape) or len(p)", "len(p)"),
+        ("Muon's steps are not AdamW's size", '"match_rms_adamw"', '"original"')],
+    ("runner/pretrain", "init_weights"): [
+        ("initial weights of L, not 2 L writers",
+         "math.sqrt(2 * model.config.n_layers)", "math.sqrt(model.config.n_layers)")],
 }
 
 
 class Mutant(NamedTuple):
-    """One fault of minisr/MODULE.py, which tests/test_TEST.py must tell."""
+    """One bug in minisr/MODULE.py, which tests/*/test_TEST.py must detect."""
 
     module: str
     test: str
@@ -258,9 +400,9 @@ def _options():
 
 def copied(folder: Path) -> Path:
     """A copy of what the tests need."""
-    for name in ("minisr", "tests", "tiny_configs"):
+    for name in ("minisr", "tests", "tiny_configs", "notebooks"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("setup.cfg", "pyproject.toml"):
+    for name in ("setup.cfg", "pyproject.toml", "README.md"):
         shutil.copy(ROOT / name, folder)
     return folder
 
@@ -288,9 +430,9 @@ def first_failure(copy: Path, tests: set[str]) -> str:
                *(str(next(copy.glob(f"tests/*/test_{name}.py"))) for name in sorted(tests))]
     try:
         done = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True,
-                              timeout=LONGEST * len(tests))
+                              timeout=TIMEOUT * len(tests))
     except subprocess.TimeoutExpired:
-        return f"not at an end after {LONGEST} s"
+        return f"not at an end after {TIMEOUT} s"
     failed = re.search(r"^(?:FAILED|ERROR) (tests/\S+?::\w+)", done.stdout, re.MULTILINE)
     if done.returncode == 1 and failed:
         return failed[1]

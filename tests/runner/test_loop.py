@@ -86,7 +86,7 @@ def test_a_run_stopped_at_every_file_and_started_again_gives_the_same_files(
 def test_an_interrupted_run_says_how_to_go_on_and_returns_130(config, tmp_path, monkeypatch):
     def interrupt(*_):
         raise KeyboardInterrupt
-    monkeypatch.setattr("minisr.loop.Model.train_sft", interrupt)
+    monkeypatch.setattr("minisr.loop.SelfRewardingModel.train_sft", interrupt)
     code, _, err = minisr("run", config, "--out", tmp_path / "run")
     assert code == 130 and "to resume, run the same command again" in err and "Traceback" not in err
 

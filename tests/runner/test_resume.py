@@ -102,7 +102,7 @@ def test_two_samplings_of_one_step_have_their_own_batches_in_its_journal(tmp_pat
     lm = run_lm("plain", journal=Journal(tmp_path / "journal", "m"))
     first, second = (lm.sample(prompts, 2, config, seed, (0,)) for seed in (5, 6))
     again = run_lm("plain", journal=Journal(tmp_path / "journal", "m"))
-    again.generate = lambda *_: pytest.fail("sampled again")
+    again.sample_batch = lambda *_: pytest.fail("sampled again")
     assert first != second == again.sample(prompts, 2, config, 6, (0,))
 
 
@@ -226,12 +226,12 @@ def test_without_memory_a_batch_of_samples_is_halved_and_the_result_is_the_same(
     def sample(limit):
         lm, sizes = run_lm(engine, journal=Journal(tmp_path / f"{limit}", "m")), []
 
-        def generate(prompts, *rest, generate=lm.generate):
+        def sample_batch(prompts, *rest, sample_batch=lm.sample_batch):
             sizes.append(len(prompts))
             if len(prompts) > limit:
                 raise error
-            return generate(prompts, *rest)
-        lm.generate = generate
+            return sample_batch(prompts, *rest)
+        lm.sample_batch = sample_batch
         return lm.sample(prompts, 2, config, 5, (0,)), sizes
     completions, sizes = sample(3)
     assert sizes == [8, 4, 2, 2, 4, 2, 2, 8, 4, 2, 2, 4, 2, 2, 4, 2, 2]
@@ -302,7 +302,7 @@ def test_another_runtime_error_does_not_mean_too_little_memory(message, tmp_path
     lm = run_lm("plain", training_folder=tmp_path)
     with pytest.raises(RuntimeError, match=message):
         lm.fit([[0]], fail, TrainConfig())
-    lm.generate = lambda *_: next(fail())
+    lm.sample_batch = lambda *_: next(fail())
     with pytest.raises(RuntimeError, match=message):
         lm.sample([[1, 2]] * 4, 1, ResponseConfig(), 5, (0,))
 
