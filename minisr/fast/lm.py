@@ -51,7 +51,7 @@ class FastLM(LM):
         record = isinstance(config, ResponseConfig) and is_exact
         options = sampler.Options(record, "prefix-sharing" not in self.without, "row-dropping" not in self.without,
                                   "decode-step" not in self.without)
-        if self.model.embed.weight.is_cuda and "cuda-graphs" not in self.without:
+        if self.model.embed.weight.is_cuda and not self.without & {"cuda-graphs", "decode-step"}:
             options = replace(options, decoder=self.graph_decoder(config, stop_ids, options))
         results = sampler.generate(self.model, prompts, seeds, config, stop_ids, options)
         for prompt, completions in zip(prompts, results):
