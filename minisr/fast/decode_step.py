@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minisr.fast.cache import PrefixCache
-from minisr.model import Decoder, RMSNorm, rope_cos_sin, upcast
+from minisr.fast.forward import rope_cos_signed_sin, rotate
+from minisr.model import Decoder, RMSNorm, upcast
 
 MIN_SPLIT_NUMEL = 2**18  # numbers in a matrix that no longer stays in a core's own cache between two steps
 
@@ -20,9 +21,8 @@ class DecodeStep:
 
     def __init__(self, model: Decoder, max_len: int):
         """For rows of up to max_len tokens."""
-        cos, sin = rope_cos_sin(torch.arange(max_len, device=model.device)[None], model.config)
-        cos, sin = cos[0, 0], sin[0, 0]  # (max_len, D)
-        self.cos, self.signed_sin = cos, torch.cat([-sin[:, :sin.shape[1] // 2], sin[:, sin.shape[1] // 2:]], -1)
+        cos, signed_sin = rope_cos_signed_sin(torch.arange(max_len, device=model.device)[None], model.config)
+        self.cos, self.signed_sin = cos[0, 0], signed_sin[0, 0]  # (max_len, D)
         self.config, self.embedding = model.config, model.embed.weight.detach()
         wide = upcast(self.embedding[:0]).dtype
         self.scale, self.norm_eps = model.config.dim**0.5, model.config.norm_eps
@@ -44,8 +44,7 @@ class DecodeStep:
         for layer, (attention_norm, qkv, out, feed_forward_norm, gate_up, down) in enumerate(self.blocks):
             heads = qkv(self.rms_norm(x, attention_norm)).contiguous().view(-1, H + 2 * G, D)
             qk, v = heads.split((H + G, G), 1)
-            qk = (qk * cos + qk.roll(D // 2, -1) * sin).to(x.dtype)
-            q, k = qk.split((H, G), 1)
+            q, k = rotate(qk, cos, sin).split((H, G), 1)
             x = out(cache.attend_one(layer, q, k, v), residual=x)
             gate, up = gate_up(self.rms_norm(x, feed_forward_norm)).chunk(2, -1)
             x = down(F.silu(gate) * up, residual=x)
