@@ -207,7 +207,8 @@ FAULTS = {
     ("fast/forward", "prefix_cache"): [
         ("grouped heads use each other's mask", "mask.repeat(1, 1, H // G, 1)", "mask.repeat_interleave(H // G, 2)")],
     ("fast/forward", "decode_step"): [
-        ("attention divided by D, not its root", "alpha=q.shape[-1]**-0.5", "alpha=1 / q.shape[-1]")],
+        ("attention divided by D, not its root", "alpha=q.shape[-1]**-0.5", "alpha=1 / q.shape[-1]"),
+        ("RoPE rotates the other way", "torch.cat([-first, second]", "torch.cat([first, -second]")],
     ("fast/cache", "prefix_cache"): [
         ("positions count the padding", "self.seq_lens[:, None] - pad_to_come +", "self.seq_lens[:, None] +"),
         ("positions continue one too early", "self.seq_lens = self.seq_lens + T\n",
@@ -228,7 +229,6 @@ FAULTS = {
          "self.slot = prefix * self.slots_per_prefix")],
     ("fast/decode_step", "decode_step"): [
         ("a step rotates by the position before", "self.cos[cache.seq_lens]", "self.cos[cache.seq_lens - 1]"),
-        ("a step rotates the other way", "torch.cat([-sin[", "torch.cat([sin["),
         ("a step's eps is not scaled by C",
          "self.scale * model.config.norm_eps**0.5", "model.config.norm_eps**0.5"),
         ("a large product loses the residual", "else residual + y", "else y")],
