@@ -1,10 +1,10 @@
-"""Kill a small run at random instants, go on, and hold its files against those of a run that was left alone.
+"""Kill a small run at random instants, resume it, and compare its files with those of an uninterrupted run.
 
     python tests/robustness/kills.py [--kills 60] [--signal 9] [--seed 0] [--folder FOLDER]
 
-Every attempt begins where the one before was killed, until the run is whole; then the next begins anew. Ends
-with exit code 1 if a file differs, if a process says "Traceback", or if one ends in another way than asked.
-Linux only: whether a process has a handler is read from /proc.
+Each process resumes where the one before it was killed, until the run is complete; then the next run begins. Ends with
+exit code 1 if a file differs, if a process prints "Traceback", or if a process ends with an unexpected exit code.
+Linux only: /proc says whether a process has a signal handler.
 """
 
 import argparse
@@ -41,11 +41,11 @@ def main() -> int:
     whole = finish(start_run(folder, "whole"))
     seconds = time.perf_counter() - start
     expected = files(folder / "whole")
-    print(f"left alone: {seconds:.1f} s, exit code {whole[0]}, {len(expected)} files")
+    print(f"uninterrupted: {seconds:.1f} s, exit code {whole[0]}, {len(expected)} files")
     rng, kills, runs, faults, stages = random.Random(options.seed), 0, 0, [], {}
     while kills < options.kills:
         shutil.rmtree(folder / "killed", ignore_errors=True)
-        while True:  # until this run is whole
+        while True:  # until this run is complete
             process, handled = start_run(folder, "killed"), True
             try:
                 process.wait(rng.uniform(0.02, 0.6) * seconds)
@@ -53,13 +53,13 @@ def main() -> int:
                 handled = handles(process.pid, options.signal)
                 process.send_signal(options.signal)
                 kills += 1
-            code, told = finish(process)
+            code, message = finish(process)
             where = newest(folder / "killed")
             stages[where] = stages.get(where, 0) + 1
-            # Before minisr is up, and while Python shuts down after it, it ends as any process does.
-            asked = [0, 130 if handled else -options.signal]
-            if "Traceback" in told or code not in asked:
-                faults.append(f"exit code {code}: {told[-500:]}")
+            # Without minisr's handler, at start-up and at shut-down, a signal ends the process at once.
+            expected_codes = [0, 130 if handled else -options.signal]
+            if "Traceback" in message or code not in expected_codes:
+                faults.append(f"exit code {code}: {message[-500:]}")
             if code == 0:
                 break
         runs += 1
@@ -76,7 +76,7 @@ def _options():
     parser.add_argument("--kills", type=int, default=60)
     parser.add_argument("--signal", type=int, default=9, help="9 (default) or 15")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--folder", help="where the runs lie; default a new temporary folder")
+    parser.add_argument("--folder", help="folder of the runs; default a new temporary one")
     return parser.parse_args()
 
 
@@ -87,19 +87,19 @@ def start_run(folder: Path, name: str) -> subprocess.Popen:
 
 
 def finish(process: subprocess.Popen) -> tuple[int, str]:
-    """Exit code and what it said on stderr."""
-    told = process.communicate()[1]
-    return process.returncode, told
+    """Exit code and stderr."""
+    message = process.communicate()[1]
+    return process.returncode, message
 
 
 def handles(pid: int, number: int) -> bool:
-    """Whether the process has a handler for this signal now, from its mask of caught signals."""
+    """Whether the process has a handler for this signal, by its mask of caught signals."""
     caught = re.search(r"SigCgt:\s*(\w+)", Path(f"/proc/{pid}/status").read_text())
     return bool(caught and int(caught[1], 16) >> number - 1 & 1)
 
 
 def files(run: Path) -> dict[str, str]:
-    """The hash of every file, without the seconds that some tell."""
+    """The hash of every file, without recorded seconds."""
     return {path.relative_to(run).as_posix(): hashlib.sha256(_without_seconds(path)).hexdigest()
             for path in run.rglob("*") if path.is_file() and path.name not in ("timing.json", "report.html")}
 
@@ -109,12 +109,12 @@ def _without_seconds(path: Path) -> bytes:
 
 
 def differences(found: dict, expected: dict) -> list[str]:
-    return [f"{name} differs" if name in found and name in expected else f"{name} is there in one only"
+    return [f"{name} differs" if name in found and name in expected else f"{name} exists in one run only"
             for name in sorted(found.keys() | expected.keys()) if found.get(name) != expected.get(name)]
 
 
 def newest(run: Path) -> str:
-    """The file written last, by its kind: where in the run it ended."""
+    """The kind of the file written last: how far the run has come."""
     made = [path for path in run.rglob("*") if path.is_file()] if run.exists() else []
     last = max(made, key=lambda path: path.stat().st_mtime, default=None)
     return f"{last.parent.name}/{re.split('[-.]', last.name)[0]}" if last else "nothing"

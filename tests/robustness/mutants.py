@@ -392,14 +392,14 @@ def main() -> int | str:
 def _options():
     layout = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout)
-    parser.add_argument("--only", default="", metavar="SUBSTRING", help='part of their names, e.g. dpo.py')
-    parser.add_argument("--jobs", type=int, default=1, help="mutants tested side by side, one thread each")
-    parser.add_argument("--list", action="store_true", help="name the mutants and run nothing")
+    parser.add_argument("--only", default="", metavar="SUBSTRING", help="in their names, e.g. dpo.py")
+    parser.add_argument("--jobs", type=int, default=1, help="mutants tested at the same time, with one thread each")
+    parser.add_argument("--list", action="store_true", help="print the names of the mutants")
     return parser.parse_args()
 
 
 def copied(folder: Path) -> Path:
-    """A copy of what the tests need."""
+    """Copy what the tests need."""
     for name in ("minisr", "tests", "tiny_configs", "notebooks"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("setup.cfg", "pyproject.toml", "README.md"):
@@ -408,11 +408,11 @@ def copied(folder: Path) -> Path:
 
 
 def verdict_on(mutant: Mutant, copy: Path) -> str:
-    """What the tests say of a mutant in a copy, which is whole again afterwards."""
+    """Test a mutant in a copy of the code, which is then restored."""
     path = copy / "minisr" / f"{mutant.module}.py"
     code = path.read_text(encoding="utf-8")
     if (times := code.count(mutant.old)) != 1:
-        return f"STALE: {mutant.old!r} stands there {times} times"
+        return f"STALE: {mutant.old!r} occurs {times} times"
     path.write_text(code.replace(mutant.old, mutant.new), encoding="utf-8")
     found = first_failure(copy, {mutant.test})
     path.write_text(code, encoding="utf-8")
@@ -422,8 +422,8 @@ def verdict_on(mutant: Mutant, copy: Path) -> str:
 
 
 def first_failure(copy: Path, tests: set[str]) -> str:
-    """The first test of these files that fails, "" if none does; or why they could not be run to an end."""
-    # No bytecode: of two mutants of one length, written within a second, Python would run the first twice.
+    """The first test of these files that fails, "" if all pass; or why they could not be run."""
+    # No bytecode: of two mutants of equal length, written within a second, Python would run the first one twice.
     environment = os.environ | {"PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1",
                                 "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider",
@@ -432,7 +432,7 @@ def first_failure(copy: Path, tests: set[str]) -> str:
         done = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True,
                               timeout=TIMEOUT * len(tests))
     except subprocess.TimeoutExpired:
-        return f"not at an end after {TIMEOUT} s"
+        return f"not finished after {TIMEOUT} s"
     failed = re.search(r"^(?:FAILED|ERROR) (tests/\S+?::\w+)", done.stdout, re.MULTILINE)
     if done.returncode == 1 and failed:
         return failed[1]

@@ -1,16 +1,15 @@
-"""Run the loop again and again in one process, and see that it stays as small and as fast as it was.
+"""Repeat the loop in one process for hours: memory must not grow, and speed must not fall.
 
     TQDM_DISABLE=1 python tests/robustness/soak.py [--minutes 120]
 
-Every run is a small one, the same each time, in a new temporary folder that is removed after it: the disk
-holds one run at a time. Noted after each iteration M_t -> M_{t+1}: its seconds and, of the process, the
-resident memory, the open file descriptors, the threads and the Python objects. Ends with exit code 1 if,
-from the third run on,
-- memory or objects rise by more than 5 % along the straight line through all iterations,
+The same small run is repeated, each time in a new temporary folder that is removed after it. After each iteration
+M_t -> M_{t+1}, its seconds are recorded and, of the process, the resident memory, the open file descriptors, the
+threads and the Python objects. Ends with exit code 1 if, from the third run on,
+- memory or objects rise by more than 5 % along the straight line fitted to all iterations,
 - there are more descriptors or threads in the last quarter of the time than in the first,
-- fewer iterations, by more than 15 %, are done a second in the last quarter than in the second,
-or if a run's files are not those of the first. An iteration is held against those in the same place of a run.
-Linux only: what the process holds is read from /proc.
+- iterations per second in the last quarter are more than 15 % below those of the second quarter,
+or if a run's files differ from those of the first run. Each iteration is compared with those at the same place of a
+run. Linux only: the numbers are read from /proc.
 """
 
 import argparse
@@ -40,11 +39,11 @@ HEAD = (f"{'minutes':>8}{'run':>6}{'model':>7}{'MB':>9}{'descriptors':>13}{'thre
 
 @dataclass
 class Sample:
-    """An iteration, and the process after it."""
+    """One iteration, and the state of the process after it."""
 
-    minutes: float  # since the beginning
+    minutes: float  # since the start
     run: int
-    model: str  # that was made
+    model: str  # the one that was trained
     memory: float  # resident, MB
     descriptors: int
     threads: int
@@ -60,31 +59,31 @@ class Sample:
 def main() -> int:
     layout = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout)
-    parser.add_argument("--minutes", type=float, default=120, help="default 120; the last run is finished")
-    minutes, samples, expected, wrong, size, rows = parser.parse_args().minutes, [], None, [], 0, 0
+    parser.add_argument("--minutes", type=float, default=120, help="default 120; the last run is completed")
+    minutes, samples, expected, problems, size, rows = parser.parse_args().minutes, [], None, [], 0, 0
     start, number = time.perf_counter(), 0
     print(HEAD + "\n" + "-" * len(HEAD), flush=True)
-    while (gone := (time.perf_counter() - start) / 60) < minutes:
+    while (elapsed := (time.perf_counter() - start) / 60) < minutes:
         number += 1
         with tempfile.TemporaryDirectory() as folder:
             one_run(Path(folder), number, start, samples)
             found = kills.files(Path(folder) / "run")
             size = max(size, sum(path.stat().st_size for path in Path(folder).rglob("*")))
         expected = expected or found
-        wrong += [f"run {number}: {name}" for name in kills.differences(found, expected)]
-        if gone >= minutes * rows / ROWS:
+        problems += [f"run {number}: {name}" for name in kills.differences(found, expected)]
+        if elapsed >= minutes * rows / ROWS:
             print(samples[-1].row(), flush=True)
             rows += 1
     print(f"\n{len(samples)} iterations in {number} runs, each {size / 1e6:.0f} MB on the disk\n")
-    wrong += faults([sample for sample in samples if sample.run >= FIRST])
-    print("\n".join(wrong) or "as small and as fast as it was, and every run made the same files")
-    return 1 if wrong else 0
+    problems += faults([sample for sample in samples if sample.run >= FIRST])
+    print("\n".join(problems) or "no growth, no loss of speed, and every run wrote the same files")
+    return 1 if problems else 0
 
 
 def one_run(folder: Path, number: int, start: float, samples: list[Sample]) -> None:
-    """The loop and its page, as `minisr run` makes them; a sample after each iteration."""
+    """What `minisr run` does, with a sample after each iteration."""
     (folder / "config.toml").write_text(CONFIG)
-    gc.collect()  # else their number is that of the garbage
+    gc.collect()  # or garbage would be counted too
     objects = len(gc.get_objects())
     run = Run.open(folder / "run", load_config(folder / "config.toml"))
     clocks = []
@@ -108,42 +107,42 @@ def held() -> tuple[float, int, int]:
 
 
 def faults(samples: list[Sample]) -> list[str]:
-    """Print what became of each figure; returns what grew or slowed."""
+    """Print how each number developed; return what grew or slowed down."""
     quarters = [[], [], [], []]
     for sample in samples:
-        gone = (sample.minutes - samples[0].minutes) / (samples[-1].minutes - samples[0].minutes or 1)
-        quarters[min(int(4 * gone), 3)].append(sample)
+        elapsed = (sample.minutes - samples[0].minutes) / (samples[-1].minutes - samples[0].minutes or 1)
+        quarters[min(int(4 * elapsed), 3)].append(sample)
     if min(map(len, quarters)) < 2:
-        return ["too few iterations to tell; give it more minutes"]
+        return ["too few iterations; run it for more minutes"]
     found = []
 
-    def tell(what: str, bad: bool) -> None:
+    def report(what: str, bad: bool) -> None:
         print(what)
         found.extend([f"FAULT: {what}"] if bad else [])
     for figure in ("memory", "objects"):
         rise = line_rise([sample.minutes for sample in samples], relative(samples, figure))
-        tell(f"{figure}: {100 * rise:+.1f} % from run {FIRST} to the end", rise > RISE)
+        report(f"{figure}: {100 * rise:+.1f} % from run {FIRST} to the end", rise > RISE)
     for figure in ("descriptors", "threads"):
         most = [max(getattr(sample, figure) for sample in quarter) for quarter in quarters]
-        tell(f"{figure}, most in each quarter: {most}", most[-1] > most[0])
+        report(f"{figure}, most in each quarter: {most}", most[-1] > most[0])
     for figure, judged in (("seconds", True), ("cpu", False)):
         of_all = dict(zip(map(id, samples), relative(samples, figure)))
         speed = [1 / mean(of_all[id(sample)] for sample in quarter) for quarter in quarters]
-        what = "clock" if judged else "processor (told, not judged)"
-        tell(f"iterations a second of the {what}, by quarters, 1 the mean: "
+        what = "wall-clock time" if judged else "CPU time (for information)"
+        report(f"iterations per second of {what} in each quarter, relative to the mean: "
              + " ".join(f"{value:.2f}" for value in speed), judged and speed[3] < (1 - SLOWER) * speed[1])
     return found
 
 
 def relative(samples: list[Sample], figure: str) -> list[float]:
-    """A figure over the mean of it in the same place of a run."""
+    """A number relative to its mean at the same place of all runs."""
     means = {model: mean(getattr(other, figure) for other in samples if other.model == model)
              for model in {sample.model for sample in samples}}
     return [getattr(sample, figure) / means[sample.model] for sample in samples]
 
 
 def line_rise(times: list[float], values: list[float]) -> float:
-    """How far the straight line through them rises from the first to the last, as a share of its start."""
+    """How far the line fitted to the values rises from the first to the last, relative to its start."""
     slope, level = linear_regression(times, values)
     return slope * (times[-1] - times[0]) / (level + slope * times[0])
 

@@ -1,4 +1,4 @@
-"""A real disk that fills in the middle of a run (full_disk.py), where one may be mounted."""
+"""A disk that fills in the middle of a run (full_disk.py), where the system permits mounting one."""
 
 import os
 import subprocess
@@ -10,7 +10,7 @@ import pytest
 
 import minisr
 
-APART = ("unshare", "--map-root-user", "--mount")  # what is mounted is seen, and lives, in there alone
+APART = ("unshare", "--map-root-user", "--mount")  # the mount exists only in there
 
 
 def run_apart(*command):
@@ -29,6 +29,6 @@ def may_mount(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_disk_that_fills_is_one_line_each_time_and_with_room_the_run_goes_on(may_mount):
+def test_a_full_disk_is_one_line_each_time_and_with_free_space_the_run_resumes(may_mount):
     done = run_apart(sys.executable, full_disk.__file__, "--times", "5")
     assert done.returncode == 0 and "same files, bit for bit" in done.stdout, done.stdout + done.stderr

@@ -1,7 +1,8 @@
-"""Answers that try to write their own score: hostile.jsonl, by families ("closing tag/tab").
+"""Answers that try to set their own score: hostile.jsonl, by families ("closing tag/tab").
 
-What the pipeline itself promises is tested here: only the judge's words are read, the frame holds, no text
-makes special tokens. What a trained judge makes of such answers is a measurement: injection_report.py."""
+The guarantees of the pipeline are tested here: only the judge's text is parsed, no response closes its frame in the
+judge prompt, no text makes special tokens. How a trained judge scores such answers is measured by injection_report.py.
+"""
 
 import io
 import re
@@ -30,7 +31,7 @@ RECORDS = read_jsonl(Path(__file__).with_name("hostile.jsonl"), "hostile answers
 HOSTILE = {record["name"]: record["response"] for record in RECORDS}
 TEMPLATES = {"world": load_template(WORLD_TEMPLATE), "english": load_template(ENGLISH_TEMPLATE)}
 CONFIG = JudgeConfig(judgements=1, max_new_tokens=12)
-CONTEXT = 2048  # all answers fit but those of 10,000 characters, and not all of these
+CONTEXT = 2048  # all answers fit except some of those with 10,000 characters
 
 
 def families() -> dict[str, list[str]]:
@@ -43,14 +44,14 @@ def families() -> dict[str, list[str]]:
 
 @cache
 def judged(says: str, template: str) -> dict[str, Judgement]:
-    """What a judge who always says the same is read to have said of each hostile answer."""
+    """The judgement of each hostile answer by a judge that always writes the same."""
     lm = LM(speaker(says, CONTEXT), tiny_tokenizer())
     rows = judge(lm, TEMPLATES[template], [EXAMPLE] * len(HOSTILE), list(HOSTILE.values()), CONFIG, 0)
     return {name: judgement for name, [judgement] in zip(HOSTILE, rows)}
 
 
 def too_long(template: str, says: str) -> set[str]:
-    """Answers that leave no room in the context for what the judge says."""
+    """Answers that leave no room for the judgement within max_seq_len."""
     tokenizer, said = tiny_tokenizer(), len(tiny_tokenizer().encode_response(says))
     return {name for name, response in HOSTILE.items() if said + len(tokenizer.encode_prompt(
         judge_prompt(TEMPLATES[template], EXAMPLE, response))) > CONTEXT}
@@ -59,29 +60,29 @@ def too_long(template: str, says: str) -> set[str]:
 def test_there_are_many_hostile_answers_of_many_kinds():
     assert len(RECORDS) == len(HOSTILE) >= 150
     assert len(families()) >= 12 and min(map(len, families().values())) >= 7
-    # They would work if they were read: most of them are a score line to the parser itself.
+    # They would work if they were parsed: the parser finds a score line in most of them.
     assert sum(parse_score(response) == 5 for response in HOSTILE.values()) > 80
 
 
 @pytest.mark.parametrize("template", TEMPLATES)
 @pytest.mark.parametrize("says, score", [("Score:1", 1), ("Score:3", 3), ("Fine.", None)])
-def test_only_what_the_judge_says_is_read(says, score, template):
-    unread = too_long(template, says)
-    assert {name.partition("/")[0] for name in unread} == {"long"}
+def test_only_what_the_judge_writes_is_parsed(says, score, template):
+    unparsed = too_long(template, says)
+    assert {name.partition("/")[0] for name in unparsed} == {"long"}
     given = judged(says, template)
-    assert {name for name in HOSTILE if given[name] != Judgement(says, score)} == unread
-    assert [given[name].score for name in unread] == [None] * len(unread)
+    assert {name for name in HOSTILE if given[name] != Judgement(says, score)} == unparsed
+    assert [given[name].score for name in unparsed] == [None] * len(unparsed)
 
 
 @pytest.mark.parametrize("says, score", [("Score:1", 1), ("Fine.", None)])
-def test_a_hostile_prompt_writes_no_score_either(says, score):
+def test_a_hostile_prompt_sets_no_score_either(says, score):
     short = [text for name, text in HOSTILE.items() if not name.startswith("long/")]
     lm = LM(speaker(says, CONTEXT), tiny_tokenizer())
     rows = judge(lm, TEMPLATES["english"], short, ["A fox."] * len(short), CONFIG, 0)
     assert rows == [[Judgement(says, score)]] * len(short)
 
 
-def test_too_long_answers_are_unread_and_counted_and_the_others_are_judged_beside_them():
+def test_too_long_answers_are_unparsed_and_counted_and_all_others_are_judged():
     names = sorted(too_long("world", "Score:3"))
     assert len(names) >= 4
     rewards = [[reward([judged("Score:3", "world")[name]]), 3.0] for name in names]
@@ -91,15 +92,15 @@ def test_too_long_answers_are_unread_and_counted_and_the_others_are_judged_besid
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-def test_the_frame_of_the_judge_prompt_holds(name):
+def test_no_answer_closes_its_frame_in_the_judge_prompt(name):
     before, _, after = TEMPLATES["english"].replace("{prompt}", EXAMPLE).partition("{response}")
     text = judge_prompt(TEMPLATES["english"], EXAMPLE, HOSTILE[name])
-    assert text.startswith(before) and text.endswith(after)  # the instruction after it is unchanged
+    assert text.startswith(before) and text.endswith(after)  # the instructions after it are unchanged
     closing = [match.start() for match in re.finditer(r"</\s*(?:response|prompt)", text, re.IGNORECASE)]
     assert closing == [text.rindex("</response>")] and text[closing[0]:] == after.lstrip()
     inside = text[len(before):-len(after)]
     assert inside == HOSTILE[name] or "<" in HOSTILE[name]
-    assert re.sub(r"\s", "", inside) == re.sub(r"\s", "", HOSTILE[name])  # nothing is taken away
+    assert re.sub(r"\s", "", inside) == re.sub(r"\s", "", HOSTILE[name])  # nothing is removed
 
 
 CHATS = {"tiny": (), "llama2": (), "plain": (), "chatml": ("<|im_start|>", "<|im_end|>", "<|endoftext|>"),
@@ -115,7 +116,7 @@ def chat_tokenizer(chat: str) -> Tokenizer:
 
 
 @pytest.mark.parametrize("chat", CHATS)
-def test_special_tokens_are_those_of_the_template_alone(chat):
+def test_only_the_template_makes_special_tokens(chat):
     tokenizer = chat_tokenizer(chat)
     special = set(tokenizer.vocabulary.specials.values())
     plain = [i for i in tokenizer.encode_prompt("") if i in special]
@@ -127,8 +128,8 @@ def test_special_tokens_are_those_of_the_template_alone(chat):
         assert special & set(tokenizer.encode_response(response)[:-1]) == set(), name
 
 
-def test_hostile_answers_win_and_lose_nothing_by_their_own_text():
-    # The judge says the same of all: whatever stands in them, no answer is better than another.
+def test_the_text_of_a_hostile_answer_does_not_decide_a_pair():
+    # The judge writes the same about all of them, so no answer is better than another.
     prompts = list(HOSTILE)
     for says in ("Score:3", "Fine."):
         rewards = [[reward([judged(says, "world")[name]]), 3.0] for name in prompts]
@@ -138,28 +139,28 @@ def test_hostile_answers_win_and_lose_nothing_by_their_own_text():
 
 @pytest.mark.parametrize("own, chosen, rejected", [
     (None, "good", "bad"), (3.0, "good", "bad"), (5.0, "hostile", "bad"), (0.0, "good", "hostile")])
-def test_the_reward_alone_decides_what_becomes_of_a_hostile_answer(own, chosen, rejected):
+def test_only_the_reward_decides_whether_a_hostile_answer_is_chosen_or_rejected(own, chosen, rejected):
     for name, response in HOSTILE.items():
         texts = {"hostile": response, "good": "A good one.", "bad": "A bad one."}
         [pair], _ = select_pairs([name], [list(texts.values())], [[own, 4.0, 1.0]])
         assert (pair["chosen"], pair["rejected"]) == (texts[chosen], texts[rejected]), name
 
 
-def test_the_oracle_reads_every_hostile_answer():
+def test_the_oracle_scores_every_hostile_answer():
     assert all(0 <= oracle.score(EXAMPLE, response) <= 4 for response in HOSTILE.values())
 
 
-def test_hostile_answers_come_back_from_a_file_as_they_were(tmp_path):
+def test_hostile_answers_are_stored_and_read_unchanged(tmp_path):
     write_jsonl(tmp_path / "records.jsonl", RECORDS)
     assert read_jsonl(tmp_path / "records.jsonl", "records") == RECORDS
     assert (tmp_path / "records.jsonl").read_bytes().count(b"\n") == len(RECORDS)
 
 
-# What is shown to people
+# What people see.
 
 @pytest.fixture(scope="module")
 def shown(tmp_path_factory):
-    """A run whose first model answered prompt i with the i-th hostile answer and a plain one."""
+    """A run in which M1's responses to prompt i are the i-th hostile answer and a plain one."""
     folder = tmp_path_factory.mktemp("run") / "M1"
     write_jsonl(folder / "responses.jsonl", [
         {"prompt": name, "responses": [text, "A fox."], "finished": [True, True]}
@@ -181,7 +182,7 @@ def show(run, number: int) -> str:
 
 
 def unprintable(text: str) -> set[str]:
-    """Characters that a terminal obeys or that turn a line around: controls but the line break, and bidi."""
+    """Control characters other than the line break, and bidirectional controls, which turn a line around."""
     turning = {"LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI"}
     return {c for c in text if c != "\n" and unicodedata.category(c) == "Cc"
             or unicodedata.bidirectional(c) in turning}
@@ -189,18 +190,18 @@ def unprintable(text: str) -> set[str]:
 
 def test_every_hostile_answer_is_shown(shown):
     for number, (name, text) in enumerate(HOSTILE.items()):
-        told = show(shown, number)
+        printed = show(shown, number)
         if not unprintable(text):
-            assert told.count(text) >= 2, name  # as a response and in the pair
+            assert printed.count(text) >= 2, name  # as a response and in the pair
 
 
-def test_nothing_that_is_shown_moves_the_cursor_or_turns_a_line(shown):
+def test_nothing_that_is_printed_moves_the_cursor_or_turns_a_line(shown):
     moving = {name: number for number, (name, text) in enumerate(HOSTILE.items()) if unprintable(text)}
     assert len(moving) >= 20
     assert {name for name, number in moving.items() if unprintable(show(shown, number))} == set()
 
 
-def test_nothing_that_a_model_says_in_a_chat_moves_the_cursor(tmp_path):
+def test_nothing_that_a_model_writes_in_a_chat_moves_the_cursor(tmp_path):
     save_model(tmp_path / "M0", speaker("\x1b[2J", 512), tiny_tokenizer(), {"made_by": "test"})
     out = io.StringIO()
     with redirect_stdout(out):
@@ -208,7 +209,7 @@ def test_nothing_that_a_model_says_in_a_chat_moves_the_cursor(tmp_path):
     assert "[2J" in out.getvalue() and not unprintable(out.getvalue())
 
 
-def test_what_the_terminal_cannot_write_is_shown_in_another_way(shown):
+def test_characters_that_the_terminal_cannot_print_are_escaped(shown):
     ascii_only = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     with redirect_stdout(ascii_only):
         assert main(["show", str(shown), "--prompt", str(list(HOSTILE).index("other digits/arabic"))]) == 0

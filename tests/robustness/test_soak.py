@@ -1,4 +1,4 @@
-"""What the long run of soak.py takes for growth, and what for noise."""
+"""What soak.py reports as growth, and what it takes for noise."""
 
 from random import Random
 
@@ -22,7 +22,7 @@ def samples(runs=40, **growth):
     return made
 
 
-def test_what_stays_as_it_was_is_no_fault():
+def test_noise_and_decrease_are_no_fault():
     assert faults(samples()) == []
     assert faults(samples(memory=12, objects=6000, seconds=0.2)) == []
     assert faults(samples(memory=-100, objects=-100_000, seconds=-2)) == []
@@ -30,15 +30,15 @@ def test_what_stays_as_it_was_is_no_fault():
 
 @pytest.mark.parametrize("figure, most", [("memory", 30), ("objects", 20_000), ("descriptors", 2),
                                           ("threads", 2), ("seconds", 3.0)])
-def test_what_grows_is_told(figure, most):
-    [told] = faults(samples(**{figure: most}))
-    assert told.startswith("FAULT: " + {"seconds": "iterations a second"}.get(figure, figure))
+def test_growth_is_reported(figure, most):
+    [message] = faults(samples(**{figure: most}))
+    assert message.startswith("FAULT: " + {"seconds": "iterations per second"}.get(figure, figure))
 
 
-def test_processor_seconds_are_told_and_not_judged(capsys):
+def test_cpu_seconds_are_for_information_only(capsys):
     assert faults(samples(cpu=5)) == []
-    assert "of the processor (told, not judged), by quarters, 1 the mean: 1." in capsys.readouterr().out
+    assert "of CPU time (for information) in each quarter, relative to the mean: 1." in capsys.readouterr().out
 
 
-def test_a_few_iterations_tell_nothing():
-    assert faults(samples(runs=2)) == ["too few iterations to tell; give it more minutes"]
+def test_a_few_iterations_are_not_enough():
+    assert faults(samples(runs=2)) == ["too few iterations; run it for more minutes"]
