@@ -1,4 +1,4 @@
-"""Every file of a finished run, damaged: made again as it was, or refused by name. Never a wrong result."""
+"""A damaged file of a finished run is repaired, or rejected by its name. It never leads to a wrong result."""
 
 import io
 import json
@@ -57,27 +57,27 @@ def removed(content, rng):
 
 DAMAGES = [truncated, flipped, empty, zeros, doubled, without_its_first_line, with_a_line_changed,
            of_another_kind, no_utf8, removed]
-# Told to people, read by nothing that decides a result.
-TOLD = ("timing.json", "train_log.jsonl", "report.html", "evaluation.json", "metrics.json", ".lock")
+# Files that decide no result.
+INFORMATION = ("timing.json", "train_log.jsonl", "report.html", "evaluation.json", "metrics.json", ".lock")
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("damage")
     (folder / "config.toml").write_text(kills.CONFIG)
-    assert go_on(folder)[0] == 0
+    assert resume(folder)[0] == 0
     return folder
 
 
-def go_on(folder):
-    told = io.StringIO()
-    with redirect_stdout(io.StringIO()), redirect_stderr(told):
+def resume(folder):
+    err = io.StringIO()
+    with redirect_stdout(io.StringIO()), redirect_stderr(err):
         code = main(["run", str(folder / "config.toml"), "--out", str(folder / "run")])
-    return code, told.getvalue().split("\n")[-2:][0]
+    return code, err.getvalue().split("\n")[-2:][0]
 
 
 def check(damage, name, finished, tmp_path):
-    """Damage one file of a copy, go on, and see that it is repaired or refused by name."""
+    """Damage one file of a copy and resume: the file must be repaired, or rejected by its name."""
     copy = tmp_path / f"{damage.__name__}-{name.replace('/', '-')}"
     shutil.copytree(finished, copy)
     path = copy / "run" / name
@@ -87,16 +87,16 @@ def check(damage, name, finished, tmp_path):
         path.unlink()
     else:
         path.write_bytes(damaged)
-    code, told = go_on(copy)
+    code, message = resume(copy)
     expected, found = (kills.files(folder / "run") for folder in (finished, copy))
     shutil.rmtree(copy)
     if code == 0:
         wrong = [line for line in kills.differences(found, expected)
-                 if not line.split()[0].endswith((*TOLD, "hashes.json")) and not line.startswith(name)]
+                 if not line.split()[0].endswith((*INFORMATION, "hashes.json")) and not line.startswith(name)]
         return wrong and f"{damage.__name__} {name}: {wrong}"
     parent, _, base = name.rpartition("/")
-    named = base in told or parent and parent in told or base == "config.toml" and "another config" in told
-    return None if code == 2 and named else f"{damage.__name__} {name}: code {code}: {told}"
+    named = base in message or parent and parent in message or base == "config.toml" and "another config" in message
+    return None if code == 2 and named else f"{damage.__name__} {name}: code {code}: {message}"
 
 
 def test_each_file_with_one_damage(finished, tmp_path):
@@ -109,15 +109,15 @@ def test_each_file_with_one_damage(finished, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_third_of_the_files_with_each_damage(damage, finished, tmp_path):
-    # Of the files a third with each damage, others with the next: all ten damages see every kind of file.
+    # Each damage has its own third of the files, so that all ten damages together cover every kind of file.
     names = sorted(kills.files(finished / "run"))[DAMAGES.index(damage) % 3::3]
     assert len(names) > 15
     assert list(filter(None, (check(damage, name, finished, tmp_path) for name in names))) == []
 
 
-def test_metrics_are_made_again_from_the_files(finished):
+def test_metrics_are_computed_again_from_the_files(finished):
     path = finished / "run/metrics.json"
     before = json.loads(path.read_text())
     path.write_text(path.read_text().replace('"flawless": ', '"flawless": 9'))
-    assert go_on(finished)[0] == 0
+    assert resume(finished)[0] == 0
     assert json.loads(path.read_text()) == before

@@ -39,7 +39,7 @@ def plan(tmp_path):
     return write
 
 
-def test_overrides_flatten_sections_into_what_set_understands(plan):
+def test_overrides_flatten_sections_for_set(plan):
     table = {"seed": 3, "judge": {"by": "random"}, "dpo": {"replay_weight": 0.0, "beta": 0.2}}
     flat = overrides(table)
     assert flat == ["seed=3", "judge.by=random", "dpo.replay_weight=0.0", "dpo.beta=0.2"]
@@ -47,7 +47,7 @@ def test_overrides_flatten_sections_into_what_set_understands(plan):
     assert (config.seed, config.judge.by, config.dpo.replay_weight, config.dpo.beta) == (3, "random", 0.0, 0.2)
 
 
-def test_a_plan_has_the_base_beside_its_variants_and_maybe_fewer_seeds_for_them(plan):
+def test_a_plan_has_the_base_and_its_variants_with_their_seeds(plan):
     read = read_plan(plan('base = "base.toml"\nseeds = [0, 1, 2]\nvariant_seeds = [0, 1]\n'
                           'common.threads = 1\n[variants.random]\njudge.by = "random"\n'))
     assert read.variants == {"base": (), "random": ("judge.by=random",)}
@@ -86,7 +86,7 @@ def test_a_wrong_plan_is_an_error_before_anything_runs(text, named, plan):
 
 
 @pytest.mark.parametrize("path", sorted(PLANS.glob("*.toml")), ids=lambda path: path.stem)
-def test_the_plans_that_ship_can_be_read(path):
+def test_the_included_plans_can_be_read(path):
     read = read_plan(path)
     assert set(read.seeds) == set(read.variants) > {"base"}
     assert all(set(seeds) <= set(read.seeds["base"]) for seeds in read.seeds.values())
@@ -134,7 +134,7 @@ def test_a_variant_copies_from_the_base_what_its_changes_do_not_affect(changes, 
     assert not list(tmp_path.glob("*.part"))
 
 
-def test_with_the_papers_eft_more_judgements_make_other_eft(plan, tmp_path):
+def test_more_judgements_change_eft_data_written_by_the_baseline(plan, tmp_path):
     toml, by = plan("").with_name("base.toml"), "seed_data.eft_by=baseline"
     base_run(tmp_path / "base-0", toml, [by])
     config = load_config(toml, overrides=(by, "judge.judgements=8"))
@@ -197,7 +197,7 @@ def test_the_progress_bar_appears_only_on_a_terminal(terminal, started, plan, tm
     assert ("2/2" in err.getvalue()) == terminal == bool(err.getvalue())
 
 
-def test_a_run_that_fails_and_a_variant_that_is_not_there_are_named(started, plan, tmp_path):
+def test_a_run_that_fails_and_an_unknown_variant_are_named(started, plan, tmp_path):
     message = r"1 of 4 runs failed, the others are finished; see the reason in .*b-1\.log"
     with pytest.raises(InputError, match=message):
         experiment(plan(PLAN), tmp_path / "out", 1)
@@ -207,7 +207,7 @@ def test_a_run_that_fails_and_a_variant_that_is_not_there_are_named(started, pla
         experiment(plan(PLAN), tmp_path / "out", 1, ["a", "c"])
 
 
-def test_variants_wait_for_a_base_that_failed(started, plan, tmp_path):
+def test_no_variant_runs_if_the_base_failed(started, plan, tmp_path):
     text = PLAN.replace("seeds = [0, 1]", "seeds = [0, 1]\nvariant_seeds = [0]")
     (tmp_path / "out").mkdir()
     started.fails = "base-1"
@@ -221,7 +221,7 @@ def test_a_missing_judge_prompt_is_an_error_before_anything_runs(plan):
         read_plan(plan('base = "base.toml"\nseeds = [0]\n[variants.a]\njudge.template = "nowhere.txt"'))
 
 
-def test_a_signal_is_handed_on_to_the_runs_once_and_no_other_begins(plan, tmp_path, monkeypatch):
+def test_a_signal_reaches_the_runs_once_and_no_other_run_begins(plan, tmp_path, monkeypatch):
     asked, begun = [], []
 
     def popen(command, **_):
@@ -235,7 +235,7 @@ def test_a_signal_is_handed_on_to_the_runs_once_and_no_other_begins(plan, tmp_pa
 
 
 @pytest.mark.slow
-def test_an_experiment_runs_its_variants_shares_and_ends_in_a_table(plan, tmp_path, monkeypatch):
+def test_an_experiment_runs_its_variants_from_the_base_and_prints_a_table(plan, tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(Path(sys.modules["minisr"].__file__).parent.parent))
     path = plan('base = "base.toml"\nseeds = [0]\ncommon.threads = 1\n'
                 '[variants.random]\njudge.by = "random"\n')

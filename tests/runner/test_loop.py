@@ -46,7 +46,7 @@ def test_another_seed_gives_other_files(config, finished, tmp_path):
     assert other["M0/model.pt"] == whole["M0/model.pt"]
 
 
-def test_another_seed_draws_otherwise_from_the_same_model_and_prompts(copy):
+def test_another_seed_draws_other_responses_from_the_same_model_and_prompts(copy):
     kept, seeds = jsonl(copy / "M1/responses.jsonl"), {}
     for seed in (0, 1):
         (copy / "M1/responses.jsonl").unlink()
@@ -56,10 +56,10 @@ def test_another_seed_draws_otherwise_from_the_same_model_and_prompts(copy):
 
 
 @pytest.mark.parametrize("renamed", [True, pytest.param(False, marks=pytest.mark.slow)])
-def test_a_run_stopped_at_every_file_and_started_again_gives_the_same_files(
+def test_a_run_interrupted_at_every_file_and_resumed_gives_the_same_files(
         renamed, config, finished, tmp_path, monkeypatch):
-    # Stopped as soon as a file is there: all that ends a stage. Stopped just before: each file, whose
-    # .part then lies about, and whose stage must be made again.
+    # renamed: interrupted as soon as a file that ends a step exists. Otherwise: interrupted just before any file is
+    # renamed, so that its .part remains and its step must be repeated.
     rename, stopped_at = os.replace, []
 
     def stop(source, target):
@@ -83,7 +83,7 @@ def test_a_run_stopped_at_every_file_and_started_again_gives_the_same_files(
     assert files(tmp_path / "run") == files(finished)
 
 
-def test_an_interrupted_run_says_how_to_go_on_and_returns_130(config, tmp_path, monkeypatch):
+def test_an_interrupted_run_says_how_to_resume_and_returns_130(config, tmp_path, monkeypatch):
     def interrupt(*_):
         raise KeyboardInterrupt
     monkeypatch.setattr("minisr.loop.SelfRewardingModel.train_sft", interrupt)
@@ -106,7 +106,7 @@ def test_the_m0_of_a_run_is_the_seed_model(finished):
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
-def test_more_iterations_go_on_from_a_finished_run_and_change_nothing_of_it(config, copy):
+def test_more_iterations_continue_a_finished_run_and_change_none_of_its_results(config, copy):
     before = files(copy)
     code, out, _ = minisr("run", config, "--out", copy, "--set", "iterations=3")
     after = files(copy)
@@ -118,19 +118,19 @@ def test_more_iterations_go_on_from_a_finished_run_and_change_nothing_of_it(conf
 
 
 @pytest.mark.slow
-def test_going_on_to_m4_gives_the_files_of_a_run_asked_for_it_at_once(config, copy, tmp_path):
+def test_continuing_to_m4_gives_the_files_of_a_run_to_m4(config, copy, tmp_path):
     minisr("run", config, "--out", copy, "--set", "iterations=3")
     minisr("run", config, "--out", tmp_path / "at once", "--set", "iterations=3")
     assert files(copy) == files(tmp_path / "at once")
 
 
-@pytest.mark.parametrize("change, told", [
+@pytest.mark.parametrize("change, difference", [
     ("iterations=1", "iterations: 2 -> 1"), ("judge.by=oracle", "judge.by: 'self' -> 'oracle'"),
     ("dpo.beta=0.2", "dpo.beta: 0.1 -> 0.2")])
-def test_another_config_in_a_finished_run_is_refused_and_the_difference_told(change, told, config, finished):
+def test_another_config_in_a_finished_run_is_refused_with_the_difference(change, difference, config, finished):
     before = files(finished)
     code, _, err = minisr("run", config, "--out", finished, "--set", change)
-    assert code == 2 and told in err
+    assert code == 2 and difference in err
     assert files(finished) == before
 
 
@@ -144,9 +144,9 @@ def test_pairs_are_the_best_and_the_worst_response_by_mean_score(finished, name)
         means = [mean(s for s in scores if s is not None) if done and set(scores) != {None} else None
                  for scores, done in zip(ri["scores"], yi["finished"], strict=True)]
         assert ri["rewards"] == means and ri["prompt"] == yi["prompt"]
-        read = [m for m in means if m is not None]
-        if len(read) > 1 and min(read) < max(read):
-            w, l = means.index(max(read)), means.index(min(read))  # noqa: E741
+        known = [m for m in means if m is not None]
+        if len(known) > 1 and min(known) < max(known):
+            w, l = means.index(max(known)), means.index(min(known))  # noqa: E741
             expected.append({"prompt": yi["prompt"], "chosen": yi["responses"][w],
                              "rejected": yi["responses"][l],
                              "chosen_reward": means[w], "rejected_reward": means[l]})
@@ -158,12 +158,12 @@ def test_pairs_are_the_best_and_the_worst_response_by_mean_score(finished, name)
 
 @pytest.mark.parametrize("name", ["M2", "M3"])
 def test_a_model_begins_as_its_parent_which_is_its_reference(finished, name):
-    # The parent's log-probabilities were recorded while it sampled: begun from another, no margin would be 0.
+    # The parent's log-probabilities were recorded while it sampled. With another model's, the margin would not be 0.
     first = jsonl(finished / name / "train_log.jsonl")[0]
     assert [first["dpo_loss"], first["margin"]] == pytest.approx([log(2), 0], abs=1e-4)
 
 
-def test_a_log_probability_is_kept_only_of_the_tokens_that_training_will_see(copy, monkeypatch):
+def test_a_log_probability_is_stored_only_if_training_encodes_the_same_tokens(copy, monkeypatch):
     model = model_of(copy, "M1")
     tokenizer, text = model.lm.tokenizer, "Once there was a fox."
     letters = ["▁", *text.replace(" ", "▁")]
@@ -179,7 +179,7 @@ def test_a_log_probability_is_kept_only_of_the_tokens_that_training_will_see(cop
 
 
 def test_a_response_that_training_could_not_hold_counts_as_cut_off(copy, monkeypatch):
-    # It ended in time, but the same text in training's tokens is longer than what is left of the context.
+    # The response ended in time, but training encodes the same text in more tokens than max_seq_len leaves.
     model = model_of(copy, "M1")
     tokenizer = model.lm.tokenizer
     room = model.lm.max_seq_len - len(tokenizer.encode_prompt("News?"))
@@ -193,7 +193,7 @@ def test_a_response_that_training_could_not_hold_counts_as_cut_off(copy, monkeyp
     assert (record["responses"], record["finished"]) == (["fits", "one more"], [True, False])
 
 
-def test_without_any_pair_the_next_model_is_the_same_again(copy):
+def test_without_any_pair_the_next_model_has_the_same_weights(copy):
     shutil.rmtree(copy / "M2")
     keep(model_of(copy, "M1").train_dpo, [])
     same, other = (load_model(copy / name)[0].state_dict() for name in ("M1", "M2"))
@@ -208,7 +208,7 @@ def test_a_model_trained_from_another_parent_is_refused_by_name(copy):
     assert code == 2 and "M2 was trained from another M1" in err and err.count("\n") == 1
 
 
-def test_with_no_prompt_at_all_and_lost_clocks_the_models_can_be_evaluated(copy):
+def test_without_prompts_and_clock_times_the_models_can_be_evaluated(copy):
     model = model_of(copy, "M2")
     for path in copy.glob("*/timing.json"):
         path.unlink()
@@ -218,11 +218,11 @@ def test_with_no_prompt_at_all_and_lost_clocks_the_models_can_be_evaluated(copy)
     assert training_summary(model)["distinct"] == 0
 
 
-def test_a_run_keeps_the_judge_prompt_it_began_with(config, copy, tmp_path):
+def test_a_run_uses_the_judge_prompt_that_it_began_with(config, copy, tmp_path):
     kept = copy / "judge.txt"
     assert kept.read_text() == WORLD_TEMPLATE.read_text()
     before = Run(copy, load_config(copy / "config.toml"))
-    kept.write_text("{prompt} {response}")  # by hand
+    kept.write_text("{prompt} {response}")  # an edit by hand
     with pytest.raises(InputError, match=r"judge\.txt is not the file that minisr wrote there"):
         Run(copy, load_config(copy / "config.toml"))
     own = tmp_path / "own.txt"
@@ -254,8 +254,8 @@ def test_the_seed_data_trains_on_one_side_of_the_split_and_evaluates_on_the_othe
             assert held_out(oracle.parse_request(record["prompt"])) == ("evaluation" in name)
 
 
-def test_a_new_prompt_that_is_an_evaluation_prompt_is_thrown_away(copy):
-    # Hardly ever does a model hit one by chance, so what it is known to write is made one.
+def test_a_new_prompt_that_is_an_evaluation_prompt_is_rejected(copy):
+    # A model hardly ever writes one by chance, so two prompts that it does write become evaluation prompts.
     first, second, *_ = (record["prompt"] for record in jsonl(copy / "M1/prompts.jsonl"))
     for name, extra in (("evaluation", {"prompt": first}), ("judge_evaluation", {"prompt": second})):
         path = copy / f"seed/{name}.jsonl"
@@ -267,7 +267,7 @@ def test_a_new_prompt_that_is_an_evaluation_prompt_is_thrown_away(copy):
 
 
 def judged_by(finished, config, folder, who):
-    """The finished run with another judge: what is the same up to M1's responses is copied."""
+    """The finished run with another judge. Everything up to M1's responses is the same and is copied."""
     copy_unaffected(finished, folder, load_config(finished / "config.toml", overrides=(f"judge.by={who}",)))
     assert minisr("run", config, "--out", folder, "--set", f"judge.by={who}")[0] == 0
     return folder
@@ -282,7 +282,7 @@ def test_the_oracle_as_judge_gives_the_oracles_scores(config, finished, tmp_path
                                      for text, done in zip(yi["responses"], yi["finished"])]
 
 
-def test_the_random_judge_reads_nothing_and_gives_every_score(config, finished, tmp_path):
+def test_the_random_judge_gives_every_score(config, finished, tmp_path):
     run = judged_by(finished, config, tmp_path / "random", "random")
     rows = jsonl(run / "M1/rewards.jsonl")
     scores = [s for record in rows for row in record["scores"] for s in row]
@@ -313,7 +313,7 @@ def with_interval(table, *keys):
     return all(table[f"{key}_ci95"][0] <= table[key] <= table[f"{key}_ci95"][1] for key in keys)
 
 
-def test_metrics_hold_every_figure_with_its_interval(finished):
+def test_every_metric_is_there_with_its_interval(finished):
     models = read_json(finished / "metrics.json", "metrics")["models"]
     assert tuple(models) == MODELS
     for name, m in models.items():
@@ -346,7 +346,7 @@ def test_scores_and_wins_are_the_oracles_of_the_answers_on_disk(finished):
             assert m[versus]["lose"] == mean(a < b for a, b in zip(score[name], score[other]))
 
 
-def test_a_run_ends_in_a_table_and_eval_makes_it_again(session_run, copy):
+def test_a_run_ends_with_a_table_and_eval_prints_the_same(session_run, copy):
     table = re.findall(r"^(SFT|M\d)  .*$", session_run[1], re.MULTILINE)
     assert tuple(table) == MODELS
     (copy / "metrics.json").unlink()
@@ -355,7 +355,7 @@ def test_a_run_ends_in_a_table_and_eval_makes_it_again(session_run, copy):
     assert files(copy) == files(session_run[0])
 
 
-def test_a_model_that_no_pair_trained_is_told_to_be_the_one_before(finished):
+def test_a_model_that_no_pair_trained_is_reported_as_the_previous_one(finished):
     metrics = read_json(finished / "metrics.json", "metrics")
     name, last = list(metrics["models"].items())[-1]
     assert "no preference pair" not in line(metrics)
@@ -365,7 +365,7 @@ def test_a_model_that_no_pair_trained_is_told_to_be_the_one_before(finished):
     assert row.split()[-2] == "0"  # pairs, before seconds
 
 
-def test_show_prints_the_way_of_a_prompt_from_responses_to_log_probabilities(finished):
+def test_show_prints_a_prompts_responses_pair_and_log_probabilities(finished):
     pair = jsonl(finished / "M1/pairs.jsonl")[0]
     y, r = jsonl(finished / "M1/responses.jsonl"), jsonl(finished / "M1/rewards.jsonl")
     number = [record["prompt"] for record in y].index(pair["prompt"])
@@ -380,7 +380,7 @@ def test_show_prints_the_way_of_a_prompt_from_responses_to_log_probabilities(fin
     assert all(chosen - rejected == pytest.approx(gap, abs=0.02) for chosen, rejected, gap in rows)
 
 
-def test_show_says_why_there_is_no_pair_and_paints_the_loss_in_a_terminal(copy):
+def test_show_says_why_there_is_no_pair_and_colors_the_loss_mask_in_a_terminal(copy):
     class Terminal(io.StringIO):
         def isatty(self):
             return True
@@ -389,9 +389,9 @@ def test_show_says_why_there_is_no_pair_and_paints_the_loss_in_a_terminal(copy):
     number = [r["prompt"] for r in jsonl(copy / "M1/responses.jsonl")].index(pair["prompt"])
     with redirect_stdout(Terminal()) as out:
         assert main(["show", str(copy), "--model", "M1", "--prompt", str(number)]) == 0
-    told, painted = out.getvalue().split("tokens in the loss (green):")
-    grey, green = (re.findall(rf"\033\[{colour}m(.*?)\033\[0m", painted, re.DOTALL) for colour in (90, 32))
-    assert "\033" not in told and pair["prompt"] in "".join(grey)
+    printed, colored = out.getvalue().split("tokens in the loss (green):")
+    grey, green = (re.findall(rf"\033\[{color}m(.*?)\033\[0m", colored, re.DOTALL) for color in (90, 32))
+    assert "\033" not in printed and pair["prompt"] in "".join(grey)
     assert pair["chosen"] in "".join(green) and pair["rejected"] in "".join(green)
     write_jsonl(copy / "M1/pairs.jsonl", [])
     out = minisr("show", copy, "--model", "M1", "--prompt", number)[1]
@@ -407,7 +407,7 @@ def test_show_prints_every_models_answers_with_their_points(finished):
             assert f"{name:4} {said}  ({sum(record['sampled_points'])} points)\n" in out
 
 
-def test_answers_for_an_outside_judge_are_one_file_a_model_in_alpacaevals_format(copy, tmp_path):
+def test_answers_for_an_external_judge_are_one_file_per_model_in_alpacaevals_format(copy, tmp_path):
     before, asked = files(copy), ["News?", "Write a story about a sad pig at the river."]
     write_jsonl(tmp_path / "asked.jsonl", [{"instruction": prompt} for prompt in asked])
     code, out, _ = minisr("eval", copy, "--export", tmp_path / "a", "--prompts", tmp_path / "asked.jsonl")
@@ -420,7 +420,7 @@ def test_answers_for_an_outside_judge_are_one_file_a_model_in_alpacaevals_format
     assert len({str([record["output"] for record in records]) for records in said.values()}) > 1
 
 
-def test_a_reader_that_hangs_up_is_no_error(finished, monkeypatch):
+def test_a_closed_pipe_is_no_error(finished, monkeypatch):
     def hang_up(*_):
         raise BrokenPipeError
     monkeypatch.setattr("minisr.report.show.show_prompt", hang_up)
@@ -429,7 +429,7 @@ def test_a_reader_that_hangs_up_is_no_error(finished, monkeypatch):
     assert err.closed  # or Python would complain when it flushes
 
 
-def test_a_disk_that_fails_where_no_one_looked_is_one_line(finished, monkeypatch):
+def test_an_unexpected_disk_error_is_one_line(finished, monkeypatch):
     def fail(*_):
         raise OSError(28, "No space left on device", "some/file")
     monkeypatch.setattr("minisr.report.show.show_prompt", fail)
@@ -437,13 +437,13 @@ def test_a_disk_that_fails_where_no_one_looked_is_one_line(finished, monkeypatch
     assert code == 2 and re.fullmatch(r"minisr: .*No space left on device: 'some/file'; fix this.*\n", err)
 
 
-def test_a_question_too_long_does_not_end_the_chat(finished, monkeypatch):
+def test_a_question_that_is_too_long_does_not_end_the_chat(finished, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.StringIO("Write a story. " * 200 + "\n\nNews?\n"))
     code, out, err = minisr("chat", finished / "M1", "-n", "1")
     assert code == 0 and "803 tokens; the model needs 1 to 255" in err and out.count("judgements parsed)") == 1
 
 
-def test_chat_prints_n_answers_the_best_first_each_with_its_judgement(finished, monkeypatch):
+def test_chat_prints_n_answers_with_a_judgement_each_best_first(finished, monkeypatch):
     question = "Write a story about a sad pig at the river."
     code, out, _ = minisr("chat", finished / "M3", "--ask", question, "-n", "5")
     rewards = re.findall(r"^(unparsed| +[0-9.]+)  ", out, re.MULTILINE)[:5]
@@ -451,4 +451,4 @@ def test_chat_prints_n_answers_the_best_first_each_with_its_judgement(finished, 
     assert code == 0 and len(numbers) == 5 and numbers == sorted(numbers, reverse=True)
     assert len(re.findall(r"^        \| ", out, re.MULTILINE)) >= 5
     monkeypatch.setattr(sys, "stdin", io.StringIO(f"{question}\n\n"))
-    assert minisr("chat", finished / "M3", "-n", "5")[1] == out  # asked at the terminal
+    assert minisr("chat", finished / "M3", "-n", "5")[1] == out  # the question on standard input

@@ -53,7 +53,7 @@ def test_a_journal_gives_back_what_was_added(tmp_path):
     assert Journal(tmp_path / "a.journal", "model", 4).get(1, 0) is None  # made from something else
 
 
-def test_a_journal_cut_anywhere_or_with_a_flipped_bit_gives_nothing_wrong_and_can_be_continued(tmp_path):
+def test_a_journal_that_was_cut_or_has_a_flipped_bit_returns_nothing_wrong_and_can_be_continued(tmp_path):
     path = tmp_path / "a.journal"
     for wave in range(3):
         Journal(path, "x").add({"wave": wave}, wave)
@@ -144,7 +144,7 @@ RUNS = [("plain", torch.float32, "adamw"), ("fast", torch.float32, "adamw"), ("f
 
 @pytest.mark.parametrize("engine, dtype, optimizer", RUNS, ids=lambda value: str(value).removeprefix("torch."))
 @pytest.mark.parametrize("how, kind", [("SFT", TrainConfig), ("DPO", lambda **k: DPOConfig(replay_weight=0.5, **k))])
-def test_a_training_stopped_anywhere_resumes_to_the_same_bits(how, kind, engine, dtype, optimizer, tmp_path):
+def test_an_interrupted_training_resumes_to_the_same_bits(how, kind, engine, dtype, optimizer, tmp_path):
     config = kind(batch_size=3, epochs=2, dropout=0.2, optimizer=optimizer, save_every=3)
 
     def begin(folder, stop_at=None):
@@ -258,8 +258,8 @@ def test_without_memory_the_micro_batch_is_halved_and_the_gradient_is_the_same_s
         return lm.model, sizes, lm.fit([list(range(8))] * 3, loss_fn, config)
     whole, _, log = run(8)
     halved, sizes, parts = run(3)
-    assert sizes == [4, 4, *[2] * 12]  # and it stays so
-    assert [r["rows"] for r in parts] == [8, 8, 8]  # nothing of what failed is counted
+    assert sizes == [4, 4, *[2] * 12]  # the smaller size is used from then on
+    assert [r["rows"] for r in parts] == [8, 8, 8]  # what failed is not counted
     tolerance = 1e-5 if dtype == torch.float32 else 1e-2
     assert [r["loss"] for r in parts] == pytest.approx([r["loss"] for r in log], rel=tolerance)
     assert [r["grad_norm"] for r in parts] == pytest.approx([r["grad_norm"] for r in log], rel=10 * tolerance)
@@ -345,14 +345,14 @@ def test_damaged_checksums_trust_nothing_and_do_not_stop_a_file_from_being_made_
     verify_checksum(path)
 
 
-def test_a_folder_that_cannot_be_written_is_told(tmp_path):
+def test_a_folder_that_cannot_be_written_is_an_error(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="cannot write into .*run: .*; free some space or choose another"):
         with folder_lock(tmp_path / "file" / "run"):
             pass
 
 
-def test_where_there_is_no_lock_the_work_is_done_without(tmp_path, monkeypatch):
+def test_a_system_without_locks_works_without(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "fcntl", None)  # as on Windows
     with folder_lock(tmp_path), folder_lock(tmp_path):
         pass
@@ -361,7 +361,7 @@ def test_where_there_is_no_lock_the_work_is_done_without(tmp_path, monkeypatch):
 
 @pytest.fixture
 def handlers():
-    """As they were before, afterwards."""
+    """Restores the signal handlers."""
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     yield
     for number, handler in before.items():
@@ -381,7 +381,7 @@ def test_a_first_signal_waits_for_the_next_check_and_a_second_does_not(first, se
         signal.raise_signal(second)
 
 
-def test_a_second_process_in_a_folder_is_told(tmp_path):
+def test_a_second_process_in_a_folder_is_an_error(tmp_path):
     with folder_lock(tmp_path):
         with pytest.raises(InputError, match="another minisr process works in"):
             with folder_lock(tmp_path):
@@ -405,14 +405,14 @@ def started(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_ends_the_step_keeps_it_and_says_how_to_go_on(number, started, tmp_path):
+def test_a_signal_waits_for_the_step_saves_it_and_says_how_to_resume(number, started, tmp_path):
     process = started()
     busy = kills.start_run(tmp_path, "run")
-    code, told = kills.finish(busy)
-    assert code == 2 and "another minisr process works in" in told and told.count("\n") == 1
+    code, message = kills.finish(busy)
+    assert code == 2 and "another minisr process works in" in message and message.count("\n") == 1
     process.send_signal(number)
-    code, told = kills.finish(process)
-    assert code == 130 and "to resume, run the same command again" in told and "Traceback" not in told
+    code, message = kills.finish(process)
+    assert code == 130 and "to resume, run the same command again" in message and "Traceback" not in message
     assert list((tmp_path / "run").glob("*/training*"))
 
 
@@ -426,7 +426,7 @@ def test_a_run_killed_at_random_instants_ends_with_the_same_files(number, tmp_pa
 
 
 @pytest.mark.parametrize("target", ["os.fsync", "os.replace"])
-def test_a_full_disk_is_one_line_wherever_it_is_met_and_the_run_goes_on(target, tmp_path, monkeypatch):
+def test_a_full_disk_is_one_line_and_leaves_no_partial_file(target, tmp_path, monkeypatch):
     model, state = tiny_model(), TrainingState(tmp_path, "x")
     optimizer = train.make_optimizer(model.named_parameters(), TrainConfig())
 

@@ -1,4 +1,4 @@
-"""What the experiments change: rules of later papers, and what the paper tried and left."""
+"""Rules of later papers, controls, and what the paper tried and did not adopt."""
 
 from dataclasses import replace
 from itertools import count, cycle
@@ -46,7 +46,7 @@ def test_without_length_control_and_anchors_the_rule_is_the_papers():
     assert (pairs, counts) == select_pairs(*problem) and min(counts.values()) > 5
 
 
-def test_length_control_takes_the_short_among_the_nearly_best_and_the_long_among_the_nearly_worst():
+def test_length_control_chooses_the_shortest_of_the_nearly_best_and_rejects_the_longest_of_the_nearly_worst():
     # The range is 1 to 5; rho = 0.25 makes one point "nearly".
     texts, rewards = ["the best", "good", "bad!", "dreadful and long", "no"], [5.0, 4.0, 2.0, 1.0, 1.0]
     assert chosen_and_rejected(texts, rewards) == ("the best", "dreadful and long")
@@ -56,8 +56,8 @@ def test_length_control_takes_the_short_among_the_nearly_best_and_the_long_among
     assert chosen_and_rejected(texts, rewards, 0.24) == ("the best", "dreadful and long")
 
 
-def test_with_length_control_a_pair_still_prefers_something():
-    # A rho above one half lets both sides reach across the middle.
+def test_with_length_control_the_chosen_response_still_has_the_higher_reward():
+    # With rho above one half, both sides reach across the middle.
     pairs, counts = select_pairs_by_rule(["x"], [["long one", "s"]], [[1.0, 5.0]], shortest_and_longest(1.0))
     assert [(p["chosen"], p["rejected"]) for p in pairs] == [("s", "long one")]
     pairs, counts = select_pairs_by_rule(["x"], [["long one", "s"]], [[5.0, 1.0]], shortest_and_longest(1.0))
@@ -78,7 +78,7 @@ def test_an_anchor_is_rejected_where_it_is_worse_and_never_chosen():
     assert pairs == [] and counts["tie"] == 1
 
 
-def test_the_next_below_the_best_can_be_the_rejected_one():
+def test_the_next_best_response_can_be_the_rejected_one():
     rewards = [[3, 5, 4, 1], [2, 2, 5, 5], [4, None, 4, 4], [None, 1, 2, None]]
     answers = [[f"{letter}{n}" for n in range(4)] for letter in "abcd"]
     pairs, counts = select_pairs_by_rule(list("wxyz"), answers, rewards, best_and_next)
@@ -90,7 +90,7 @@ def test_the_next_below_the_best_can_be_the_rejected_one():
 @pytest.mark.parametrize("chosen, rejected, expected", [
     ([5, 5, 5], [1, 1, 1], 1.0), ([1], [5], 0.0), ([3], [3], 0.5), ([5, 3], [4, 2], 0.75),
     ([5, None], [4, None], 1.0), ([], [], 0.5), ([None], [3], 0.5)])
-def test_agreement_is_the_share_of_judgements_that_order_a_pair_so(chosen, rejected, expected):
+def test_agreement_is_how_often_single_judgements_prefer_the_chosen_response(chosen, rejected, expected):
     assert agreement(chosen, rejected) == expected
 
 
@@ -113,8 +113,8 @@ def test_smoothing_is_trls():
     torch.testing.assert_close(ours, -log_sigmoid(0.2 * logits) * 0.85 - log_sigmoid(-0.2 * logits) * 0.15)
 
 
-class Stand(SimpleNamespace):
-    """What train_dpo_variant reads of a model; Stand(run, name) is another model of the same run."""
+class StandIn(SimpleNamespace):
+    """What train_dpo_variant reads of a model; StandIn(run, name) is another model of the same run."""
 
     def __init__(self, run, name):
         super().__init__(run=run, name=name, next_name="M3", lm=run.lms[name], config=run.config,
@@ -127,7 +127,7 @@ def random_m2(engine="plain", **dpo):
     for lm in lms.values():
         lm.workspace = Workspace()
     config = Config(threads=1, dpo=runner_config.DPOConfig(batch_size=3, **dpo))
-    return Stand(SimpleNamespace(lms=lms, config=config), "M2")
+    return StandIn(SimpleNamespace(lms=lms, config=config), "M2")
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -224,37 +224,37 @@ def test_a_run_on_positives_trains_m0_on_the_responses_of_full_score(tmp_path):
     assert models["M2"]["pairs"] >= 0
 
 
-def test_a_run_without_eft_learns_from_instructions_alone(tmp_path):
+def test_without_eft_a_run_is_trained_on_instructions_alone(tmp_path):
     models, folder = run(tmp_path, 'seed_data.eft_by="none"', "dpo.replay_weight=0.0", "iterations=0")
     assert read_jsonl(folder / "seed/eft.jsonl", "EFT") == []
     logs = [read_jsonl(folder / name / "train_log.jsonl", "log") for name in ("SFT", "M1")]
     assert len(logs[0]) == len(logs[1]) == 1
 
 
-def test_nothing_to_replay_is_told(tmp_path):
+def test_nothing_to_replay_is_an_error(tmp_path):
     with pytest.raises(InputError, match="nothing to replay"):
         run(tmp_path, 'seed_data.eft_by="none"', "dpo.replay_weight=0.5")
 
 
-def test_people_outside_the_world_write_no_prompts():
+def test_only_the_tiny_world_has_people_who_write_prompts():
     config = Config(prompts=runner_config.PromptConfig(source="people"))
     object.__setattr__(config.seed_data, "source", "english")
     with pytest.raises(InputError, match='prompts.source = "people" needs seed_data.source = "world"'):
         Run("nowhere", config)
 
 
-def test_judgements_without_reasons_are_the_score_alone(tmp_path):
+def test_without_reasons_a_judgement_is_the_score_alone(tmp_path):
     _, folder = run(tmp_path, "seed_data.reasons=false", "iterations=0")
     assert {r["response"][:7] for r in read_jsonl(folder / "seed/eft.jsonl", "EFT")} == {"Score: "}
 
 
-def test_m1s_answers_stand_against_those_of_later_models(tmp_path):
+def test_m1s_responses_can_be_rejected_in_later_iterations(tmp_path):
     models, folder = run(tmp_path, "pairs.rejected_from=M1", "dpo.reference=M1", "dpo.consistency=true",
                          "prompts.source=people", "prompts.count=12", "judge.judgements=1")
     own = [text for record in read_jsonl(folder / "M2/responses.jsonl", "y") for text in record["responses"]]
     pairs = read_jsonl(folder / "M2/pairs.jsonl", "pairs")
     assert all(pair["chosen"] in own for pair in pairs)
-    assert any(pair["rejected"] not in own for pair in pairs)  # a random judge likes it least now and then
+    assert any(pair["rejected"] not in own for pair in pairs)  # a random judge sometimes gives it the lowest score
     for pair in pairs:  # one random judgement of each: the chosen one's is the higher
         assert pair["agreement"] == 1
     assert models["M3"]["pairs"] == len(pairs)

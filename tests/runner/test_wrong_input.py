@@ -41,7 +41,7 @@ CASES = []
 
 
 def case(*named, marks=()):
-    """What the one line must say; the function breaks something and returns the command."""
+    """The texts that the one line must contain. The function breaks something and returns the command."""
     def wrap(broken):
         CASES.append(pytest.param(broken, named, id=broken.__name__, marks=marks))
         return broken
@@ -64,7 +64,7 @@ def stored(at, content):
     return chat(at)
 
 
-SETTINGS = [  # what is set, and what the one line must say
+SETTINGS = [  # a wrong setting, and texts that the one line must contain
     ("judge.judgments=2", "[judge]", "unknown key 'judgments'", "judgements", "template"),  # the known ones
     ("reward.by=oracle", "unknown key 'reward'", "judge", "dpo"),
     ("judge=3", "judge must be a section [judge]"),
@@ -93,11 +93,11 @@ SETTINGS = [  # what is set, and what the one line must say
 ]
 
 
-COMMANDS = {  # what is given wrongly: the command, and what the one line must say
+COMMANDS = {  # what is wrong: the command, and texts that the one line must contain
     "no config": (lambda at: ["run", at / "no.toml", "--out", at / "run"], "cannot read config", "no.toml"),
     "no seed model": (lambda at: run(at, f"seed_model={at}/no", out="new"), f"{os.sep}no", "no model folder"),
     "no judge prompt": (lambda at: [*chat(at), "--template", at / "no.txt"], "judge prompt", "no.txt"),
-    # The tests may run as root, whom no permission stops: the folder is a file, or would lie in one.
+    # The tests may run as root, which ignores permissions: the folder is a file, or would be in one.
     "file as folder": (lambda at: run(at, out="run.toml"), "cannot write", "choose another folder"),
     "folder in a file": (lambda at: run(at, out="run.toml/new"), "cannot write", "run.toml/new"),
     "long question": (lambda at: chat(at, "Write a story. " * 40), "tokens; the model needs 1 to 95"),
@@ -185,7 +185,7 @@ def weights_that_are_something_else(at):
 
 
 def unsealed(at):
-    """Without the hashes that minisr keeps: files as of before there were any, or of other make."""
+    """Remove the checksums, as in files of the first versions or of another program."""
     (at / "run/seed/hashes.json").unlink(missing_ok=True)
     meta = json.loads((at / "M0/meta.json").read_text())
     (at / "M0/meta.json").write_text(json.dumps({**meta, "files": {}}))
@@ -305,7 +305,7 @@ def snapshot(folder):
 
 
 @pytest.mark.parametrize("change, named", [(c, n) for c, *n in SETTINGS])
-def test_a_wrong_setting_ends_in_one_line_and_leaves_the_run_as_it_was(change, named, at):
+def test_a_wrong_setting_is_one_line_and_changes_nothing(change, named, at):
     before = snapshot(at)
     one_line(*in_process(run(at, change)), *named)
     assert snapshot(at) == before
@@ -318,7 +318,7 @@ def test_every_former_key_of_a_run_is_among_the_wrong_settings():
 
 
 @pytest.mark.parametrize("wrong", COMMANDS)
-def test_a_wrong_command_ends_in_one_line_and_leaves_everything_as_it_was(wrong, at):
+def test_a_wrong_command_is_one_line_and_changes_nothing(wrong, at):
     command, *named = COMMANDS[wrong]
     before = snapshot(at)
     one_line(*in_process(command(at)), *named)
@@ -327,7 +327,7 @@ def test_a_wrong_command_ends_in_one_line_and_leaves_everything_as_it_was(wrong,
 
 
 @pytest.mark.parametrize("broken, named", CASES)
-def test_wrong_input_ends_in_one_line_that_names_it_and_harms_nothing(broken, named, at):
+def test_wrong_input_is_one_line_that_names_it_and_changes_nothing(broken, named, at):
     command = broken(at)
     before = snapshot(at)
     one_line(*in_process(command), *named)
@@ -337,15 +337,15 @@ def test_wrong_input_ends_in_one_line_that_names_it_and_harms_nothing(broken, na
 
 
 def test_an_evil_model_would_do_harm_if_it_were_trusted(at):
-    # Else the tests above would pass with a harmless one.
+    # Otherwise the tests above would prove nothing.
     weights_that_are_a_program(at)
     torch.load(at / "M0/model.pt", weights_only=False)
     assert (at / "executed").is_dir()
 
 
 @pytest.mark.parametrize("size, named", [(60, "vocab_size 60"), (9000, "vocab_size 9000")])
-def test_a_vocabulary_that_does_not_suit_the_text_ends_in_one_line(size, named, tmp_path):
-    # In a process of its own: the tokenizer's library writes to stderr behind Python's back.
+def test_a_vocabulary_that_does_not_suit_the_text_is_one_line(size, named, tmp_path):
+    # In a process of its own, because SentencePiece writes to stderr directly.
     (tmp_path / "pretrain.toml").write_text(f"tokenizer_documents = 20\nmodel = {{vocab_size = {size}}}\n")
     done = subprocess.run([sys.executable, "-m", "minisr", "pretrain", tmp_path / "pretrain.toml",
                            "--out", tmp_path / "M0"], capture_output=True, text=True)
@@ -353,16 +353,16 @@ def test_a_vocabulary_that_does_not_suit_the_text_ends_in_one_line(size, named, 
     assert not (tmp_path / "M0").exists()
 
 
-@pytest.mark.parametrize("error, told", [
+@pytest.mark.parametrize("error, message", [
     (OSError(28, "No space left on device"), "No space left"),
     (RuntimeError("[enforce fail] unexpected pos 9"), "disk may be full")])  # what torch.save raises then
-def test_a_checkpoint_on_a_full_disk_is_told_in_one_line_and_leaves_nothing_half_written(
-        error, told, tmp_path, monkeypatch):
+def test_a_checkpoint_on_a_full_disk_is_an_error_and_leaves_no_partial_file(
+        error, message, tmp_path, monkeypatch):
     def save(value, file):
         file.write(b"half")
         raise error
 
     monkeypatch.setattr(torch, "save", save)
-    with pytest.raises(InputError, match=told):
+    with pytest.raises(InputError, match=message):
         save_model(tmp_path / "M0", tiny_model(), tiny_tokenizer(), {})
     assert list((tmp_path / "M0").iterdir()) == []
