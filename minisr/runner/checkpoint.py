@@ -52,10 +52,7 @@ def load_model(folder: Path, device: str = "cpu", dtype: torch.dtype | None = No
                ) -> tuple[Decoder, Tokenizer]:
     """The model and tokenizer of a folder, in eval mode. Raises InputError if a file is damaged."""
     folder = Path(folder)
-    check_file(folder / "model.pt", model_hash(folder))
-    meta = read_json(folder / "meta.json", "model description")
-    for name, expected in meta.get("files", {}).items():
-        check_file(folder / name, expected)
+    check_model_files(folder)
     try:
         config, weights = read_model_file(folder / "model.pt")
         model = build_decoder(config, weights, device, dtype)
@@ -70,7 +67,17 @@ def load_model(folder: Path, device: str = "cpu", dtype: torch.dtype | None = No
     return model, tokenizer
 
 
+def check_model_files(folder: Path) -> None:
+    """Raise InputError if a file of a model folder is missing or not what meta.json describes."""
+    check_file(folder / "model.pt", model_hash(folder))
+    meta = read_json(folder / "meta.json", "model description")
+    for name, expected in meta.get("files", {}).items():
+        check_file(folder / name, expected)
+
+
 def check_file(path: Path, expected: str) -> None:
+    if not path.exists():
+        raise InputError(f"{path} is missing; remove meta.json beside it to have the model made again")
     if file_digest(path) != expected:
         raise InputError(f"{path} is not the file that meta.json describes (truncated or changed); "
                          "remove meta.json to have the model made again")

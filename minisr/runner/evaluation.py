@@ -27,8 +27,17 @@ def evaluate(run, models: list, keep) -> dict:
         metrics["models"][model.name] = model_metrics(model, answers, judged)
     for model in models[:-1]:
         model.unload()
-    write_json(run.folder / "metrics.json", metrics)
+    if not has_more_models(run.folder / "metrics.json", metrics):  # of a finished run that is resumed
+        write_json(run.folder / "metrics.json", metrics)
     return metrics
+
+
+def has_more_models(path: Path, metrics: dict) -> bool:
+    """Whether a metrics.json holds these models and later ones."""
+    try:
+        return set(read_json(path, "metrics")["models"]) > set(metrics["models"])
+    except (InputError, LookupError, TypeError):
+        return False
 
 
 def sample_answers(lm, prompts: list[str], config: SamplingConfig, seed: int) -> list[tuple[str, bool]]:

@@ -149,6 +149,8 @@ def check_consistency(config: Config) -> None:
         raise InputError('judge.by = "oracle" needs seed_data.source = "world": only the tiny world has an oracle')
     if config.prompts.source == "people" and not in_world:
         raise InputError('prompts.source = "people" needs seed_data.source = "world": only the tiny world has people')
+    if config.responses.candidates < 2 and not config.dpo.positives_only:
+        raise InputError("responses.candidates must be at least 2: a pair needs two responses")
     if config.seed_data.eft_by == "none" and config.dpo.replay_weight:
         raise InputError('seed_data.eft_by = "none" leaves nothing to replay: set dpo.replay_weight to 0')
     checkpointing = config.sft.gradient_checkpointing or config.dpo.gradient_checkpointing

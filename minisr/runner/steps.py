@@ -15,7 +15,7 @@ from minisr import InputError, __version__
 from minisr.interop.source import source_digest
 from minisr.loop import SelfRewardingModel, self_rewarding_training
 from minisr.runner import variants
-from minisr.runner.checkpoint import SEED_MODEL, model_hash, save_model
+from minisr.runner.checkpoint import SEED_MODEL, check_model_files, model_hash, save_model
 from minisr.runner.evaluation import answer_held_out, evaluate, histogram, judge_held_out
 from minisr.runner.files import json_bytes, jsonl_bytes, read_json, read_jsonl, write_json
 from minisr.runner.journal import Journal, TrainingState
@@ -56,7 +56,9 @@ class StoredModel(SelfRewardingModel):
 
     def copy_seed_model(self) -> "StoredModel":
         """Make this M0: a copy in the run's folder, so that the run does not depend on other files."""
-        if not (self.folder / "meta.json").exists():
+        if (self.folder / "meta.json").exists():
+            check_model_files(self.folder)
+        else:
             source = source_digest(self.config.seed_model or str(SEED_MODEL))
             save_model(self.folder, *self.run.load_seed_model(), {"made_by": "copy", "from": source})
             self.run._seed_model = None
@@ -154,7 +156,9 @@ def keep_model(step, *inputs) -> StoredModel:
     name = inputs[0] if step.__name__ == "train_sft" else model.next_name
     parent = model if step.__name__ == "train_sft" or not by_sft else StoredModel(model.run, "M0")
     trained = StoredModel(model.run, name)
-    if not (trained.folder / "meta.json").exists():
+    if (trained.folder / "meta.json").exists():
+        check_model_files(trained.folder)
+    else:
         made_from = (model.run.fingerprint, model_hash(parent.folder), inputs)
         with trained.clock("training"), model.run.workspace.step(
                 title=f"{name} training", training_folder=trained.folder, training_made_from=made_from):

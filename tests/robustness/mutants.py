@@ -141,7 +141,6 @@ FAULTS = {
     ("dpo", "train_dpo"): [
         ("the reference is trained too", "reference = lm.frozen_copy()", "reference = policy"),
         ("M_t itself is trained", "policy = lm.copy()", "policy = lm"),
-        ("the reference carries a gradient", "with torch.no_grad():", "with torch.enable_grad():"),
         ("chosen and rejected of the reference change places", "reference_chosen, reference_rejected = reference",
          "reference_rejected, reference_chosen = reference"),
         ("NLL of the whole response, not per token",
@@ -295,7 +294,7 @@ FAULTS = {
         ("a checksum is not compared", "recorded is not None and recorded != file_digest(path)", "False")],
     ("runner/steps", "keep"): [
         ("a finished step is taken again", "if not (path.exists() and counts_path.exists()):", "if True:"),
-        ("a finished training is repeated", 'if not (trained.folder / "meta.json").exists():', "if True:"),
+        ("a finished training is repeated", 'if (trained.folder / "meta.json").exists():', "if False:"),
         ("a journal is used for other inputs", "self.run.fingerprint, *inputs)", "self.run.fingerprint)"),
         ("a journal is used for other weights",
          'f"{name}.journal", model_hash(self.folder), self', 'f"{name}.journal", self'),

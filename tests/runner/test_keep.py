@@ -1,14 +1,18 @@
 """keep: a step is taken once, its stored result is used, and an interrupted one resumes between two batches."""
 
+from dataclasses import replace
+
 import pytest
 from small_run import files, jsonl, model_of, prompts_of
 
+from minisr import InputError
+from minisr.lm import ResponseConfig
 from minisr.loop import self_reward
-from minisr.runner.config import load_config
+from minisr.runner.config import Config, load_config
 from minisr.runner.files import jsonl_bytes
 from minisr.runner.journal import Journal
-from minisr.runner.run import Run
-from minisr.runner.steps import FILES, StoredModel, keep
+from minisr.runner.run import Run, check_consistency
+from minisr.runner.steps import FILES, StoredModel, keep, run_loop
 from minisr.runner.stop import Stop
 from minisr.runner.storage import write_with_checksum
 
@@ -155,3 +159,30 @@ def test_a_journal_belongs_to_the_models_weights_the_config_and_the_inputs(copy)
                 StoredModel(Run(copy, config), "M1").journal("x", ["a"]), model_of(copy, "M2").journal("x", ["a"])]
     assert len({journal.fingerprint for journal in journals}) == 5
     assert model_of(copy, "M1").journal("x", ["a"]).fingerprint == journals[0].fingerprint
+
+
+def test_a_finished_run_with_a_damaged_or_missing_model_is_refused(copy):
+    for name in ("M0", "M1", "M2"):
+        path = copy / name / "model.pt"
+        content = path.read_bytes()
+        path.write_bytes(content + b"x")
+        with pytest.raises(InputError, match=f"{name}/model.pt is not the file"):
+            run_loop(Run(copy, load_config(copy / "config.toml")))
+        path.unlink()
+        with pytest.raises(InputError, match=f"{name}/model.pt is missing; remove meta.json"):
+            run_loop(Run(copy, load_config(copy / "config.toml")))
+        path.write_bytes(content)
+
+
+def test_a_resume_that_fails_keeps_the_metrics_of_later_models(copy):
+    before = (copy / "metrics.json").read_bytes()
+    with open(copy / "M2" / "answers.jsonl", "a") as file:
+        file.write("x")
+    with pytest.raises(InputError, match="answers.jsonl"):
+        run_loop(Run(copy, load_config(copy / "config.toml")))
+    assert (copy / "metrics.json").read_bytes() == before
+
+
+def test_one_candidate_is_refused():
+    with pytest.raises(InputError, match="candidates must be at least 2"):
+        check_consistency(replace(Config(), responses=ResponseConfig(candidates=1)))
