@@ -135,10 +135,10 @@ def test_the_baselines_judgements_are_selected_where_a_whole_round_ranks_correct
     # Its scores of each response in three rounds.
     said = {"a1": (3, 4, 5), "a2": (3, 1, 0),  # the second and the third round rank correctly
             "b1": (5, 2, None), "b2": (3, 3, 1), "b3": (4, 4, 0),  # in each a pair is in the wrong order
-            "c1": (2, 5, 5), "c2": (0, None, 2), "c3": (0, 2, 2)}  # the scores 5, 1, 1: the last two may tie
+            "c1": (2, 5, 5), "c2": (0, None, 2), "c3": (0, 2, 2),  # the scores 5, 1, 1: the last two may tie
+            "d1": (None, 3, 1), "d2": (None, 3, 4)}  # the annotator ranks nothing: no round agrees
     ranked = [{"prompt": p, "responses": [y for y in said if y[0] == p], "scores": scores}
               for p, scores in (("a", [5, 0]), ("b", [5, 4, 3]), ("c", [5, 1, 1]), ("d", [3, 3]))]
-    said |= {"d1": (None, 3, 1), "d2": (None, 3, 4)}  # the annotator ranks nothing: no round agrees
 
     def judge(lm, template, prompts, responses, config, seed):
         return [[Judgement(f"Score: {score}", score) for score in said[y]] for y in responses]
