@@ -16,7 +16,7 @@ from minisr.lm import LM
 from minisr.runner.checkpoint import load_model
 from minisr.runner.engine import best_lm
 
-SMOKE = Path(package.__file__).parents[1] / "tiny_configs/smoke.toml"
+SMOKE = Path(__file__).parents[2] / "tiny_configs/smoke.toml"
 SAME_FILES = ("seed/eft.jsonl", "SFT/answers.jsonl", "SFT/judge_evaluation.jsonl", "M1/answers.jsonl",
               "M1/judge_evaluation.jsonl", "M1/prompts.jsonl", "M1/prompts.counts.json", "M1/responses.counts.json",
               "M1/rewards.jsonl", "M1/rewards.counts.json", "M1/pairs.jsonl", "M1/pairs.counts.json",
