@@ -35,8 +35,6 @@ FAULTS = {
          "q = apply_rope(q, cos, sin)"),
         ("no causal mask", "((keys < queries) &", "((keys != queries) &"),
         ("padding is attended to", "((keys < queries) & attention_mask[:, None])", "(keys < queries)[None]"),
-        ("padding counts in positions", "(attention_mask.cumsum(-1) - 1).clamp(min=0)[:, -T:]",
-         "torch.arange(S, device=ids.device).expand(B, S)[:, -T:]"),
         ("positions begin again at each call", ".clamp(min=0)[:, -T:]", ".clamp(min=0)[:, :T]"),
         ("the cache grows by one token a call", "cache.length += T", "cache.length += 1"),
         ("query head h uses key head h mod G",
