@@ -1,3 +1,4 @@
+import os
 from random import Random
 
 import pytest
@@ -8,6 +9,10 @@ from minisr.interop.chat_templates import chat_template
 from minisr.model import Decoder, ModelConfig
 from minisr.runner.pretrain import train_tokenizer
 from minisr.worlds.tiny import corpus
+
+# Several processes test at the same time, so each uses one thread, and so does each process that a test starts.
+os.environ["OMP_NUM_THREADS"] = "1"
+torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)

@@ -423,7 +423,7 @@ def first_failure(copy: Path, tests: set[str]) -> str:
     # No bytecode: of two mutants of equal length, written within a second, Python would run the first one twice.
     environment = os.environ | {"PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1",
                                 "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider",
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-n", "0", "-p", "no:cacheprovider",
                *(str(next(copy.glob(f"tests/*/test_{name}.py"))) for name in sorted(tests))]
     try:
         done = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True,
