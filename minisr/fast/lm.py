@@ -97,7 +97,7 @@ class FastLM(LM):
         return self.recorded.get((prompt, tuple(pair.chosen))), self.recorded.get((prompt, tuple(pair.rejected)))
 
     def prepare_training(self, config):
-        self.recorded.clear()  # the weights will change
+        self.recorded = {}  # the weights will change
         self.graphs = None
         self.gradient_checkpointing = getattr(config, "gradient_checkpointing", False)
         optimizer = super().prepare_training(config)

@@ -19,6 +19,7 @@ from minisr.lm import ResponseConfig
 from minisr.loop import LoopConfig
 from minisr.model import ModelConfig
 from minisr.runner.files import read_text
+from minisr.runner.lora import LoRAConfig
 from minisr.sampler import SamplingConfig
 
 
@@ -91,6 +92,7 @@ class Config(LoopConfig):
     responses: ResponseConfig = field(default_factory=ResponseConfig)
     judge: JudgeConfig = field(default_factory=JudgeConfig)
     dpo: DPOConfig = field(default_factory=DPOConfig)
+    lora: LoRAConfig = field(default_factory=LoRAConfig)
     seed_data: SeedConfig = field(default_factory=SeedConfig)
     pairs: PairConfig = field(default_factory=PairConfig)
     evaluate: SamplingConfig = field(default_factory=SamplingConfig)  # of held-out prompts
@@ -123,7 +125,7 @@ LIMITS = {
     "warmup_fraction": (0, 1), "weight_decay": (0, 1), "dropout": (0, 0.99), "learning_rate": (0, 10),
     "min_learning_rate": (0, 10), "max_grad_norm": (0, math.inf), "beta": (0, math.inf), "head_dim": (0, math.inf),
     "micro_batch": (0, math.inf), "nll_weight": (0, math.inf), "replay_weight": (0, math.inf), "norm_eps": (0, 1),
-    "length_control": (0, 1), "threads": (1, 1024),
+    "length_control": (0, 1), "threads": (1, 1024), "rank": (0, 4096),
 }
 # Former names of keys. A config that uses one is rejected with its new name.
 RENAMED = {

@@ -16,6 +16,7 @@ from minisr import InputError, train
 from minisr.lm import LM
 from minisr.runner.files import write_jsonl
 from minisr.runner.journal import Journal, TrainingState
+from minisr.runner.lora import LoRAConfig, LoRATraining
 from minisr.runner.muon import make_muon
 from minisr.runner.stop import Stop
 from minisr.sampler import Completion
@@ -144,8 +145,8 @@ class PlainRunLM(RunLM, LM):
     """engine = "plain"."""
 
 
-def run_lm_class(engine: str) -> type[LM]:
-    """The class for a config's engine."""
+def run_lm_class(engine: str, lora_config: LoRAConfig | None = None) -> type[LM]:
+    """The class for a config's engine, which trains adapters if the config says so."""
     if engine == "plain":
         return PlainRunLM
     try:
@@ -156,4 +157,10 @@ def run_lm_class(engine: str) -> type[LM]:
 
     class FastRunLM(RunLM, FastLM):
         """engine = "fast"."""
-    return FastRunLM
+    if lora_config is None or lora_config.rank == 0:
+        return FastRunLM
+
+    class LoRARunLM(LoRATraining, FastRunLM):
+        """engine = "fast" with [lora]."""
+        lora = lora_config
+    return LoRARunLM

@@ -34,7 +34,7 @@ class Run:
         self.device = "cuda" if uses_gpu(config) else "cpu"
         self.dtype = choose_dtype(config, self.device)
         avoid_cudnn_attention()
-        self.lm_class = run_lm_class(config.engine)
+        self.lm_class = run_lm_class(config.engine, config.lora)
         self.has_oracle = config.seed_data.source == "world"
         stored = self.folder / "judge.txt"  # the template that the run began with
         if stored.exists():
@@ -156,6 +156,10 @@ def check_consistency(config: Config) -> None:
     checkpointing = config.sft.gradient_checkpointing or config.dpo.gradient_checkpointing
     if config.engine == "plain" and checkpointing:
         raise InputError('gradient_checkpointing needs engine = "fast"')
+    if config.lora.rank and config.engine == "plain":
+        raise InputError('lora.rank needs engine = "fast"')
+    if config.lora.rank and "muon" in (config.sft.optimizer, config.dpo.optimizer):
+        raise InputError('optimizer = "muon" trains whole matrices, not adapters: set it to "adamw", or lora.rank to 0')
 
 
 def uses_gpu(config: Config) -> bool:
