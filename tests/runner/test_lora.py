@@ -260,6 +260,15 @@ def test_a_trained_model_is_plain_and_can_be_trained_again_and_its_parent_is_as_
     assert all(p.requires_grad for p in twice.model.parameters())
 
 
+def test_log_probabilities_recorded_while_sampling_are_read_by_the_reference_and_forgotten_by_the_trained_model():
+    lm = with_log(lora_lm())
+    pair = encode_pairs(lm, PAIRS)[0]
+    lm.record(pair.prompt, pair.chosen, -1.0)  # not what the model gives, to recognize it
+    trained_lm = train_dpo(lm, PAIRS, [], DPO, seed=0)
+    assert trained_lm.log[0]["margin"] < -0.1
+    assert -1.0 in lm.recorded.values() and trained_lm.recorded == {}
+
+
 def test_the_same_seed_gives_the_same_adapters_and_another_seed_others():
     weights = [train_sft(lora_lm(), EXAMPLES, SFT, seed=seed).model.blocks[0].attention.qkv_proj.weight
                for seed in (0, 0, 1)]
