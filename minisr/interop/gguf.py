@@ -152,10 +152,19 @@ def read_vocabulary(metadata: dict):
     raise ValueError(f"minisr does not support a tokenizer of kind {kind!r}; it reads gpt2 and llama")
 
 
+def lists_of_same_length(metadata: dict, *names: str) -> list[list]:
+    """Lists with one value for each token."""
+    lists = {name: metadata[f"tokenizer.ggml.{name}"] for name in names}
+    if len({len(values) for values in lists.values()}) > 1:
+        lengths = ", ".join(f"{len(values)} {name}" for name, values in lists.items())
+        raise ValueError(f"its lists do not belong together: {lengths}")
+    return list(lists.values())
+
+
 def byte_level_vocabulary(metadata: dict) -> TokenizerJSON:
     """Byte-level BPE as in GPT-2, with the pre-tokenizer of the model's family."""
     tokenizers = need("tokenizers", "gguf")
-    tokens, types = metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.token_type"]
+    tokens, types = lists_of_same_length(metadata, "tokens", "token_type")
     merges = [tuple(merge.split(" ", 1)) for merge in metadata["tokenizer.ggml.merges"]]
     family = metadata.get("tokenizer.ggml.pre")
     result = tokenizers.Tokenizer(tokenizers.models.BPE(
@@ -191,8 +200,7 @@ def pre_tokenizer(tokenizers, family: str | None):
 def sentencepiece_vocabulary(metadata: dict) -> SentencePiece:
     """SentencePiece as in Llama 2: a model built from the pieces in the file, without normalization."""
     proto = need("sentencepiece.sentencepiece_model_pb2", "gguf").ModelProto()
-    tokens, types = metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.token_type"]
-    for token, score, token_type in zip(tokens, metadata["tokenizer.ggml.scores"], types):
+    for token, score, token_type in zip(*lists_of_same_length(metadata, "tokens", "scores", "token_type")):
         proto.pieces.add(piece=token, score=score, type=token_type)
     trainer = proto.trainer_spec
     trainer.model_type, trainer.byte_fallback, trainer.vocab_size = BPE, True, len(proto.pieces)

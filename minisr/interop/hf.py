@@ -1,10 +1,11 @@
 """Hugging Face folders of Llama-like decoders: config.json, weights, tokenizer (extra "hf").
 
-Weights are read from *.safetensors or from pytorch_model.bin, in one file or in shards with an index. A .bin
-file is read with weights_only=True. minisr stores q, k, v in one matrix, and gate, up in one. Both formats
-rotate the same halves of a head in RoPE, so no number changes on the way in or out. """
+Of several files of weights, transformers' choice is read. A .bin file is read with weights_only=True. minisr
+stores q, k, v in one matrix, and gate, up in one. Both formats rotate the same halves of a head in RoPE, so no
+number changes on the way in or out. """
 
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -14,25 +15,35 @@ from minisr.interop import names
 from minisr.interop.chat_templates import recognize_chat_template, to_jinja
 from minisr.interop.sentencepiece_json import to_tokenizer_json
 from minisr.interop.tokenizer_json import TokenizerJSON
-from minisr.model import Decoder
+from minisr.model import Decoder, ModelConfig
 from minisr.runner.checkpoint import build_decoder, check_vocab_size, tokenizer_files
 from minisr.runner.files import need, read_bytes, read_json, short_reason, write_bytes, write_json
 from minisr.tokenizer import SentencePiece, Tokenizer
 
 CONFIG = "config.json"
+ADAPTER = "adapter_config.json"
+# The first of these that exists holds the weights, or lists the shards that do. Transformers has the same order.
+WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json",
+                "pytorch_model.bin", "pytorch_model.bin.index.json")
+EMBEDDING, HEAD = names.HF_WEIGHTS["embed.weight"][0], names.HF_WEIGHTS["head.weight"][0]
 
 
 def load(folder: Path, device: str = "cpu", template: str = "") -> tuple[Decoder, Tokenizer]:
     """The model of a folder. `template` is the text of a chat template; "" means the folder's own."""
-    config = names.config_from_hf(read_object(folder / CONFIG), folder / CONFIG)
+    if (folder / ADAPTER).exists():
+        raise InputError(f"{folder} holds an adapter ({ADAPTER}), which changes the weights; merge it into them with "
+                         "peft's merge_and_unload and save the result")
+    hf_config = read_object(folder / CONFIG)
+    config = names.config_from_hf(hf_config, folder / CONFIG)
     tokenizer = load_tokenizer(folder, template)
     check_vocab_size(folder, config, tokenizer)
+    check_token_ids(folder, hf_config, tokenizer)
     stored = read_weights(folder)
+    config = tie_as_stored(config, stored)
     # Cloned, because a tensor is a view of its whole file, which would stay in memory.
     weights = names.weights_from(config, stored, folder, to_tensor=torch.clone)
     for name in sorted(stored):
-        unused = name.endswith("rotary_emb.inv_freq") or config.tie_embeddings and name == "lm_head.weight"
-        if not unused:
+        if not name.endswith("rotary_emb.inv_freq"):
             raise InputError(f"{folder}: minisr does not support the weight {name}")
     try:
         return build_decoder(config, weights, device), tokenizer
@@ -40,22 +51,29 @@ def load(folder: Path, device: str = "cpu", template: str = "") -> tuple[Decoder
         raise InputError(f"{folder}: {CONFIG} and weights do not agree: {short_reason(error)}") from error
 
 
-def read_weights(folder: Path) -> dict[str, torch.Tensor]:
-    """All tensors of a folder, by their names in the files."""
-    for file_name, read in (("model.safetensors", read_safetensors), ("pytorch_model.bin", read_bin)):
-        index = folder / f"{file_name}.index.json"
-        if index.exists():
-            tensors: dict[str, torch.Tensor] = {}
-            for shard in read_index(index):
-                tensors |= read(shard)
-            return tensors
-        if (folder / file_name).exists():
-            return read(folder / file_name)
+def weight_files(folder: Path) -> list[Path]:
+    """The files that hold the weights of a folder. No other file is read."""
+    for name in WEIGHT_FILES:
+        if (folder / name).is_file():
+            return read_index(folder / name) if name.endswith(".json") else [folder / name]
     raise InputError(f"{folder} has neither model.safetensors nor pytorch_model.bin, nor an index of shards")
 
 
+def read_weights(folder: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a folder, by their names in the files."""
+    tensors: dict[str, torch.Tensor] = {}
+    for path in weight_files(folder):
+        read = read_safetensors if path.suffix == ".safetensors" else read_bin
+        for name, tensor in read(path).items():
+            if name in tensors and not same_values(tensor, tensors[name]):
+                raise InputError(f"{path}: the weight {name} has other values in another shard; the shards are of "
+                                 "different checkpoints: download the folder again")
+            tensors[name] = tensor
+    return tensors
+
+
 def read_index(index: Path) -> list[Path]:
-    """The shards that an index names. They are searched in the folder of the index and nowhere else."""
+    """The shards that an index names. They lie in the folder of the index or below it, and nowhere else."""
     weight_map = read_object(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise InputError(f"{index} does not map weights to shards; download it again")
@@ -63,11 +81,28 @@ def read_index(index: Path) -> list[Path]:
     for name in weight_map.values():
         if not isinstance(name, str):
             raise InputError(f"{index} does not map weights to shards; download it again")
-        shard = index.parent / Path(name).name
-        if not shard.is_file():
-            raise InputError(f"{index} names the shard {name!r}, which does not exist; download it")
-        shards.append(shard)
+        is_outside = Path(name).is_absolute() or ".." in Path(name).parts
+        if is_outside or not (index.parent / name).is_file():
+            raise InputError(f"{index} names the shard {name!r}, which does not exist in its folder; download it")
+        shards.append(index.parent / name)
     return sorted(set(shards))
+
+
+def tie_as_stored(config: ModelConfig, stored: dict[str, torch.Tensor]) -> ModelConfig:
+    """Decide on tied weights as transformers does: only weights that the files do not contradict are tied.
+
+    Removes from `stored` the second copy of a tied weight."""
+    if not config.tie_embeddings or HEAD not in stored:
+        return config
+    head = stored.pop(HEAD)
+    if same_values(head, stored.setdefault(EMBEDDING, head)):
+        return config
+    stored[HEAD] = head
+    return replace(config, tie_embeddings=False)
+
+
+def same_values(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a.shape == b.shape and torch.equal(a.to(b.dtype), b)
 
 
 def read_safetensors(path: Path) -> dict[str, torch.Tensor]:
@@ -88,6 +123,16 @@ def read_bin(path: Path) -> dict[str, torch.Tensor]:
                                                for name, value in stored.items()):
         raise InputError(f"{path} does not contain tensors by name")
     return stored
+
+
+def check_token_ids(folder: Path, hf_config: dict, tokenizer: Tokenizer) -> None:
+    """Raise InputError for a tokenizer without the special tokens that the config names by their ids."""
+    for key in ("bos_token_id", "eos_token_id"):
+        value = hf_config.get(key)
+        ids = [i for i in (value if isinstance(value, list) else [value]) if isinstance(i, int)]
+        if max(ids, default=0) >= len(tokenizer):
+            raise InputError(f"{folder}: {tokenizer.vocabulary.FILE} has {len(tokenizer)} pieces, but {CONFIG} has "
+                             f"{key} = {value}; they do not belong together")
 
 
 def load_tokenizer(folder: Path, template: str = "") -> Tokenizer:

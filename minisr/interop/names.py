@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from minisr import InputError
-from minisr.interop.shape import fused_weight_sizes, model_config
+from minisr.interop.shape import check_weight, fused_weight_sizes, model_config
 from minisr.model import ModelConfig
 
 # Our weight -> Hugging Face's weights that it consists of, in order. "{}" is the number of the block.
@@ -61,17 +61,19 @@ def weights_from(config: ModelConfig, stored: dict, where, mapping: dict = HF_WE
             if name not in stored:
                 raise InputError(f"{where}: the weight {name} is missing; the checkpoint is not complete")
         parts = [to_tensor(stored.pop(name)) for name in theirs]
+        for name, part in zip(theirs, parts):
+            check_weight(name, part, where)
         for name, part, rows in zip(theirs, parts, fused_weight_sizes(ours, config)):
-            check_part(name, part, [rows, config.dim], where)
+            check_shape(name, part, [rows, config.dim], where)
         weights[ours] = parts[0] if len(parts) == 1 else torch.cat(parts)
     return weights
 
 
-def check_part(name: str, part: Tensor, shape: list[int], where) -> None:
-    """Torch would concatenate parts of other shapes or types without an error."""
-    if list(part.shape) != shape or not part.is_floating_point():
-        raise InputError(f"{where}: config and weights do not agree: {name} is {part.dtype} of shape "
-                         f"{list(part.shape)}; expected floating-point numbers of shape {shape}")
+def check_shape(name: str, part: Tensor, shape: list[int], where) -> None:
+    """Torch would concatenate parts of other shapes without an error."""
+    if list(part.shape) != shape:
+        raise InputError(f"{where}: config and weights do not agree: {name} is of shape {list(part.shape)}; expected "
+                         f"{shape}")
 
 
 def weights_to_hf(config: ModelConfig, weights: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -119,6 +121,7 @@ def unsupported_feature(hf_config: dict) -> str | None:
         "a mixture of experts": get("num_local_experts") or get("num_experts"),
         "quantized weights": get("quantization_config"),
         "partial rotary embedding": partial_rope,
+        "weights in another file (transformers_weights)": get("transformers_weights"),
         f"RoPE scaling {rope['rope_type']!r}": rope["rope_type"] not in ROPE_TYPES,
     }
     return next((feature for feature, present in features.items() if present), None)

@@ -1,8 +1,12 @@
-"""A checked ModelConfig from values of unknown origin: a config file, a checkpoint, another library."""
+"""Checks of a ModelConfig and of weights of unknown origin: a config file, a checkpoint, another library."""
 
 import math
 from dataclasses import fields
 
+import torch
+from torch import Tensor
+
+from minisr import InputError
 from minisr.model import ModelConfig
 
 MAX_SIZE = 2**24  # of any dimension: a larger one is an error, not a model
@@ -37,6 +41,15 @@ def check_value(field, value) -> None:
             raise ValueError(f"{field.name} is {value}; the largest possible value is {MAX_SIZE}")
     if field.type is float and not (type(value) in (int, float) and 0 <= value < math.inf):
         raise ValueError(f"{field.name} must be a number of at least 0, not {value!r}")
+
+
+def check_weight(name: str, weight: Tensor, where) -> None:
+    """Raise InputError unless a weight consists of floating-point numbers that are finite in float32."""
+    if not weight.is_floating_point():
+        raise InputError(f"{where}: the weight {name} is of type {weight.dtype}; expected floating-point numbers")
+    if not torch.isfinite(weight.float()).all():
+        raise InputError(f"{where}: the weight {name} contains NaN or infinity: the file is damaged, or the training "
+                         "diverged; use another checkpoint")
 
 
 def fused_weight_sizes(name: str, config: ModelConfig) -> list[int]:

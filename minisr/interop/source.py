@@ -66,6 +66,5 @@ def source_digest(source: str) -> str:
     if path.is_file():
         return file_digest(path)
     if (path / hf.CONFIG).exists():
-        files = sorted([*path.glob("*.safetensors"), *path.glob("pytorch_model*.bin")])
-        return checkpoint.digest("".join(map(file_digest, files)).encode())
+        return checkpoint.digest("".join(map(file_digest, hf.weight_files(path))).encode())
     return checkpoint.model_hash(path)

@@ -15,7 +15,7 @@ import torch
 
 from minisr import InputError
 from minisr.interop.chat_templates import chat_template
-from minisr.interop.shape import MODEL_KEYS_RENAMED, model_config
+from minisr.interop.shape import MODEL_KEYS_RENAMED, check_weight, model_config
 from minisr.interop.tokenizer_json import TokenizerJSON
 from minisr.model import Decoder, ModelConfig
 from minisr.runner.files import (
@@ -55,6 +55,8 @@ def load_model(folder: Path, device: str = "cpu", dtype: torch.dtype | None = No
     check_model_files(folder)
     try:
         config, weights = read_model_file(folder / "model.pt")
+        for name, weight in weights.items():
+            check_weight(name, weight, folder / "model.pt")
         model = build_decoder(config, weights, device, dtype)
         tokenizer = load_tokenizer(folder)
     except InputError:
@@ -77,10 +79,10 @@ def check_model_files(folder: Path) -> None:
 
 def check_file(path: Path, expected: str) -> None:
     if not path.exists():
-        raise InputError(f"{path} is missing; remove meta.json beside it to have the model made again")
+        raise InputError(f"{path} is missing; restore it from a copy, or make the model again in another folder")
     if file_digest(path) != expected:
         raise InputError(f"{path} is not the file that meta.json describes (truncated or changed); "
-                         "remove meta.json to have the model made again")
+                         "restore it from a copy, or make the model again in another folder")
 
 
 def read_model_file(path: Path) -> tuple[ModelConfig, dict[str, torch.Tensor]]:
@@ -122,11 +124,9 @@ def load_tokenizer(folder: Path) -> Tokenizer:
 
 
 def check_vocab_size(source: Path, config: ModelConfig, tokenizer: Tokenizer) -> None:
-    """The embedding may be padded to a multiple of 8, 64, 128 or 256 beyond the vocabulary, not more."""
-    size = len(tokenizer)
-    allowed = {-(-size // multiple) * multiple for multiple in (1, 8, 64, 128, 256)}
-    if config.vocab_size not in allowed:
-        raise InputError(f"{source}: {tokenizer.vocabulary.FILE} has {size} pieces, the model "
+    """The embedding may have more rows than the vocabulary has tokens: rows are added for speed, or for later."""
+    if config.vocab_size < len(tokenizer):
+        raise InputError(f"{source}: {tokenizer.vocabulary.FILE} has {len(tokenizer)} pieces, the model only "
                          f"{config.vocab_size}; they do not belong together")
 
 
@@ -139,8 +139,8 @@ def model_hash(folder: Path, which: str = "hash") -> str:
         raise InputError(f"there is no model folder {folder}; the models of a run are in M0, SFT, M1, ...")
     meta = read_json(folder / "meta.json", "model description")
     if not isinstance(meta, dict) or which not in meta:
-        raise InputError(f"{folder}/meta.json does not contain {which!r}; remove it to have the model made "
-                         "again")
+        raise InputError(f"{folder}/meta.json does not contain {which!r}; restore it from a copy, or make the "
+                         "model again in another folder")
     return meta[which]
 
 

@@ -12,6 +12,7 @@ from tiny import (
     as_folder,
     assert_same_logits,
     byte_level_json,
+    change,
     random_llama,
     tiny_model,
     tiny_tokenizer,
@@ -20,7 +21,7 @@ from tiny import (
 from minisr.interop import hf
 from minisr.interop.chat_templates import chat_template
 from minisr.interop.names import config_from_hf
-from minisr.interop.source import load_source
+from minisr.interop.source import load_source, source_digest
 from minisr.interop.tokenizer_json import TokenizerJSON
 from minisr.model import rope_frequencies
 from minisr.runner.checkpoint import load_model, tokenizer_files
@@ -77,6 +78,164 @@ def test_weights_in_an_older_format_are_the_same(form, variant, tmp_path):
     form(as_folder(llama, tmp_path))
     assert not list(tmp_path.glob("*.safetensors"))
     assert_same_logits(load_source(str(tmp_path))[0], llama, length=32)
+
+
+def loads_what_transformers_loads(folder, expected):
+    """Our logits are those of transformers, and transformers read the model that the test means."""
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    assert_same_logits(load_source(str(folder))[0], theirs, length=32)
+    ids = torch.arange(50)[None]
+    assert torch.equal(theirs(ids).logits, expected(ids).logits)
+
+
+def llamas(**shape):
+    """Two models of one shape with other weights: (old, new)."""
+    new = random_llama(**shape)
+    with torch.no_grad():
+        for weight in new.parameters():
+            weight.copy_(weight.flip(0))
+    return random_llama(**shape), new
+
+
+LAYOUTS = {}  # functions that save an old and a new model in one folder, so that transformers reads the new one
+
+
+def layout(save):
+    LAYOUTS[save.__name__] = save
+    return save
+
+
+@layout
+def a_stale_index_with_its_shards(folder, old, new):
+    as_folder(old, folder, max_shard_size="30KB")
+    safetensors.save_file(weights_of(new), folder / "model.safetensors", metadata={"format": "pt"})
+
+
+@layout
+def a_stale_index_without_its_shards(folder, old, new):
+    as_folder(new, folder)
+    index(folder / "model.safetensors.index.json", {"a": "model-1.safetensors"})
+
+
+@layout
+def an_older_bin(folder, old, new):
+    as_bin(as_folder(old, folder))
+    as_folder(new, folder)
+
+
+@layout
+def a_newer_bin(folder, old, new):
+    as_folder(new, folder)
+    torch.save(weights_of(old), folder / "pytorch_model.bin")
+
+
+@layout
+def a_bin_beside_shards(folder, old, new):
+    as_bin(as_folder(old, folder))
+    as_folder(new, folder, max_shard_size="30KB")
+
+
+@layout
+def a_stale_index_of_bins(folder, old, new):
+    as_sharded_bin(as_folder(old, folder))
+    torch.save(weights_of(new), folder / "pytorch_model.bin")
+
+
+@layout
+def a_variant_and_metas_own_file(folder, old, new):
+    as_folder(new, folder)
+    for name in ("model.fp16.safetensors", "consolidated.safetensors"):
+        safetensors.save_file(weights_of(old), folder / name)
+
+
+@layout
+def a_shard_that_the_index_does_not_name(folder, old, new):
+    safetensors.save_file(weights_of(old), as_folder(new, folder) / "model-00002-of-00002.safetensors")
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
+    index(folder / "model.safetensors.index.json", {"a": "model-00001-of-00002.safetensors"})
+
+
+@layout
+def shards_in_a_subfolder_and_their_names_beside_it(folder, old, new):
+    as_folder(old, folder)
+    (folder / "model.safetensors").rename(folder / "part.safetensors")
+    (folder / "new").mkdir()
+    safetensors.save_file(weights_of(new), folder / "new/part.safetensors", metadata={"format": "pt"})
+    index(folder / "model.safetensors.index.json", {"a": "new/part.safetensors"})
+
+
+@layout
+def a_weight_in_another_shard_than_the_index_says(folder, old, new):
+    shards = as_folder(new, folder, max_shard_size="30KB") / "model.safetensors.index.json"
+    where = json.loads(shards.read_text())["weight_map"]
+    index(shards, dict(zip(where, reversed(where.values()))))
+
+
+@layout
+def the_same_weight_in_two_shards(folder, old, new):
+    as_folder(new, folder, max_shard_size="30KB")
+    shard = next(path for path in folder.glob("model-*") if "model.norm.weight" not in safetensors.load_file(path))
+    norm = {"model.norm.weight": weights_of(new)["model.norm.weight"]}
+    safetensors.save_file({**safetensors.load_file(shard), **norm}, shard, metadata={"format": "pt"})
+    assert sum("model.norm.weight" in safetensors.load_file(path) for path in folder.glob("model-*")) == 2
+
+
+def weights_of(llama):
+    return {name: weight.contiguous() for name, weight in llama.state_dict().items()}
+
+
+def index(path, weight_map):
+    path.write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+
+@pytest.mark.parametrize("save", LAYOUTS.values(), ids=LAYOUTS)
+def test_of_several_files_of_weights_those_are_read_that_transformers_reads(save, tmp_path):
+    old, new = llamas()
+    save(tmp_path, old, new)
+    loads_what_transformers_loads(tmp_path, expected=new)
+
+
+def test_the_digest_of_a_folder_is_that_of_the_files_that_are_read(tmp_path):
+    old, new = llamas()
+    an_older_bin(tmp_path, old, new)
+    digest = source_digest(str(tmp_path))
+    torch.save(weights_of(new), tmp_path / "pytorch_model.bin")
+    assert source_digest(str(tmp_path)) == digest
+    safetensors.save_file(weights_of(old), tmp_path / "model.safetensors")
+    assert source_digest(str(tmp_path)) != digest
+
+
+@pytest.mark.parametrize("form", [None, as_bin], ids=["safetensors", "bin"])
+def test_a_head_that_differs_from_the_embedding_is_read_although_the_config_ties_them(form, tmp_path):
+    llama = random_llama()
+    change(as_folder(llama, tmp_path) / "config.json", tie_word_embeddings=True)
+    if form:
+        form(tmp_path)
+    loads_what_transformers_loads(tmp_path, expected=llama)
+    model, _ = load_source(str(tmp_path))
+    assert not model.config.tie_embeddings
+    hf.export(model, tiny_tokenizer(), tmp_path / "exported")
+    loads_what_transformers_loads(tmp_path / "exported", expected=llama)
+
+
+def test_a_head_that_equals_the_embedding_stays_tied(tmp_path):
+    llama = random_llama(tie_word_embeddings=True)
+    as_folder(llama, tmp_path)
+    weights = {name: weight.clone() for name, weight in weights_of(llama).items()}
+    weights["lm_head.weight"] = weights["lm_head.weight"].double()  # of another type, with the same values
+    safetensors.save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    model, _ = load_source(str(tmp_path))
+    assert model.config.tie_embeddings and model.head.weight is model.embed.weight
+    assert_same_logits(model, llama, length=32)
+
+
+def test_a_tied_weight_may_be_stored_as_the_head_alone(tmp_path):
+    llama = random_llama(tie_word_embeddings=True)
+    weights = weights_of(llama)
+    as_folder(llama, tmp_path)
+    del weights["model.embed_tokens.weight"]
+    safetensors.save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    loads_what_transformers_loads(tmp_path, expected=llama)
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="tells what is mapped only on Linux")
@@ -208,11 +367,13 @@ def test_a_bfloat16_model_is_exported_in_bfloat16(tmp_path):
                for name, weight in again.state_dict().items())
 
 
-def test_an_embedding_padded_beyond_the_vocabulary_is_imported_and_exported(tmp_path):
-    llama = random_llama(vocab_size=512)
+# To multiples of 8, 64 and 128, of 512 and 1024 as in Qwen 2 and DeepSeek, of none, and to several times the size.
+@pytest.mark.parametrize("rows", [504, 512, 640, 1024, 501, 4096])
+def test_an_embedding_padded_beyond_the_vocabulary_is_imported_and_exported(rows, tmp_path):
+    llama = random_llama(vocab_size=rows)
     first = load_source(str(as_folder(llama, tmp_path / "theirs")))
     assert_same_logits(first[0], llama, length=32)
-    assert len(first[1]) == 500 and first[1].decode([511, *first[1].encode("fox"), 500]) == "fox"
+    assert len(first[1]) == 500 and first[1].decode([rows - 1, *first[1].encode("fox"), 500]) == "fox"
     hf.export(*first, tmp_path / "a")
     again = load_source(str(tmp_path / "a"))
     # tokenizer.model is read again, not the tokenizer.json derived from it.

@@ -169,7 +169,7 @@ def test_a_finished_run_with_a_damaged_or_missing_model_is_refused(copy):
         with pytest.raises(InputError, match=f"{name}/model.pt is not the file"):
             run_loop(Run(copy, load_config(copy / "config.toml")))
         path.unlink()
-        with pytest.raises(InputError, match=f"{name}/model.pt is missing; remove meta.json"):
+        with pytest.raises(InputError, match=f"{name}/model.pt is missing; restore it from a copy"):
             run_loop(Run(copy, load_config(copy / "config.toml")))
         path.write_bytes(content)
 

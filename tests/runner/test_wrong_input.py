@@ -5,6 +5,7 @@ import pickle
 import subprocess
 import sys
 from contextlib import redirect_stderr, redirect_stdout
+from random import Random
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from minisr.runner.config import RENAMED, load_config
 from minisr.runner.files import write_jsonl
 from minisr.runner.pretrain import train_tokenizer
 from minisr.runner.run import Run
+from minisr.worlds.tiny.corpus import document
 
 CONFIG = """threads = 1
 device = "cpu"
@@ -131,14 +133,14 @@ def set_of_a_key_in_a_key(at):
     return run(at, "seed.x=1")
 
 
-@case("model.pt", "truncated or changed", "remove meta.json")
+@case("model.pt", "truncated or changed", "restore it from a copy")
 def truncated_weights(at):
     content = (at / "M0/model.pt").read_bytes()
     (at / "M0/model.pt").write_bytes(content[:-100])
     return run(at)
 
 
-@case("model.pt", "truncated or changed", "remove meta.json")
+@case("model.pt", "truncated or changed", "restore it from a copy")
 def weights_with_a_flipped_byte(at):
     content = bytearray((at / "M0/model.pt").read_bytes())
     content[len(content) // 2] ^= 1
@@ -177,6 +179,26 @@ def weights_of_another_shape_than_their_config(at):
     return stored(at, buffer.getvalue())
 
 
+def with_weight(at, name, value):
+    content = torch.load(at / "M0/model.pt")
+    content["weights"][name][-1] = value
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    stored(at, buffer.getvalue())
+
+
+@case("M0/model.pt", "the weight blocks.1.feed_forward.down_proj.weight contains NaN")
+def weights_with_a_nan(at):
+    with_weight(at, "blocks.1.feed_forward.down_proj.weight", float("nan"))
+    return chat(at)
+
+
+@case("M0/model.pt", "the weight norm.weight contains NaN or infinity")
+def weights_with_an_infinity(at):
+    with_weight(at, "norm.weight", float("-inf"))
+    return run(at)
+
+
 @case("M0", "is not a minisr model")
 def weights_that_are_something_else(at):
     buffer = io.BytesIO()
@@ -210,11 +232,12 @@ def broken_hashes(at):
     return run(at)
 
 
-@case("tokenizer.model has 310 pieces", "the model 500", "do not belong together")
+@case("tokenizer.model has 510 pieces", "the model only 500", "do not belong together")
 def tokenizer_of_another_size(at):
     unsealed(at)
-    other = train_tokenizer(["Once there was a fox. It felt sad. The end."] * 9, 310, chat_template("tiny"))
-    assert len(other) != len(tiny_tokenizer())
+    rng = Random(0)
+    other = train_tokenizer([document(rng) for _ in range(300)], 510, chat_template("tiny"))
+    assert len(other) > len(tiny_tokenizer())
     (at / "M0/tokenizer.model").write_bytes(other.vocabulary.content)
     return chat(at)
 
