@@ -32,6 +32,7 @@ HF_CONFIG = {
     "max_position_embeddings": "max_seq_len", "rms_norm_eps": "norm_eps",
 }
 MODEL_TYPES = ("llama", "mistral")
+MISTRAL_DEFAULTS = {"num_key_value_heads": 8, "sliding_window": 4096}  # of keys that a config.json omits
 ROPE_TYPES = ("default", "linear", "llama3")
 
 
@@ -88,6 +89,8 @@ def weights_to_hf(config: ModelConfig, weights: dict[str, Tensor]) -> dict[str, 
 
 def config_from_hf(hf_config: dict, where) -> ModelConfig:
     """The contents of a config.json as a ModelConfig. InputError names the first unsupported feature."""
+    if hf_config.get("model_type") == "mistral":
+        hf_config = MISTRAL_DEFAULTS | hf_config
     if feature := unsupported_feature(hf_config):
         raise InputError(f"{where}: minisr does not support {feature}; it reads Llama-like decoders "
                          f"(model_type {' or '.join(MODEL_TYPES)}) without it")
@@ -101,26 +104,30 @@ def config_from_hf(hf_config: dict, where) -> ModelConfig:
     values.setdefault("n_kv_heads", values["n_heads"])
     try:
         return model_config(**values, head_dim=hf_config.get("head_dim") or 0,
-                            rope_theta=float(rope["rope_theta"]), rope_scaling=rope_scaling(rope),
-                            tie_embeddings=bool(hf_config.get("tie_word_embeddings", False)))
-    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
-        raise InputError(f"{where}: {type(error).__name__}: {error}") from error
+                            rope_theta=rope["rope_theta"], rope_scaling=rope_scaling(rope),
+                            tie_embeddings=hf_config.get("tie_word_embeddings") or False)
+    except KeyError as error:
+        raise InputError(f"{where}: the RoPE parameter {error} is missing") from error
+    except (TypeError, ValueError, ZeroDivisionError) as error:
+        raise InputError(f"{where}: {error}") from error
 
 
 def unsupported_feature(hf_config: dict) -> str | None:
     """The first feature in a config.json that changes what the model computes and minisr lacks, or None."""
     get, rope = hf_config.get, rope_parameters(hf_config)
-    window, max_seq_len = get("sliding_window"), get("max_position_embeddings", 0)
-    partial_rope = (get("partial_rotary_factor", 1), rope.get("partial_rotary_factor", 1)) != (1, 1)
+    window, max_seq_len = get("sliding_window"), get("max_position_embeddings") or 0
     features = {
         f"model_type {get('model_type')!r}": get("model_type") not in MODEL_TYPES,
         "attention bias": get("attention_bias") or get("qkv_bias"),
         "a bias in the feed-forward": get("mlp_bias"),
         f"activation {get('hidden_act')!r}": get("hidden_act", "silu") not in ("silu", "swish"),
-        f"a sliding window ({window}) shorter than the context": window and window < max_seq_len,
+        f"a sliding window ({window}) shorter than the context": window is not None and window < max_seq_len,
+        "attention to later tokens (is_causal = false)": get("is_causal") is False,
         "a mixture of experts": get("num_local_experts") or get("num_experts"),
+        "layers of different shapes (per_layer_config)": get("per_layer_config"),
         "quantized weights": get("quantization_config"),
-        "partial rotary embedding": partial_rope,
+        "RoPE parameters of each type of layer": any(isinstance(value, dict) for value in rope.values()),
+        "partial rotary embedding": rope["partial_rotary_factor"] not in (None, 1),
         "weights in another file (transformers_weights)": get("transformers_weights"),
         f"RoPE scaling {rope['rope_type']!r}": rope["rope_type"] not in ROPE_TYPES,
     }
@@ -128,11 +135,17 @@ def unsupported_feature(hf_config: dict) -> str | None:
 
 
 def rope_parameters(hf_config: dict) -> dict:
-    """The RoPE parameters, from the keys that this or an older version of transformers uses."""
-    rope = dict(hf_config.get("rope_parameters") or hf_config.get("rope_scaling") or {})
-    if rope.get("rope_theta") is None:
-        rope["rope_theta"] = hf_config.get("rope_theta") or 10000.0
+    """The RoPE parameters, which versions of transformers keep under different keys, in its order of precedence."""
+    get = hf_config.get
+    rope = dict(get("rope_scaling") or get("rope_parameters") or {})
     rope["rope_type"] = rope.get("rope_type") or rope.get("type") or "default"
+    if rope.get("rope_theta") is None:
+        rope["rope_theta"] = 10000.0 if get("rope_theta") is None else get("rope_theta")
+    if rope.get("partial_rotary_factor") is None:
+        rope["partial_rotary_factor"] = get("partial_rotary_factor")
+    rope.setdefault("original_max_position_embeddings", get("max_position_embeddings"))
+    if "original_max_position_embeddings" in hf_config:
+        rope["original_max_position_embeddings"] = get("original_max_position_embeddings")
     return rope
 
 

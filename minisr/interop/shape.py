@@ -27,9 +27,17 @@ def model_config(**values) -> ModelConfig:
         raise ValueError("dim must be an even multiple of n_heads, and n_heads a multiple of n_kv_heads")
     if head_dim % 2:
         raise ValueError("head_dim must be even")
-    if len(values["rope_scaling"]) not in (0, 1, 4) or 0 in values["rope_scaling"]:
-        raise ValueError("rope_scaling must have 0, 1 or 4 numbers, none of them 0")
+    check_rope(values.get("rope_theta", ModelConfig.rope_theta), values["rope_scaling"])
     return ModelConfig(**values)
+
+
+def check_rope(theta: float, scaling: tuple[float, ...]) -> None:
+    if theta == 0 or len(scaling) not in (0, 1, 4) or not all(0 < number < math.inf for number in scaling):
+        raise ValueError(f"rope_theta and the numbers of rope_scaling, which are 0, 1 or 4, must be greater than 0 and "
+                         f"finite, not {theta} and {scaling}")
+    if len(scaling) == 4 and scaling[1] >= scaling[2]:
+        raise ValueError(f"in Llama 3's RoPE scaling, low_freq_factor ({scaling[1]}) must be less than "
+                         f"high_freq_factor ({scaling[2]})")
 
 
 def check_value(field, value) -> None:
@@ -39,6 +47,8 @@ def check_value(field, value) -> None:
             raise ValueError(f"{field.name} must be a whole number of at least {smallest}, not {value!r}")
         if value > MAX_SIZE:
             raise ValueError(f"{field.name} is {value}; the largest possible value is {MAX_SIZE}")
+    if field.type is bool and type(value) is not bool:
+        raise ValueError(f"{field.name} must be true or false, not {value!r}")
     if field.type is float and not (type(value) in (int, float) and 0 <= value < math.inf):
         raise ValueError(f"{field.name} must be a number of at least 0, not {value!r}")
 

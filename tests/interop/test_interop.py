@@ -275,6 +275,55 @@ def test_omitted_config_keys_have_transformers_defaults(tmp_path):
     assert_same_logits(load_source(str(tmp_path))[0], llama, length=32)
 
 
+# Changes of a config.json, None for no such key, and the shape of the model beneath it.
+SCALED = {"type": "linear", "factor": 4.0}
+NO_ORIGINAL = {key: value for key, value in LLAMA3.items() if key != "original_max_position_embeddings"}
+CONFIGS = {
+    "rope_scaling before rope_parameters": dict(rope_parameters={"rope_theta": 300.0}, rope_scaling=SCALED),
+    "an empty rope_scaling": dict(rope_scaling={}, rope_parameters={"rope_theta": 300.0}),
+    "theta inside before theta outside": dict(rope_parameters={"rope_theta": 300.0}, rope_theta=5000.0),
+    "theta inside rope_scaling": dict(rope_scaling={**SCALED, "rope_theta": 300.0}, rope_theta=5000.0),
+    "theta outside alone": dict(rope_parameters={"rope_type": "linear", "factor": 4.0}, rope_theta=300.0),
+    "whole theta": dict(rope_parameters=None, rope_theta=500000),
+    "rope_type before type": dict(rope_scaling={**SCALED, "rope_type": "default"}),
+    "a factor without a type": dict(rope_scaling={"factor": 4.0}),
+    "no original context": dict(rope_parameters=NO_ORIGINAL),
+    "the original context outside": dict(rope_parameters=LLAMA3, original_max_position_embeddings=32),
+    "the whole rotates": dict(rope_parameters={"rope_type": "default", "partial_rotary_factor": 1.0},
+                              partial_rotary_factor=0.5),
+    "other dtypes": dict(dtype="float16", torch_dtype="bfloat16"),
+    "torch_dtype": dict(dtype=None, torch_dtype="float32"), "no dtype": dict(dtype=None),
+    "no architectures": dict(architectures=None), "other architectures": dict(architectures=["OtherForCausalLM"]),
+    "no biases": dict(attention_bias=None, mlp_bias=None), "no head_dim": dict(head_dim=None),
+    "no tie_word_embeddings": dict(tie_word_embeddings=None),
+}
+MISTRALS = {
+    "no kv heads: 8": dict(num_key_value_heads=None), "no window: 4096": dict(sliding_window=None),
+    "a window as long as the context": dict(sliding_window=512),
+}
+
+
+def changed_config(folder, changes):
+    config = {**json.loads((folder / "config.json").read_text()), **changes}
+    config = {key: value for key, value in config.items() if value is not None}
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize("changes", CONFIGS.values(), ids=CONFIGS)
+def test_a_config_is_read_as_transformers_reads_it(changes, tmp_path):
+    changed_config(as_folder(random_llama(), tmp_path), changes)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    assert_same_logits(load_source(str(tmp_path))[0], theirs)
+
+
+@pytest.mark.parametrize("changes", MISTRALS.values(), ids=MISTRALS)
+def test_omitted_keys_of_a_mistral_have_mistrals_defaults(changes, tmp_path):
+    llama = random_llama("Mistral", num_attention_heads=16, num_key_value_heads=8, head_dim=4, sliding_window=None)
+    changed_config(as_folder(llama, tmp_path), changes)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    assert_same_logits(load_source(str(tmp_path))[0], theirs)
+
+
 def test_bfloat16_weights_are_read_without_rounding(tmp_path):
     random_llama().bfloat16().save_pretrained(as_folder(random_llama(), tmp_path))
     assert safetensors.load_file(tmp_path / "model.safetensors")["lm_head.weight"].dtype == torch.bfloat16

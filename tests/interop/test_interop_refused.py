@@ -1,4 +1,5 @@
 import json
+import math
 import pickle
 import shutil
 from random import Random
@@ -41,6 +42,10 @@ REFUSED = [
     (dict(model_type="mixtral"), "model_type 'mixtral'"), (dict(model_type=None), "model_type None"),
     (dict(attention_bias=True), "attention bias"), (dict(mlp_bias=True), "bias in the feed-forward"),
     (dict(hidden_act="gelu"), "activation 'gelu'"), (dict(sliding_window=64), "sliding window (64)"),
+    (dict(sliding_window=0), "sliding window (0)"), (dict(is_causal=False), "is_causal"),
+    (dict(model_type="mistral", max_position_embeddings=8192), "sliding window (4096)"),
+    (dict(per_layer_config={"1": {"intermediate_size": 8}}), "per_layer_config"),
+    (dict(rope_parameters={"full_attention": {"rope_theta": 300.0}}), "RoPE parameters of each type of layer"),
     (dict(num_local_experts=8), "mixture of experts"),
     (dict(quantization_config={"quant_method": "gptq", "bits": 4}), "quantized weights"),
     (dict(partial_rotary_factor=0.5), "partial rotary"),
@@ -61,7 +66,9 @@ def test_an_unsupported_feature_is_rejected_by_its_name(changes, named, folder):
 
 def test_features_that_change_no_result_are_accepted(folder):
     change(folder / "config.json", sliding_window=96, partial_rotary_factor=1.0, num_local_experts=0,
-           quantization_config=None, attention_bias=False, hidden_act="swish", rope_scaling=None)
+           quantization_config=None, attention_bias=False, hidden_act="swish", rope_scaling=None, is_causal=True,
+           per_layer_config=None, transformers_weights=None)
+    change(folder / "config.json", partial_rotary_factor=None)
     load_source(str(folder))
 
 
@@ -72,13 +79,21 @@ NO_NUMBERS = [(name, value) for name in NEEDED for value in ("x\n", 2.5, None, [
 NO_NUMBERS += [("num_key_value_heads", "2"), ("head_dim", "8"), ("sliding_window", "64"),
                ("rope_scaling", "linear"), ("rope_scaling", 2.0), ("rope_scaling", {"rope_type": "linear"}),
                ("rope_scaling", {"rope_type": "llama3", "factor": 8.0}),
-               ("rope_scaling", {"rope_type": "linear", "factor": 0})]
+               ("rope_scaling", {"rope_type": "linear", "factor": 0}),
+               ("rope_scaling", {"rope_type": "linear", "factor": -2}),
+               ("rope_scaling", {"rope_type": "linear", "factor": math.nan}),
+               ("rope_scaling", {"rope_type": "linear", "factor": math.inf}),
+               ("rope_scaling", {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 4.0,
+                                 "high_freq_factor": 4.0}),
+               ("rope_theta", "10000"), ("rope_theta", -1.0), ("rope_theta", 0), ("rope_theta", math.nan),
+               ("rope_theta", [10000.0]),
+               ("tie_word_embeddings", "false"), ("tie_word_embeddings", 1)]
 
 
 @pytest.mark.parametrize("name, value", NO_NUMBERS)
 def test_a_config_of_another_type_than_it_must_be_is_rejected(name, value, folder):
     change(folder / "config.json", **{name: value})
-    refused(folder)
+    refused(folder, "config.json" if name.startswith(("rope", "tie")) and value not in ("linear", 2.0) else "")
 
 
 @pytest.mark.parametrize("name", NEEDED)
