@@ -18,6 +18,7 @@ from minisr.runner.files import write_jsonl
 from minisr.runner.journal import Journal, TrainingState
 from minisr.runner.lora import LoRAConfig, LoRATraining
 from minisr.runner.muon import make_muon
+from minisr.runner.resumable import deciding_values
 from minisr.runner.stop import Stop
 from minisr.sampler import Completion
 
@@ -68,7 +69,7 @@ class RunLM:
         if work.training_folder is None:
             return super().fit(batches, loss_fn, config)
         optimizer = self.prepare_training(config)
-        state = TrainingState(work.training_folder, work.training_made_from, batches, config)
+        state = TrainingState(work.training_folder, work.training_made_from, batches, deciding_values(config))
         log = state.restore(self.model, optimizer)
         bar = tqdm(batches, work.title, leave=False, initial=len(log), disable=None)
         for step in range(len(log), len(batches)):

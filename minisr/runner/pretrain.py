@@ -24,6 +24,7 @@ from minisr.runner.checkpoint import digest, save_model
 from minisr.runner.config import PretrainConfig, to_toml
 from minisr.runner.engine import Workspace, run_lm_class
 from minisr.runner.journal import TrainingState
+from minisr.runner.resumable import deciding_values
 from minisr.runner.storage import folder_lock
 from minisr.sft import Example, mean_target_losses
 from minisr.tokenizer import SentencePiece, Tokenizer
@@ -44,7 +45,7 @@ def pretrain(config: PretrainConfig, folder: Path) -> None:
     with folder_lock(folder):
         if (folder / "meta.json").exists():
             raise InputError(f"{folder} already holds a model; choose another folder with --out")
-        lm.workspace = Workspace("pretrain", training_folder=folder, training_made_from=(to_toml(config),))
+        lm.workspace = Workspace("pretrain", training_folder=folder, training_made_from=(deciding_values(config),))
         train(lm, documents, config)
         save_model(folder, model, tokenizer, {
             "made_by": "pretrain", "seed": config.seed, "torch": torch.__version__,

@@ -16,6 +16,7 @@ from minisr.runner.config import Config, differences, load_config, to_toml
 from minisr.runner.engine import Workspace, run_lm_class
 from minisr.runner.files import jsonl_bytes, read_jsonl, read_text, write_bytes
 from minisr.runner.journal import Journal
+from minisr.runner.resumable import deciding_values, dtype_name, record_changes
 from minisr.runner.storage import folder_lock, verify_checksum, write_with_checksum
 
 WORLD_TEMPLATE = Path(__file__).parents[1] / "worlds" / "tiny" / "judge.txt"
@@ -28,11 +29,11 @@ class Run:
 
     def __init__(self, folder: Path, config: Config):
         self.folder, self.config = Path(folder), config
-        self.workspace = Workspace()
+        self.workspace, self._seed_model = Workspace(), None
         torch.set_num_threads(config.threads)
         check_consistency(config)
         self.device = "cuda" if uses_gpu(config) else "cpu"
-        self.dtype = choose_dtype(config, self.device)
+        self.dtype = choose_dtype(config)
         avoid_cudnn_attention()
         self.lm_class = run_lm_class(config.engine, config.lora)
         self.has_oracle = config.seed_data.source == "world"
@@ -46,14 +47,19 @@ class Run:
 
     @classmethod
     def open(cls, folder: Path, config: Config) -> "Run":
-        """A new run, or one to resume. To resume, the config must be the same, except for more iterations."""
+        """A new run, or one to resume, for which all that decides its results must be the same; see resumable.py."""
         run, stored = cls(folder, config), Path(folder) / "config.toml"
-        if stored.exists():
-            check_resumable(load_config(stored), config, folder)
+        old = load_config(stored) if stored.exists() else None
+        if old:
+            check_resumable(old, config, folder)
+        else:
+            check_new(run.folder)
         if not (run.folder / "M0").exists():  # report errors in these before anything is written
             run.load_seed_model()
             seed_data.build_seed_data(config.seed_data, config.seed)
         with folder_lock(run.folder):
+            if old and (changes := differences(asdict(replace(old, iterations=config.iterations)), asdict(config))):
+                record_changes(run.folder, changes)
             write_bytes(stored, to_toml(config).encode())
             write_with_checksum(run.folder / "judge.txt", f"{run.judge_template}\n".encode())
         return run
@@ -65,8 +71,6 @@ class Run:
             self._seed_model = load_source(source, self.device, self.config.chat)
         return self._seed_model
 
-    _seed_model = None
-
     def load_lm(self, name: str) -> LM:
         """The model of this name, in the run's engine and dtype."""
         model, tokenizer = load_model(self.folder / name, self.device, self.dtype)
@@ -76,9 +80,14 @@ class Run:
 
     @cached_property
     def fingerprint(self) -> str:
-        """The hash of all that decides the results of every model: config, judge prompt, versions."""
-        config = to_toml(replace(self.config, iterations=0))
+        """The hash of all that decides the results of every model: values of the config, judge prompt, versions."""
+        config = deciding_values(replace(self.config, iterations=0))
         return digest(f"{config}{self.judge_template}{__version__}{torch.__version__}".encode())
+
+    @property
+    def batch_rows(self) -> tuple[int, int, int]:
+        """What decides the batches in journals beside the fingerprint."""
+        return self.config.responses.rows, self.config.judge.rows, self.config.evaluate.rows
 
     def seed(self, *path) -> int:
         """The random seed of one purpose in this run."""
@@ -132,7 +141,7 @@ class Run:
         if by == "annotator":
             return seed_data.eft_by_annotator(ranked, self.judge_template, self.config.seed_data.reasons)
         baseline = self.folder / "SFT"
-        journal = Journal(baseline / "eft.journal", model_hash(baseline), self.fingerprint, ranked)
+        journal = Journal(baseline / "eft.journal", model_hash(baseline), self.fingerprint, self.batch_rows, ranked)
         with self.workspace.step(title="EFT by the SFT baseline", journal=journal):
             records = seed_data.eft_by_baseline(self.load_lm("SFT"), ranked, self.judge_template, self.config.judge,
                                                 self.seed("EFT"))
@@ -174,11 +183,9 @@ def avoid_cudnn_attention() -> None:
         torch.backends.cuda.enable_cudnn_sdp(False)
 
 
-def choose_dtype(config: Config, device: str) -> torch.dtype:
+def choose_dtype(config: Config) -> torch.dtype:
     """bfloat16 needs float32 master weights, which the fast engine has for AdamW."""
-    name = config.dtype
-    if name == "auto":
-        name = "bfloat16" if device == "cuda" and config.engine == "fast" else "float32"
+    name = dtype_name(config)
     if name == "bfloat16" and config.engine == "plain":
         raise InputError('dtype = "bfloat16" needs engine = "fast"')
     if name == "bfloat16" and "muon" in (config.sft.optimizer, config.dpo.optimizer):
@@ -186,8 +193,19 @@ def choose_dtype(config: Config, device: str) -> torch.dtype:
     return getattr(torch, name)
 
 
+def check_new(folder: Path) -> None:
+    """Raise InputError if a folder holds anything but hidden files and what an interrupted start has left."""
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"{folder} is a file; choose a folder with --out")
+    others = [path.name for path in folder.glob("[!.]*") if path.name != "config.toml.part"]
+    if others:
+        raise InputError(f"{folder} is no run (it holds {min(others)} and no config.toml); choose another folder with "
+                         "--out")
+
+
 def check_resumable(old: Config, new: Config, folder: Path) -> None:
-    changed = differences(asdict(replace(old, iterations=new.iterations)), asdict(new))
+    """Raise InputError if a value that decides results differs, except for more iterations."""
+    changed = differences(deciding_values(replace(old, iterations=new.iterations)), deciding_values(new))
     if new.iterations < old.iterations:
         changed.append(f"iterations: {old.iterations} -> {new.iterations}")
     if changed:

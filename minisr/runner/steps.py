@@ -66,7 +66,8 @@ class StoredModel(SelfRewardingModel):
 
     def journal(self, name: str, *inputs) -> Journal:
         """The finished batches of a step that depends on this model, the run's config and these inputs."""
-        return Journal(self.folder / f"{name}.journal", model_hash(self.folder), self.run.fingerprint, *inputs)
+        made_from = (self.run.fingerprint, self.run.batch_rows, *inputs)
+        return Journal(self.folder / f"{name}.journal", model_hash(self.folder), *made_from)
 
     @contextmanager
     def clock(self, name: str):

@@ -279,6 +279,7 @@ FAULTS = {
          "            optimizer.zero_grad()\n            self.model.zero_grad()\n",
          ""),
         ("dropout differs after a lack of memory", "            torch.set_rng_state(random)\n", ""),
+        ("another micro-batch loses the state", "batches, deciding_values(config))", "batches, config)"),
         ("a halved batch loses a prompt", "compute_within_memory(compute, batch[middle:])",
          "compute_within_memory(compute, batch[middle + 1:])")],
     ("runner/journal", "resume"): [
@@ -288,14 +289,28 @@ FAULTS = {
         ("another training's state is used", 'found["made_from"] != self.fingerprint or ', ""),
         ("a damaged state is used", ' or file_digest(path) != found["hash"]', ""),
         ("another journal's batches are used", "digest(self.fingerprint + content)", "digest(content)")],
+    ("runner/resumable", "resumable"): [
+        ("any key may change", "return name in FREE or name", "return True or name"),
+        ("rows of prompts may change", "not isinstance(section, PromptConfig)", "True"),
+        ("no rows may change", "not isinstance(section, PromptConfig)", "False"),
+        ("dropout is overlooked", 'getattr(part, "dropout", 0)', "False"),
+        ("another precision is overlooked", 'values["dtype"] = dtype_name(config)', "pass"),
+        ("earlier changes are forgotten", "[*records, {", "[{")],
+    ("runner/run", "resumable"): [
+        ("changes are not recorded", "if old and (changes", "if not old and (changes"),
+        ("fewer iterations are accepted", "if new.iterations < old.iterations:", "if False:"),
+        ("other threads lose the journal", "deciding_values(replace(self.config, iterations=0))",
+         "to_toml(replace(self.config, iterations=0))")],
+    ("runner/steps", "resumable"): [
+        ("a journal is used for other batches", "self.run.batch_rows, *inputs)", "*inputs)")],
     ("runner/storage", "resume"): [
         ("a checksum is not compared", "recorded is not None and recorded != file_digest(path)", "False")],
     ("runner/steps", "keep"): [
         ("a finished step is taken again", "if not (path.exists() and counts_path.exists()):", "if True:"),
         ("a finished training is repeated", 'if (trained.folder / "meta.json").exists():', "if False:"),
-        ("a journal is used for other inputs", "self.run.fingerprint, *inputs)", "self.run.fingerprint)"),
+        ("a journal is used for other inputs", "self.run.batch_rows, *inputs)", "self.run.batch_rows)"),
         ("a journal is used for other weights",
-         'f"{name}.journal", model_hash(self.folder), self', 'f"{name}.journal", self'),
+         'f"{name}.journal", model_hash(self.folder), *', 'f"{name}.journal", *'),
         ("a finished step's journal stays", '(model.folder / f"{name}.journal").unlink(missing_ok=True)', "pass")],
     ("runner/steps", "loop"): [
         ("every model is M0", "self._lm = self.run.load_lm(self.name)", 'self._lm = self.run.load_lm("M0")')],

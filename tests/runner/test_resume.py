@@ -203,6 +203,16 @@ def test_the_state_of_another_training_is_not_used(tmp_path):
     assert done == 4
 
 
+def test_a_training_goes_on_with_another_engine_and_micro_batch(tmp_path):
+    whole, steps = trained(tmp_path / "whole", "SFT", TrainConfig(batch_size=3), lm=run_lm("plain"))
+    trained(tmp_path / "a", "SFT", TrainConfig(batch_size=3), stop_at=2, lm=run_lm("plain"))
+    config = TrainConfig(batch_size=3, micro_batch=2, save_every=1)
+    lm, rest = trained(tmp_path / "a", "SFT", config, lm=run_lm("fast"))
+    assert rest == steps - 2
+    for a, b in zip(lm.model.parameters(), whole.model.parameters()):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
 def test_outside_of_a_run_nothing_is_stored(engine, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     expected, _ = trained(tmp_path / "run", "SFT", TrainConfig(batch_size=3), lm=run_lm(engine))

@@ -100,7 +100,8 @@ COMMANDS = {  # what is wrong: the command, and texts that the one line must con
     "no seed model": (lambda at: run(at, f"seed_model={at}/no", out="new"), f"{os.sep}no", "no model folder"),
     "no judge prompt": (lambda at: [*chat(at), "--template", at / "no.txt"], "judge prompt", "no.txt"),
     # The tests may run as root, which ignores permissions: the folder is a file, or would be in one.
-    "file as folder": (lambda at: run(at, out="run.toml"), "cannot write", "choose another folder"),
+    "file as folder": (lambda at: run(at, out="run.toml"), "run.toml is a file", "choose a folder with --out"),
+    "folder with other things": (lambda at: run(at, out="M0"), "M0 is no run", "chat.txt", "no config.toml", "--out"),
     "folder in a file": (lambda at: run(at, out="run.toml/new"), "cannot write", "run.toml/new"),
     "long question": (lambda at: chat(at, "Write a story. " * 40), "tokens; the model needs 1 to 95"),
     "question with half a character": (lambda at: chat(at, "News\ud800?"), "question: half a character"),

@@ -1,0 +1,136 @@
+"""A run goes on with another value of a key that changes no result, or only its last bit, and with no other change."""
+
+from dataclasses import replace
+
+import pytest
+from small_run import MODELS, files, jsonl, minisr, model_of, prompts_of
+
+from minisr import InputError
+from minisr.runner.config import Config, load_config
+from minisr.runner.journal import Journal
+from minisr.runner.run import Run, check_resumable
+from minisr.runner.steps import StoredModel, keep
+from minisr.runner.stop import Stop
+
+FREE = ("threads=3", "device=cpu", "engine=plain", "responses.rows=8", "judge.rows=8", "evaluate.rows=3",
+        "sft.micro_batch=2", "dpo.micro_batch=2", "sft.save_every=7", "dpo.save_every=7")
+DECIDING = ("seed=1", "dtype=float64", "prompts.rows=8", "responses.candidates=3", "sft.batch_size=4",
+            "dpo.dropout=0.1", "responses.max_new_tokens=9", "sft.optimizer=muon", "chat=tiny")
+NOT_WITH_DROPOUT = ("engine=plain", "sft.micro_batch=2", "device=cpu")
+
+
+@pytest.fixture(autouse=True)
+def not_stopped():
+    yield
+    Stop.requested = False
+
+
+@pytest.fixture
+def empty(tmp_path):
+    (tmp_path / "empty.toml").write_text("")
+
+    def config(*changes):
+        return load_config(tmp_path / "empty.toml", overrides=changes)
+    return config
+
+
+@pytest.mark.parametrize("change", FREE)
+def test_a_key_that_decides_no_result_may_change(change, empty):
+    assert empty(change) != empty()
+    check_resumable(empty(), empty(change), "run")
+
+
+def test_gradient_checkpointing_may_change(empty):
+    check_resumable(empty(), empty("sft.gradient_checkpointing=true", "dpo.gradient_checkpointing=true"), "run")
+
+
+@pytest.mark.parametrize("change", DECIDING)
+def test_a_key_that_decides_results_may_not_change(change, empty):
+    with pytest.raises(InputError, match=f"another config .*{change.partition('=')[0]}: "):
+        check_resumable(empty(), empty(change), "run")
+
+
+@pytest.mark.parametrize("change", NOT_WITH_DROPOUT)
+def test_what_decides_the_dropped_units_may_not_change_with_dropout(change, empty):
+    with pytest.raises(InputError, match=f"{change.partition('=')[0]}: "):
+        check_resumable(empty("sft.dropout=0.1"), empty("sft.dropout=0.1", change), "run")
+
+
+def test_another_device_may_not_change_the_dtype():
+    cpu, gpu = Config(device="cpu"), Config(device="cuda")  # the default dtype is bfloat16 on a GPU
+    with pytest.raises(InputError, match="dtype: 'float32' -> 'bfloat16'"):
+        check_resumable(cpu, gpu, "run")
+    check_resumable(cpu, replace(gpu, dtype="float32"), "run")
+    check_resumable(cpu, replace(gpu, engine="plain"), "run")  # which has no bfloat16
+
+
+def test_more_iterations_may_follow_and_not_fewer():
+    check_resumable(Config(iterations=1), Config(iterations=2), "run")
+    with pytest.raises(InputError, match="iterations: 2 -> 1"):
+        check_resumable(Config(iterations=2), Config(iterations=1), "run")
+
+
+def test_a_finished_run_takes_other_rows_and_threads_and_records_them(config, copy):
+    before = files(copy)
+    changes = [part for change in ("responses.rows=8", "threads=2") for part in ("--set", change)]
+    for _ in range(2):  # the second command changes nothing
+        code, _, err = minisr("run", config, "--out", copy, *changes)
+        assert (code, err) == (0, "")
+        after = files(copy)
+        assert {name for name in after if after[name] != before.get(name)} <= {
+            "config.toml", "config_changes.jsonl", "report.html"}
+        [record] = jsonl(copy / "config_changes.jsonl")
+        assert record["changes"] == ["responses.rows: 512 -> 8", "threads: 1 -> 2"]
+    results = [f"{name}/meta.json" for name in ("M0", *MODELS)] + ["M1/responses.jsonl", "SFT/answers.jsonl"]
+    assert set(results) < set(record["made_before"]) == {
+        name for name in before if name.count("/") == 1 and name.endswith((".jsonl", "meta.json"))}
+    assert load_config(copy / "config.toml").responses.rows == 8
+    minisr("run", config, "--out", copy)
+    assert [record["changes"] for record in jsonl(copy / "config_changes.jsonl")][1:] == [
+        ["responses.rows: 8 -> 512", "threads: 2 -> 1"]]
+
+
+def respond(folder, rows, monkeypatch, stop_after=None):
+    """M1's responses in batches of so many rows, and how many batches were computed."""
+    computed = []
+
+    def add(self, value, *key, add=Journal.add):
+        add(self, value, *key)
+        computed.append(key)
+        Stop.requested = len(computed) == stop_after
+    with monkeypatch.context() as patch:
+        patch.setattr(Journal, "add", add)
+        config = load_config(folder / "config.toml", overrides=(f"responses.rows={rows}",))
+        step = StoredModel(Run(folder, config), "M1").respond
+        try:
+            return keep(step, prompts_of(folder / "M1")), len(computed)
+        except KeyboardInterrupt:
+            Stop.requested = False
+            return None, len(computed)
+
+
+def test_batches_of_another_size_are_not_taken_from_a_journal(copy, monkeypatch):
+    path = copy / "M1/responses.jsonl"
+    path.unlink()
+    expected, count = respond(copy, 8, monkeypatch)
+    assert count == 4  # of two prompts with four responses
+    path.unlink()
+    assert respond(copy, 16, monkeypatch, stop_after=1) == (None, 1)
+    assert respond(copy, 8, monkeypatch, stop_after=3) == (None, 3)
+    assert respond(copy, 8, monkeypatch) == (expected, 1)
+
+
+def test_the_journal_of_another_engine_and_number_of_threads_is_used(copy):
+    config = load_config(copy / "config.toml")
+    others = [replace(config, threads=2), replace(config, engine="plain"), replace(config, device="auto")]
+    fingerprints = {StoredModel(Run(copy, c), "M1").journal("x").fingerprint for c in [config, *others]}
+    assert fingerprints == {model_of(copy, "M1").journal("x").fingerprint}
+
+
+
+def test_a_folder_with_what_an_interrupted_start_or_a_system_leaves_becomes_a_run(tmp_path, empty):
+    for name in (".lock", ".DS_Store", "config.toml.part"):
+        (tmp_path / "run").mkdir(exist_ok=True)
+        (tmp_path / "run" / name).write_text("")
+    Run.open(tmp_path / "run", empty())
+    assert (tmp_path / "run/config.toml").exists()
