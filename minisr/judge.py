@@ -13,17 +13,35 @@ from minisr.sampler import SamplingConfig
 
 MAX_SCORE = 5
 
-# Parsed: "Score: 4", "**Score:** 4/5", "score:4.5". Not parsed, because not a single number out of 5: "4-5", "4 to 5",
-# "4/10", "3+1", "4,5".
-OPENING = r"""(?: [^\S\n] | [*_`"'“”‘’<\[(] )*"""  # spaces and decoration before a number,
-CLOSING = r"""(?: [^\S\n] | [*_`"'“”‘’>\])] )*"""  # and after it
-SCORE = re.compile(rf"""
-    (?<![a-z0-9]) score [\s*_`"'“”‘’<\[(]* [:：]       # "Score:", also in bold, quotes or brackets,
-    [\s*_`"'“”‘’<\[(]* ( [+-]? [0-9]+ (?:\.[0-9]+)? )  # then a number
-    (?! [0-9.,]* [0-9] )                               # that does not continue: 4,5 or 1.2.3
-    (?! {CLOSING} (?: [-–—−+=×] | to | or ) {OPENING} [0-9] )              # is no range or sum: 4-5, 4 to 5, 3+1
-    (?! {CLOSING} (?: / | of | \(?out[ ]of ) {OPENING} (?! 5\b ) [0-9] )   # and is not out of anything but 5
-    """, re.IGNORECASE | re.VERBOSE)
+# The grammar of a score: what may stand around the number. A number in any other company is unparsed.
+#
+#   part    what it may be                                                 as in
+#   ------  -------------------------------------------------------------  ---------------------------------------------
+#   mark    "Score" and a colon at the start of a line, sentence or        Score:   Good. **Score:**   - Final score:
+#           clause, after the, my, final, total, overall or nothing, with  Score (0-5):   Score (out of 5):   Score/5:
+#           the scale or without; or the tag <score>                       "score":   <score>
+#   number  digits, or digits.digits, in decoration or not                 4   4.5   +3   **4**   [4]   <4>   “4”
+#   scale   out of 5; or points; or both; or nothing                       4/5   4 (out of 5)   4 points out of 5
+#   end     the end of the line, or the next mark; or a comment: text      4   4.   4</score>   "4"}
+#           after . , ; ! … – - or "because", without digits, % and the    4. Well done.   4 - fine   4, "reason": "ok"
+#           words in COMMENT
+#   below   a number on a line below its mark stands alone on that line,   Score:\n4
+#           and no line that begins with a number follows
+#   after   no line further down begins with "total", "sum", "maximum",    unparsed: Score: 1\nTotal: 2   Score: 4\n/10
+#           "scale", "out of" or "/" and has a digit
+#
+# Unparsed: 4-5   4 to 5   3 and 4   3+1   4,5   1e-1   5%   4/10   4 out of ten   4 (of 10)   4 (good)   4?   <5   4½
+# All repetitions are possessive (*+): a hostile text takes linear time.
+OPENING = r"""(?:[^\S\n]|[*_`"'“”‘’\[({#]|<(?=[^\s<>]{1,20}>))*+"""
+CLOSING = r"""(?:[^\S\n]|[*_`"'“”‘’>\])}]|</\w+>)*+"""
+MARK = rf"""(?:^|[.!?;:,…)\]>|。！？；：，–—]|(?<!\S)-){OPENING}(?:(?:the|my|final|total|overall)[^\S\n]+)*+
+    (?>(?<=<)score>|score{CLOSING}(?:[(\[]?(?:[01]\ ?(?:-|–|to)|out\ of|/)\ ?5[)\]]?{CLOSING})?+[:：])"""
+SCALE = rf"(?:{CLOSING}(?:points?|pts|(?:[/／]|\(?out\ of|of){OPENING}(?:5(?:\.0)?|five))(?!\w))*+"
+COMMENT = rf"""(?:[.,;!…–—]|(?<=\s)-(?=\s)|because\b)
+    (?:(?!{MARK}|\b(?:out\ of|scale|ten|hundred|percent|half)\b)[^\d\n%])*+"""
+SCORE = re.compile(rf"""(?imx){MARK}{OPENING}(?P<below>\n\s*+{OPENING})?+(?P<number>[+-]?[0-9]++(?:\.[0-9]++)?+)
+    {SCALE}{CLOSING}(?(below)[.!]?+{CLOSING}$(?!\s*+[-*•(]?\ ?\d)|(?:(?=$|{MARK})|{COMMENT}(?=$|{MARK})))""")
+OTHER_TOTAL = re.compile(r"(?im)^[^\w\n/／]*+(?:[/／]|(?:(?:the|in|on a) )?(?:total|sum|maximum|scale|out of)\b).*\d")
 
 
 @dataclass(frozen=True)
@@ -43,10 +61,10 @@ class Judgement:
 
 
 def parse_score(text: str) -> float | None:
-    """The last "Score: x" with 0 <= x <= 5 in a judge's own text, or None. Scores out of range are ignored."""
-    scores = [float(number) for number in SCORE.findall(text)]
-    valid = [score for score in scores if 0 <= score <= MAX_SCORE]
-    return valid[-1] if valid else None
+    """The last score from 0 to 5 that is marked in a judge's own text, or None: see the table above."""
+    scores = [match for match in SCORE.finditer(text) if 0 <= float(match["number"]) <= MAX_SCORE]
+    clear = scores and not OTHER_TOTAL.search(text, scores[-1].end())
+    return float(scores[-1]["number"]) if clear else None
 
 
 def judge_prompt(template: str, prompt: str, response: str) -> str:
@@ -94,9 +112,8 @@ def reward_records(y: list[dict], judgements: list[list[Judgement]]) -> list[dic
     judgements are recorded all the same."""
     records, remaining = [], iter(judgements)
     for record in y:
-        of_prompt = [next(remaining) for _ in record["responses"]]
-        rewards = [reward(js) if done else None for js, done in zip(of_prompt, record["finished"])]
-        records.append({"prompt": record["prompt"], "rewards": rewards,
-                        "scores": [[j.score for j in js] for js in of_prompt],
-                        "judgements": [[j.text for j in js] for js in of_prompt]})
+        judged = [next(remaining) for _ in record["responses"]]
+        rewards = [reward(js) if done else None for js, done in zip(judged, record["finished"])]
+        scores, texts = [[j.score for j in js] for js in judged], [[j.text for j in js] for js in judged]
+        records.append({"prompt": record["prompt"], "rewards": rewards, "scores": scores, "judgements": texts})
     return records

@@ -1,6 +1,7 @@
 """What counts as a score, that only the judge's own text is parsed, and what happens without a score."""
 
 import re
+import time
 
 import pytest
 from tiny import speaker, tiny_tokenizer
@@ -19,53 +20,43 @@ from minisr.lm import LM
 
 TEMPLATE = "Rate. {prompt} / {response}"
 
-PARSED = {
-    "Score: 4": 4, "Score: 4/5": 4, "Score: 4 / 5": 4, "**Score:** 4": 4, "**Score: 4**": 4, "score:4": 4,
-    "SCORE: 2": 2, "Score: 4.5": 4.5, "Score: 0": 0, "Score: 5": 5, "Score: 5.0": 5, "Score: +3": 3,
-    "Score: 3.": 3, "Score: 3 out of 5": 3, "“Score: 3”": 3, "Score: “3”": 3, "“Score”: 3": 3,
-    "\"Score\": '3'": 3, "Score：3": 3, "Score:\n4": 4, "Score: <4>": 4, "Score: [4]": 4, "`Score: 1`": 1,
-    "Score_: 1": 1, "Good.\nScore: 2\n": 2, "Score: 3 - well done": 3, "Score: 4 (of 3 things, all)": 4,
-    "Score: **4**/5": 4, "Score: [4]/[5]": 4, "Score: **3** - well done": 3, "Score: “4” out of “5”": 4,
-}
-UNPARSED = (
-    "", "\n", "   ", "A fine answer.", "4", "4/5", "Score", "Score: ", "Score 4", "Score = 4", "Scores: 4",
-    "underscore: 4", "Score: five", "Score: <total>", "Score: 10", "Score: 6", "Score: 5.01", "Score: -1",
-    "Score: −1", "Score: 4-5", "Score: 4 - 5", "Score: 4–5", "Score: 4/10", "Score: 4 / 10", "Score: 4/50",
-    "Score: 4 out of 10", "Score: 3+1", "Score: 3 + 1 = 4", "Score: 2×2", "Score: 4,5", "Score: 4.5.1",
-    "Score: 1,000", "Score: .5", "Score: **4**/10", "Score: `3` out of 10", "Score: **2** or 3",
-    "Score: **2** or **3**", "Score: [4] - [5]", "Score: “4” of “10”", "Score: (4)/(10)",
-)
-LAST_VALID = {
-    "Score: 2\nScore: 4": 4, "Score: 4 ... no, Score: 2": 2, "Score: 4\nScore: 9": 4,
-    "Score: 1 Score: 3 Score: -2": 3, "Score: 4/5, Score: 2/10": 4, "Score: 3\nScore: five": 3,
-    "Score: 7\nScore: 9": None,
-}
 
 
-@pytest.mark.parametrize("text", PARSED)
-def test_a_single_number_out_of_five_is_parsed(text):
-    assert parse_score(text) == PARSED[text]
+# What counts as a score is tabulated in tests/vectors/make.py (judge_parsing.json); test_vectors.py checks each row.
 
-
-@pytest.mark.parametrize("text", UNPARSED)
-def test_anything_but_a_single_number_out_of_five_is_unparsed(text):
-    assert parse_score(text) is None
-
-
-@pytest.mark.parametrize("text", LAST_VALID)
+@pytest.mark.parametrize("text", ["Score: 4 ... no, Score: 2", "Score: 9, Score: 2, Score: -2", "Score: 1\nScore: 2\n"])
 def test_the_last_valid_score_counts(text):
-    assert parse_score(text) == LAST_VALID[text]
+    assert parse_score(text) == 2
 
 
-@pytest.mark.parametrize("text", ["Score: 3\n- 2 things are missing", "Score: 3\n+ 1 thing too many"])
-def test_a_list_on_the_next_line_is_not_part_of_the_score(text):
-    assert parse_score(text) == 3
-
-
-@pytest.mark.parametrize("text", ["Score: 4−5", "Score: 4—5", "Score: 3 to 4", "Score: 3 or 4",
-                                  "Score: 3 of 10", "Score: 4 (out of 10)"])
-def test_a_range_or_another_scale_is_unparsed_however_spelled(text):
+@pytest.mark.parametrize("text", ["Score: 1 Score: 3 Score: -2", "Score: 4 Score: 2", "I say Score: 4"])
+def test_a_score_in_the_middle_of_a_clause_is_no_mark(text):
     assert parse_score(text) is None
+
+
+@pytest.mark.parametrize("text, score", [
+    ("Score: 0", 0), ("Score: 4. Well done.", 4), ("Score: 4, 3, 5", None), ("Score: 4. Out of ten.", None),
+    ("Score: 1\nTotal: 2", None), ("Total: 2\nScore: 1", 1), ("Score:\n1. On topic\n2. Complete", None)])
+def test_a_number_that_may_not_be_the_total_is_no_score(text, score):
+    assert parse_score(text) == score
+
+
+HOSTILE = ("Score: 4, ", "Score: 4. ", "Score:\n", "Score (", "Score (0-5", "Score: <", "Score: <a", "(", "*", "<", " ",
+           "\n", ".", ". the ", "- ", "</a>", "4", "/5", "points ", "ten ", "\n/ ", "Total ", "because ")
+
+
+@pytest.mark.parametrize("piece", HOSTILE)
+@pytest.mark.parametrize("before", ["", "Score", "Score: ", "Score:\n", "Score: 4", "Score: 4,"])
+def test_parsing_takes_linear_time(piece, before):
+    def seconds(repeats: int) -> float:
+        text, times = before + piece * repeats + "x9", []
+        for _ in range(3):
+            start = time.process_time()
+            parse_score(text)
+            times.append(time.process_time() - start)
+        return min(times)
+
+    assert seconds(16_000) < 250 * seconds(500) + 0.02  # 32 times the text; quadratic: 1,024 times the time
 
 
 def judged(judgement: str, responses: list[str], max_seq_len: int = 96, **config) -> list[list[Judgement]]:
@@ -106,7 +97,7 @@ def test_fields_spelled_in_a_prompt_or_response_stay_text():
 
 
 def test_a_judgement_that_is_cut_off_is_unparsed_though_it_has_a_score():
-    text = "Score:4 yes"
+    text = "Score:4, yes"
     needed = len(tiny_tokenizer().encode(text)) + 1  # with its end
     assert judged(text, ["A fox."], max_new_tokens=needed)[0][0].score == 4
     [[cut]] = judged(text, ["A fox."], max_new_tokens=needed - 1)

@@ -4,7 +4,6 @@ import dataclasses
 import itertools
 import math
 import re
-import string
 from collections import Counter
 from functools import cache
 
@@ -15,6 +14,7 @@ from generated import all_sequences, for_all, one_of, texts_with, tuples_of
 from hypothesis import assume
 from hypothesis import strategies as st
 from scipy import stats
+from score_by_hand import score_by_hand
 from tiny import ENGINES, bigram, byte_level_json, chain, tiny_model, tiny_tokenizer
 
 from minisr.evaluate import bootstrap_ci, correlation, judge_metrics, pair_signs, ranks, win_rates
@@ -30,104 +30,58 @@ from minisr.train import TrainConfig, make_batches
 
 # The judge's score line
 
-# What re.IGNORECASE takes for one of a-z, 0-9.
-ALNUM = set(string.ascii_letters + string.digits + "\u017f\u212a\u0130\u0131")
-DECORATION = "*_`\"'“”‘’<[("
-JUDGE_PIECES = ("Score", "score", "SCORE", "\u017fcore", "underscore", ":", "：", " ", "\n", "\t", "*", "_",
-                "“", "(", "-", "–", "+", "=", "×", "to", "OR", "of", "out of", "/", "5", "4", "10", ".", ",",
-                "٤", "４")
-NAMES = ("Score", "score", "SCORE", "\u017fcore", "scores", "underscore", "_Score", "4score", "éscore")
-COLONS = (":", "：", "=", "", "::", "** : “", "\n:\n\n", "”:[(<", "\u00a0*\t:\x1c", " -:", ": .", ":**")
-NUMBERS = ("0", "1", "5", "4.5", "5.0", "5.01", "6", "10", "+3", "-1", "-0", "3.", ".5", "4,5", "1,000",
+JUDGE_PIECES = ("Score", "score", "\u017fcore", "Score:", "Score: ", "<score>", "</score>", ":", "：", "1", "4", "5",
+                "10", "4.5", "-1", ".5", "/", "／", " out of ", "of", "(out of 5)", " points", "five", "\n", " ", "\t",
+                ".", ",", "!", "-", " - ", "–", "because", "the ", "final ", "total", "Total: 2", "maximum", "ten",
+                "half", "%", "(", "[", "<", ">", ")", "]", "*", "_", "“", "”", "{", "}", "#", "½", "٣", "good", "(0-5)",
+                "[1 to 5]")
+MARKS = ("Score", "score", "SCORE", "\u017fcore", "scores", "underscore", "_Score", "4score", "éscore", "- Score",
+         "The final score", "A score", "Good. Score", "Good Score", "Score (0-5)", "Score (0-10)", "Score/5",
+         "**Score**")
+COLONS = (":", "：", "=", "", "::", ": “", "\n:", ":\n\n", "”:[(<", "\u00a0*:\x1c", " -:", ": .", ":**", ":\n- ")
+NUMBERS = ("0", "1", "5", "4.5", "5.0", "5.01", "6", "10", "+3", "-1", "-0", "3.", ".5", "4,5", "1,000", "<4>", "<4",
            "007", "4.5.1", "٤", "４", "five", "9" * 400)
-TAILS = ("", " ", ".", "**", "/5", " / 5", "/10", "/50", "/5٥", "/5_", " out of 5", " (out of 10)", "of 3",
-         "-5", " - 5", "–\t5", "+1", " = 4", "×2", " to 4", " TO 4", " or 3", "\n- 2", "\n/10", " - x", "e5",
-         "½", ", 4", "..5", "\u00a0/\u00a010", " Score: 2", "٣")
-SCORE_LINES = one_of(*map("".join, itertools.product(NAMES, COLONS, NUMBERS, TAILS)))
+TAILS = ("", " ", ".", "**", "/5", " / 5", "/10", "/50", "/5٥", "/5_", " out of 5", " (out of 10)", "of 3", " points",
+         " pts/5", "-5", " - 5", "–\t5", "+1", " = 4", " to 4", " or 3", "\n- 2", "\n/10", "\n2. x", " - x", "e5", "½",
+         ", 4", "..5", "%", "\u00a0/\u00a010", " Score: 2", ". Score: 2", ", ten", ", often", " (good)", "\nTotal: 2",
+         "\nTotals 2", "</score>")
+SCORE_LINES = one_of(*map("".join, itertools.product(MARKS, COLONS, NUMBERS, TAILS)))
 JUDGE_TEXTS = st.lists(SCORE_LINES | texts_with(*JUDGE_PIECES), max_size=3).map("".join) | st.text()
-
-
-def span(text: str, start: int, belongs) -> int:
-    """Where the run of characters that belong ends."""
-    while start < len(text) and belongs(text[start]):
-        start += 1
-    return start
-
-
-def score_at(text: str, i: int) -> float | None:
-    """The number of the score line that begins at i: the grammar of judge.py without regular expressions."""
-    def decorated(start):
-        return span(text, start, lambda c: c.isspace() or c in DECORATION)
-
-    if text[i:i + 5].lower().replace("\u017f", "s") != "score" or i and text[i - 1] in ALNUM:
-        return None
-    i = decorated(i + 5)
-    if text[i:i + 1] not in (":", "："):
-        return None
-    i = decorated(i + 1)
-    first = i + (text[i:i + 1] in ("+", "-"))
-    end = span(text, first, string.digits.__contains__)
-    if end == first:
-        return None
-    fraction = span(text, end + 1, string.digits.__contains__)
-    if text[end:end + 1] == "." and fraction > end + 1:
-        end = fraction
-    return None if goes_on(text, end) else float(text[i:end])
-
-
-CLOSING, OPENING = "*_`\"'”’>])", "*_`\"'“‘<[("
-
-
-def goes_on(text: str, end: int) -> bool:
-    """Whether a number that ends here is part of another one, a range, a sum or a share of not 5."""
-    def skip(start, characters):
-        return span(text, start, lambda c: c.isspace() and c != "\n" or c in characters)
-
-    def digit_after(start):
-        start = skip(start, OPENING)
-        return start if text[start:start + 1] in set(string.digits) else None
-
-    longer = text[end:span(text, end, (string.digits + ".,").__contains__)]
-    if any(c in string.digits for c in longer):
-        return True
-    begin = skip(end, CLOSING)
-    rest = text[begin:begin + 7].lower()
-    for sign in (*"-–—−+=×", "to", "or"):
-        if rest.startswith(sign) and digit_after(begin + len(sign)) is not None:
-            return True
-    for sign in ("/", "of", "out of", "(out of"):
-        digit = digit_after(begin + len(sign)) if rest.startswith(sign) else None
-        if digit is not None and (text[digit] != "5" or re.match(r"\w", text[digit + 1:])):
-            return True
-    return False
-
-
-def last_score(text: str) -> float | None:
-    """The last number from 0 to 5."""
-    found = [number for i in range(len(text)) if (number := score_at(text, i)) is not None]
-    return next((number for number in reversed(found) if 0 <= number <= 5), None)
 
 
 @for_all(text=JUDGE_TEXTS)
 def test_the_score_is_the_one_that_a_parser_without_regular_expressions_finds(text):
-    assert parse_score(text) == last_score(text)
+    assert parse_score(text) == score_by_hand(text)
 
 
 def test_both_parsers_agree_on_every_spelling_of_a_score_line():
-    lines = [*itertools.product(NAMES, COLONS, ("4",)), *itertools.product(("Score: ",), NUMBERS, TAILS)]
+    lines = [*itertools.product(MARKS, COLONS, ("4",)), *itertools.product(("Score: ", "Score:\n"), NUMBERS, TAILS)]
     for line in map("".join, lines):
-        assert parse_score(line) == last_score(line), line
+        assert parse_score(line) == score_by_hand(line), line
+
+
+@for_all(text=JUDGE_TEXTS)
+def test_without_a_mark_there_is_no_score(text):
+    assert parse_score(re.sub("[s\u017f]core", "grade", text, flags=re.IGNORECASE)) is None
+
+
+@for_all(before=JUDGE_TEXTS, line=SCORE_LINES)
+def test_digits_before_the_first_mark_do_not_matter(before, line):
+    unmarked = re.sub("[s\u017f]core", "grade", before, flags=re.IGNORECASE)
+    others = re.sub("[0-9]", lambda digit: str(9 - int(digit[0])), unmarked)
+    assert parse_score(f"{unmarked}\n{line}") == parse_score(f"{others}\n{line}")
 
 
 @for_all(slow=2_000, before=JUDGE_TEXTS, number=st.integers(-100, 1000),
-         mark=one_of("", "**", "“", "\n"), tail=one_of("", "/5", ".", " out of 5", " - fine", ", 2nd try"))
+         mark=one_of("", "**", "“", "\n"), tail=one_of("", "/5", ".", " out of 5", " points"))
 def test_a_plain_score_line_at_the_end_is_parsed_whatever_precedes_it(before, number, mark, tail):
     score = parse_score(f"{before}\nScore:{mark}{number / 100}{tail}")
-    assert score == (number / 100 if 0 <= number <= 500 else parse_score(before + "\n"))
+    assert score == number / 100 if 0 <= number <= 500 else score == score_by_hand(before + "\nScore:x")
 
 
 @for_all(slow=2_000, first=JUDGE_TEXTS, second=JUDGE_TEXTS)
 def test_of_two_texts_the_last_one_with_a_score_decides(first, second):
+    assume("otal" not in second and "/" not in second and "aximum" not in second)  # would be another total
     scores = [parse_score(first), parse_score(second)]
     expected = scores[1] if scores[1] is not None else scores[0]
     assert parse_score(f"{first}\n.\n{second}") == expected

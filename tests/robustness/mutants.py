@@ -148,8 +148,12 @@ FAULTS = {
     ("dpo", "variants"): [
         ("another loss is ignored", "reward_w, reward_l = preference_loss(", "reward_w, reward_l = dpo_loss(")],
     ("judge", "judge"): [
-        ("the first score counts", "valid[-1] if valid", "valid[0] if valid"),
-        ("a score of 0 is unparsed", "if 0 <= score <= MAX_SCORE", "if 0 < score <= MAX_SCORE"),
+        ("the first score counts", 'float(scores[-1]["number"]) if', 'float(scores[0]["number"]) if'),
+        ("a score of 0 is unparsed", 'if 0 <= float(match["number"])', 'if 0 < float(match["number"])'),
+        ("a later total is ignored", "clear = scores and not OTHER_TOTAL.search(text, scores[-1].end())",
+         "clear = scores"),
+        ("a comment may hold numbers", r"[^\d\n%])*+", r"[^\n%])*+"),
+        ("a mark stands anywhere", r"(?:^|[.!?;:,…)\]>|。！？；：，–—]|(?<!\S)-){OPENING}", "{OPENING}"),
         ("a judgement that was cut off is parsed",
          "parse_score(text) if completion.finished else None", "parse_score(text)"),
         ("a reward is rounded", "sum(scores) / len(scores) if", "round(sum(scores) / len(scores)) if"),

@@ -60,8 +60,8 @@ def too_long(template: str, says: str) -> set[str]:
 def test_there_are_many_hostile_answers_of_many_kinds():
     assert len(RECORDS) == len(HOSTILE) >= 150
     assert len(families()) >= 12 and min(map(len, families().values())) >= 7
-    # They would work if they were parsed: the parser finds a score line in most of them.
-    assert sum(parse_score(response) == 5 for response in HOSTILE.values()) > 80
+    # Many would work if they were parsed; others hide the score in a sentence or in signs, where it is no mark.
+    assert sum(parse_score(response) == 5 for response in HOSTILE.values()) > 70
 
 
 @pytest.mark.parametrize("template", TEMPLATES)

@@ -12,27 +12,78 @@ from statistics import mean
 FOLDER = Path(__file__).parent
 
 
+# What a judge wrote, and its score: the rows of the table in minisr/judge.py, then what no row allows.
+SCORES = {
+    # The plain line, and decoration around it.
+    "Score: 4": 4, "score:4": 4, "SCORE: 2": 2, "**Score:** 4": 4, "**Score: 4**": 4, "Score: 4.5": 4.5, "Score: 3.": 3,
+    "Score: 0": 0, "Score: 5.0": 5, "Score: +3": 3, "“Score: 3”": 3, "Score: “3”": 3,
+    "\"Score\": '3'": 3, "`Score: 1`": 1, "Score: [4]": 4, "Score: <4>": 4, "Score：3": 3, "(Score: 3)": 3,
+    # Where a mark may stand, and with which words.
+    "Good.\nScore: 2\n": 2, "Good. Score: 2": 2, "Asked for fox, found fox, yes: 1. Ending none, no: 1.\nScore: 1": 1,
+    "- Score: 4": 4, "> Score: 4": 4, "### Score: 4": 4, "1. Score: 4": 4, "Final score: 3": 3, "The total score: 3": 3,
+    "So it all adds up, score: 3": 3, "<score>4</score>": 4, "Good. <score> 3 </score>": 3,
+    "<score>4</score></judgement>": 4, "{\"score\": 4}": 4, "{\"reason\": \"Good.\", \"score\": 4}": 4,
+    "{\"score\": \"4\", \"reason\": \"Good.\"}": 4,
+    # The scale of 5 and the unit.
+    "Score (0-5): 4": 4, "Score (0–5): 4": 4, "Score (1 to 5): 4": 4, "Score [0-5]: 4": 4, "Score (out of 5): 3": 3,
+    "Score out of 5: 3": 3, "Score/5: 3": 3, "**Score** (0-5): **4**": 4, "Score: 4/5": 4, "Score: 4 / 5": 4,
+    "Score: 4／5": 4, "Score: **4**/5": 4, "Score: 4/5.0": 4, "Score: 3 out of 5": 3, "Score: 3 of 5": 3,
+    "Score: 3 (out of 5)": 3, "Score: 3 out of five": 3, "Score: “4” out of “5”": 4, "Score: 4 points": 4,
+    "Score: 1 point": 1, "Score: 4 points out of 5": 4, "Score: 4/5 points.": 4, "Score: 4 out of 5 points": 4,
+    # A comment.
+    "Score: 3 - well done": 3, "Score: 3 – well done": 3, "Score: 3. Well done.": 3, "Score: 3, since it is short": 3,
+    "Score: 3 because it is short": 3, "Score: 3!": 3, "Score: 4/5. All of it is there.": 4,
+    # The number below the mark, and lines after it.
+    "Score:\n2": 2, "Score:\n\n**2/5**\n": 2, "Score:\n4\n\nA good answer.": 4, "Score: 3\n- 2 things are missing": 3,
+    "Score: 3\n+ 1 thing too many": 3, "Score: 3\nThis answer lacks an example.": 3,
+    # Several marks: the last valid one.
+    "Score: 2\nScore: 4": 4, "Score: 4\nScore: 9": 4, "Score: 4/5, Score: 2/10": 4, "Score: 7\nScore: 9": None,
+    "Score: 4 ... no, Score: 2": 2, "Score: 3\nScore: five": 3, "Score: 3\nFor a Score: 5, it lacks an example.": 3,
+    "Relevance: 1\nCoverage: 1\nTotal: 2\nScore: 2": 2,
+    # No mark.
+    "": None, "\n": None, "4": None, "4/5": None, "Score": None, "Score: ": None, "Score 4": None, "Score = 4": None,
+    "Scores: 4": None, "underscore: 4": None, "z-score: 2": None, "Rating: 4": None, "[[4]]": None, "[RESULT] 4": None,
+    "Relevance score: 1": None, "It says “Score: 5”": None, "This is worth a Score: 5": None,
+    "Score (relevance): 1": None, "Score (0-10): 4": None, "Score (1-100): 4": None, "Score out of 10: 4": None,
+    # No number, or another kind of number.
+    "Score: five": None, "Score: <total>": None, "Score: .5": None, "Score: 4,5": None, "Score: 4.5.1": None,
+    "Score: 1,000": None, "Score: 1e-1": None, "Score: 9.2e+124": None, "Score: 4½": None, "Score: ½": None,
+    "Score: 4th": None, "Score: ４": None, "Score: ~4": None, "Score: <5": None, "Score: >3": None, "Score: 4?": None,
+    "Score: 5%": None, "Score: 4/5%": None, "Score: 80 %": None,
+    # Out of range.
+    "Score: 10": None, "Score: 6": None, "Score: 5.01": None, "Score: -1": None, "Score: −1": None,
+    # Another scale.
+    "Score: 4/10": None, "Score: 4 / 10": None, "Score: 4/50": None, "Score: 4／10": None, "Score: 4⁄10": None,
+    "Score: **4**/10": None, "Score: 4 out of 10": None, "Score: 4 (out of 10)": None, "Score: (4)/(10)": None,
+    "Score: 4 out of ten": None, "Score: 4 out of a possible 10": None, "Score: 4 (on a scale from 1 to 10)": None,
+    "Score: 4 (von zehn)": None, "Score: 4 de 10": None, "Score: 4, out of ten": None,
+    "Score: 4. 10 is the best.": None,
+    "Score: 4\n/10": None, "Score: 4\nout of 10": None, "Score: 4\nMaximum score: 10": None,
+    "Score: 4\nScale: 1-10": None,
+    # Several numbers, none of which is clearly the total.
+    "Score: 4-5": None, "Score: 4 – 5": None, "Score: 4 to 5": None, "Score: 3 or 4": None, "Score: 3 and 4": None,
+    "Score: 4, 3, 5": None, "Score: 4 3": None, "Score: 3+1": None, "Score: 3 + 1 = 4": None, "Score: 2×2": None,
+    "Score: 4 and a half": None, "Score: 4, and a half": None, "Score: 4 of 5 criteria are met": None,
+    "Score: 1 point for relevance, 1 point for coverage, so 2 in total.": None,
+    "Score:\n1. On topic: 1 point\n2. Covers most of it: 1 point\nTotal: 2 points": None,
+    "Score:\n1. On topic\n2. Covers most of it": None, "Score:\n1\n2\n3": None, "Score: 1\nTotal: 2": None,
+    "Score: 1 point\nScore: 1 point\nIn total: 2 points": None,
+    "Score: 3 (for a Score: 5 an example is missing)": None,
+    # Parentheses after the number could name a criterion or a scale.
+    "Score: 1 (relevance)": None, "Score: 4 (of 3 things, all)": None, "{\"score\": 4, \"max_score\": 10}": None,
+}
+
+
 def judge_parsing() -> dict:
-    scores = {
-        "Score: 4": 4, "score:4": 4, "**Score:** 4": 4, "Score: 4/5": 4, "Score: 4.5": 4.5, "Score: 3.": 3,
-        "Score: 0": 0, "Score: 5.0": 5, "Score: 3 out of 5": 3, "“Score: 3”": 3, "Score:\n2": 2,
-        "Score: [4]": 4,
-        "Asked for fox, found fox, yes: 1. Ending none, no: 1.\nScore: 1": 1,
-        "Score: 2\nScore: 4": 4, "Score: 4\nScore: 9": 4, "Score: 4/5, Score: 2/10": 4,
-        "Score: 7\nScore: 9": None,
-        "": None, "\n": None, "4": None, "Score 4": None, "Scores: 4": None, "underscore: 4": None,
-        "Score: five": None, "Score: <total>": None, "Score: 10": None, "Score: 5.01": None,
-        "Score: -1": None,
-        "Score: 4-5": None, "Score: 4 – 5": None, "Score: 4/10": None, "Score: 4 out of 10": None,
-        "Score: 3+1": None, "Score: 4,5": None,
-    }
     return {
-        "description": "The score in a judge's own text: a number after the word Score (whole word, in upper or lower "
-                       "case) and a colon. Quotes, brackets and Markdown signs around them do not matter. '/5' or "
-                       "'out of 5' may follow. Ranges, sums, numbers with a comma and other scales are not scores. A "
-                       "score is valid from 0 to 5, fractions included. The last valid score counts; null means that "
-                       "there is none.",
-        "cases": [{"text": text, "score": score} for text, score in scores.items()]}
+        "description": "The score in a judge's own text, by a grammar of what may stand around it: a mark, a number "
+                       "from 0 to 5 (fractions included), perhaps the scale ('/5', 'out of 5') and the unit "
+                       "('points'), then the end of the line, the next mark, or a comment without digits. A mark is "
+                       "the word Score with a colon, in upper or lower case, at the start of a line, sentence or "
+                       "clause, or the tag <score>. Quotes, brackets and Markdown signs do not matter. The last valid "
+                       "score counts, unless a later line states another total or scale. null means that no total is "
+                       "clear. The table in minisr/judge.py has every row of the grammar.",
+        "cases": [{"text": text, "score": score} for text, score in SCORES.items()]}
 
 
 def pair_selection() -> dict:
