@@ -95,6 +95,8 @@ def run(options) -> None:
     from minisr.runner.steps import run_loop
     from minisr.runner.storage import folder_lock
     run = _open_run(options)
+    if run.data_table:
+        print(f"{run.data_table}\n", flush=True)
     with folder_lock(run.folder):
         metrics = run_loop(run, on_evaluated=lambda so_far: print(line(so_far), flush=True))
     print(f"\n{table(metrics)}\n\n{LEGEND}")
@@ -263,13 +265,24 @@ def evaluate(options) -> None:
 def _export_answers(run, models: list, options) -> None:
     """Write each model's answers in AlpacaEval's format."""
     from minisr.runner.evaluation import export_answers
-    from minisr.runner.seed_data import read_prompts
-    prompts = read_prompts(options.prompts) if options.prompts else run.evaluation_prompts
+    prompts = _read_prompts(options.prompts, models[0].lm) if options.prompts else run.evaluation_prompts
     for model in models:
         export_answers(model, prompts, options.export / f"{model.name}.json")
     names = ", ".join(model.name for model in models)
     print(f"The answers of {names} to {len(prompts)} prompts are in {options.export}/, one file per model, "
           "in AlpacaEval's format")
+
+
+def _read_prompts(path: Path, lm) -> list[str]:
+    """The prompts of a file. Raises InputError that names those that the model's context cannot hold."""
+    from minisr.runner.seed_data import read_prompts
+    prompts = read_prompts(path)
+    lengths = {place: len(lm.tokenizer.encode_prompt(prompt)) for place, prompt in prompts}
+    too_long = [f"{place} ({length} tokens)" for place, length in lengths.items() if length >= lm.max_seq_len]
+    if too_long:
+        raise InputError(f"{path}: the model's context of {lm.max_seq_len} tokens has no room for an answer to "
+                         f"{', '.join(too_long)}; shorten or remove these prompts")
+    return [prompt for _, prompt in prompts]
 
 
 def _add_eval(commands) -> None:

@@ -31,8 +31,8 @@ ORDER = """
     interop interop.shape interop.chat_templates interop.tokenizer_json interop.sentencepiece_json interop.names
     runner.checkpoint interop.hf interop.gguf interop.source
     runner.stop runner.storage runner.journal runner.muon runner.lora runner.resumable runner.engine runner.config
-    runner.seed_data runner.pretrain runner.run runner.evaluation runner.variants runner.steps runner.reuse
-    runner.experiment_plan runner.experiment
+    runner.json_records runner.record_formats runner.data_sets runner.seed_data runner.pretrain
+    runner.run runner.evaluation runner.variants runner.steps runner.reuse runner.experiment_plan runner.experiment
     report report.table report.show report.chat report.seed_statistics report.experiment_table report.figures
     report.markup report.chart_data report.run_files report.run_charts report.transcripts report.page
     bench cli __main__

@@ -17,7 +17,7 @@ from minisr.interop.sentencepiece_json import to_tokenizer_json
 from minisr.interop.tokenizer_json import TokenizerJSON
 from minisr.model import Decoder, ModelConfig
 from minisr.runner.checkpoint import build_decoder, check_vocab_size, tokenizer_files
-from minisr.runner.files import need, read_bytes, read_json, short_reason, write_bytes, write_json
+from minisr.runner.files import need, parse_json, read_bytes, read_text, short_reason, write_bytes, write_json
 from minisr.tokenizer import SentencePiece, Tokenizer
 
 CONFIG = "config.json"
@@ -168,7 +168,7 @@ def read_chat_template(folder: Path, vocabulary) -> str:
 
 
 def read_object(path: Path) -> dict:
-    value = read_json(path, "file")
+    value = parse_json(read_text(path, "file"), f"file {path}")
     if not isinstance(value, dict):
         raise InputError(f"{path} is not a JSON object {{...}}")
     return value

@@ -131,9 +131,10 @@ def line(metrics: dict) -> str:
         parts.append(f"flawless {percent(m, 'flawless')} % sampled, {percent(m, 'flawless_greedy')} % greedy")
     if "selection" in m and not m["pairs"]:
         parts.append("no preference pair was found, so its weights equal the previous model's")
-    parts.append(f"{percent(m, 'judge.parse_rate')} % of its judgements parsed, {_ordered(m)} % of pairs "
-                 "ordered correctly")
-    return f"{name} done in {m['seconds']:.0f} s: {'; '.join(parts)}"
+    if lookup(m, "judge.parse_rate") is not None:
+        parts.append(f"{percent(m, 'judge.parse_rate')} % of its judgements parsed, {_ordered(m)} % of pairs "
+                     "ordered correctly")
+    return f"{name} done in {m['seconds']:.0f} s{': ' if parts else ''}{'; '.join(parts)}"
 
 
 def _ordered(m: dict) -> str:

@@ -20,8 +20,8 @@ from minisr.interop.tokenizer_json import TokenizerJSON
 from minisr.model import Decoder, ModelConfig
 from minisr.runner.files import (
     file_digest,
+    parse_json,
     read_bytes,
-    read_json,
     read_text,
     short_reason,
     write_bytes,
@@ -31,6 +31,7 @@ from minisr.runner.files import (
 from minisr.tokenizer import SentencePiece, Tokenizer
 
 SEED_MODEL = Path(__file__).parents[1] / "worlds" / "tiny" / "M0"  # ships with minisr
+RESTORE = "restore it from a copy, or make the model again in another folder"  # what to do about a damaged model
 MODEL_KEYS_REMOVED = ("dropout",)  # keys in model.pt files of older versions; it is now a setting of a training
 
 
@@ -72,17 +73,29 @@ def load_model(folder: Path, device: str = "cpu", dtype: torch.dtype | None = No
 def check_model_files(folder: Path) -> None:
     """Raise InputError if a file of a model folder is missing or not what meta.json describes."""
     check_file(folder / "model.pt", model_hash(folder))
-    meta = read_json(folder / "meta.json", "model description")
+    meta = read_meta(folder)
     for name, expected in meta.get("files", {}).items():
         check_file(folder / name, expected)
 
 
 def check_file(path: Path, expected: str) -> None:
     if not path.exists():
-        raise InputError(f"{path} is missing; restore it from a copy, or make the model again in another folder")
+        raise InputError(f"{path} is missing; {RESTORE}")
     if file_digest(path) != expected:
-        raise InputError(f"{path} is not the file that meta.json describes (truncated or changed); "
-                         "restore it from a copy, or make the model again in another folder")
+        raise InputError(f"{path} is not the file that meta.json describes (truncated or changed); {RESTORE}")
+
+
+def read_meta(folder: Path) -> dict:
+    """meta.json of a model folder."""
+    path = folder / "meta.json"
+    text = read_text(path, "model description")
+    try:
+        meta = parse_json(text, f"model description {path}")
+    except InputError as error:
+        raise InputError(f"{error}; {RESTORE}") from error
+    if not isinstance(meta, dict):
+        raise InputError(f"model description {path} is not a JSON object {{...}}; {RESTORE}")
+    return meta
 
 
 def read_model_file(path: Path) -> tuple[ModelConfig, dict[str, torch.Tensor]]:
@@ -137,10 +150,9 @@ def model_hash(folder: Path, which: str = "hash") -> str:
         raise InputError(f"{folder} is a run; choose one of its models, e.g. {folder}/M1")
     if not folder.is_dir():
         raise InputError(f"there is no model folder {folder}; the models of a run are in M0, SFT, M1, ...")
-    meta = read_json(folder / "meta.json", "model description")
-    if not isinstance(meta, dict) or which not in meta:
-        raise InputError(f"{folder}/meta.json does not contain {which!r}; restore it from a copy, or make the "
-                         "model again in another folder")
+    meta = read_meta(folder)
+    if which not in meta:
+        raise InputError(f"{folder}/meta.json does not contain {which!r}; {RESTORE}")
     return meta[which]
 
 

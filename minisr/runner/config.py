@@ -75,6 +75,7 @@ class SeedConfig:
     reasons: bool = True  # the annotator's judgements give reasons, not only the score
     judge_evaluation: int = 250  # held-out prompts with three ranked responses each
     evaluation: int = 512  # held-out prompts (paper: 256)
+    too_long: str = "drop"  # records that M0's context cannot hold are left out and counted; "refuse": an error
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,7 @@ CHOICES = {
     "device": ("auto", "cpu", "cuda"), "engine": ("fast", "plain"), "dtype": ("auto", "float32", "bfloat16", "float64"),
     "eft_by": ("annotator", "baseline", "none"), "optimizer": ("adamw", "muon"),
     "by": ("self", "M1", "oracle", "random"), "rejected_from": ("self", "M1", "next"),
-    "reference": ("previous", "M1"),
+    "reference": ("previous", "M1"), "too_long": ("drop", "refuse"),
 }
 PROMPT_SOURCES = ("self", "people")  # a key "source" of seed_data can be any folder
 # Smallest and largest sensible value. Every other number must be at least 1.

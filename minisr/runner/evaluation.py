@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from minisr import InputError
-from minisr.evaluate import bootstrap_ci, judge_metrics, win_rates
+from minisr.evaluate import bootstrap_ci, judge_metrics, mean, win_rates
 from minisr.judge import judge, reward
 from minisr.rng import derive_seed
 from minisr.runner.files import read_json, read_jsonl, write_json
@@ -128,7 +128,7 @@ def model_metrics(model, answers: dict[str, list[dict]], judged: list[dict]) -> 
     scores = [s for r in judged for row in r["given"] for s in row]
     result["judge"] = {
         **judge_metrics([r["scores"] for r in judged], [r["rewards"] for r in judged]),
-        "parse_rate": sum(s is not None for s in scores) / len(scores),
+        "parse_rate": mean([s is not None for s in scores]),
         "histogram": histogram(scores)}
     result |= training_summary(model)
     write_json(model.folder / "evaluation.json", result)

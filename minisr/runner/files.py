@@ -1,5 +1,6 @@
 """Files on disk: JSON, JSONL and whole files, written atomically and read with clear errors."""
 
+import codecs
 import contextlib
 import hashlib
 import importlib
@@ -12,6 +13,9 @@ from minisr import InputError
 
 # Unicode's bidirectional controls, which change the direction of the text after them.
 BIDI_CONTROLS = ("LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI")
+# What a text file may begin with, and its encoding. UTF-32 comes first: its mark begins like that of UTF-16.
+BYTE_ORDER_MARKS = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32",
+                    codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
 
 
 def need(module: str, extra: str):
@@ -78,28 +82,47 @@ def read_bytes(path: Path) -> bytes:
 
 
 def read_text(path: Path, what: str) -> str:
-    """The text of a file that must exist. `what` says in errors what it is for."""
+    """The text of a file that must exist, as any editor may have saved it. `what` says in errors what it is for.
+
+    UTF-8, or UTF-16 or UTF-32 with a byte order mark. Lines end in "\\n", whatever they end in in the file."""
     try:
-        return Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "not UTF-8 text"
-        raise InputError(f"cannot read {what} {path}: {reason}") from error
+        content = Path(path).read_bytes()
+    except OSError as error:
+        raise InputError(f"cannot read {what} {path}: {error.strerror}") from error
+    encoding = next((name for mark, name in BYTE_ORDER_MARKS.items() if content.startswith(mark)), "utf-8")
+    try:
+        text = content.decode(encoding)
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise InputError(f"cannot read {what} {path}: line {line} is not UTF-8 text; save the file as UTF-8") from error
+    text = text.replace("\r\n", "\n").replace("\r", "\n")
+    if "\0" in text:
+        line = text.count("\n", 0, text.index("\0")) + 1
+        raise InputError(f"cannot read {what} {path}: line {line} holds a NUL byte; save the file as UTF-8 text")
+    return text
 
 
-def read_json(path: Path, what: str):
-    """The value in a JSON file that must exist. `what` says in errors what it is for."""
-    text = read_text(path, what)
+def parse_json(text: str, where: str):
+    """The value of a JSON text."""
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
-        raise InputError(f"{what} {path} is not valid JSON: line {error.lineno}: {error.msg}; "
-                         "if minisr wrote it, remove it, and it will be written again") from error
+        raise InputError(f"{where} is not valid JSON: line {error.lineno}: {error.msg}") from error
     except (RecursionError, ValueError) as error:  # nested too deeply, or a number of thousands of digits
-        raise InputError(f"{what} {path} cannot be parsed as JSON: {short_reason(error)}") from error
+        raise InputError(f"{where} cannot be parsed as JSON: {short_reason(error)}") from error
+
+
+def read_json(path: Path, what: str):
+    """The value in a JSON file that minisr wrote and would write again. `what` says in errors what it is for."""
+    text = read_text(path, what)
+    try:
+        return parse_json(text, f"{what} {path}")
+    except InputError as error:
+        raise InputError(f"{error}; remove the file, and it will be written again") from error
 
 
 def read_jsonl(path: Path, what: str, texts: tuple[str, ...] = ()) -> list[dict]:
-    """The records of a JSONL file, one a line. Each must have a text under every key in `texts`."""
+    """The records of a JSONL file that minisr wrote, one a line. Each must have a text under every key in `texts`."""
     # Not splitlines(): it also splits at characters such as U+2028, which a JSON text may contain.
     lines = read_text(path, what).removesuffix("\n").split("\n")
     if lines[0] == "":

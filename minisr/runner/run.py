@@ -13,8 +13,9 @@ from minisr.rng import derive_seed
 from minisr.runner import seed_data
 from minisr.runner.checkpoint import SEED_MODEL, digest, load_model, model_hash
 from minisr.runner.config import Config, differences, load_config, to_toml
+from minisr.runner.data_sets import Context, DataSet, describe
 from minisr.runner.engine import Workspace, run_lm_class
-from minisr.runner.files import jsonl_bytes, read_jsonl, read_text, write_bytes
+from minisr.runner.files import json_bytes, jsonl_bytes, read_jsonl, read_text, write_bytes
 from minisr.runner.journal import Journal
 from minisr.runner.resumable import deciding_values, dtype_name, record_changes
 from minisr.runner.storage import folder_lock, verify_checksum, write_with_checksum
@@ -29,7 +30,7 @@ class Run:
 
     def __init__(self, folder: Path, config: Config):
         self.folder, self.config = Path(folder), config
-        self.workspace, self._seed_model = Workspace(), None
+        self.workspace, self._seed_model, self._seed_data = Workspace(), None, None
         torch.set_num_threads(config.threads)
         check_consistency(config)
         self.device = "cuda" if uses_gpu(config) else "cpu"
@@ -56,7 +57,7 @@ class Run:
             check_new(run.folder)
         if not (run.folder / "M0").exists():  # report errors in these before anything is written
             run.load_seed_model()
-            seed_data.build_seed_data(config.seed_data, config.seed)
+            run.load_seed_data()
         with folder_lock(run.folder):
             if old and (changes := differences(asdict(replace(old, iterations=config.iterations)), asdict(config))):
                 record_changes(run.folder, changes)
@@ -70,6 +71,23 @@ class Run:
             source = self.config.seed_model or str(SEED_MODEL)
             self._seed_model = load_source(source, self.device, self.config.chat)
         return self._seed_model
+
+    def load_seed_data(self) -> tuple[dict[str, list[dict]], dict[str, DataSet]]:
+        """The data sets, measured against the context of M0, and what became of each set's records; read once."""
+        if self._seed_data is None:
+            copied = (self.folder / "M0" / "meta.json").exists()
+            model, tokenizer = load_model(self.folder / "M0") if copied else self.load_seed_model()
+            context = Context(tokenizer, model.config.max_seq_len, self.judge_template, self.config)
+            self._seed_data = seed_data.load_seed_data(self.config.seed_data, self.config.seed, context)
+        return self._seed_data
+
+    @property
+    def data_table(self) -> str:
+        """What this process has read and left out of the seed data, as a table; "" if there is nothing to tell."""
+        sets = self._seed_data[1] if self._seed_data else {}
+        if self.has_oracle and not any(data.left_out for data in sets.values()):
+            return ""
+        return describe(sets) if sets else ""
 
     def load_lm(self, name: str) -> LM:
         """The model of this name, in the run's engine and dtype."""
@@ -99,7 +117,10 @@ class Run:
         """One of the data sets; all are made together when the first is needed."""
         path = self.folder / "seed" / f"{name}.jsonl"
         if not path.exists():
-            data = seed_data.build_seed_data(self.config.seed_data, self.config.seed)
+            data, sets = self.load_seed_data()
+            if self.data_table:
+                counts = {other: data_set.counts() for other, data_set in sets.items()}
+                write_with_checksum(self.folder / "seed" / "counts.json", json_bytes(counts))
             for other, records in data.items():
                 write_with_checksum(self.folder / "seed" / f"{other}.jsonl", jsonl_bytes(records))
         verify_checksum(path)

@@ -20,7 +20,24 @@ from minisr.evaluate import ordered_correctly
 from minisr.judge import MAX_SCORE, JudgeConfig, Judgement, judge, judge_prompt, parse_score
 from minisr.lm import LM
 from minisr.rng import derive_seed
-from minisr.runner.files import check_encodable, read_json, read_jsonl
+from minisr.runner.data_sets import (
+    HELD_OUT,
+    NO_REASONS,
+    Context,
+    DataSet,
+    Unlimited,
+    annotator_judgements,
+    reject_held_out,
+    shorten,
+)
+from minisr.runner.json_records import read_records
+from minisr.runner.record_formats import (
+    LeftOut,
+    check_encodable,
+    join_oasst_rows,
+    parse_exchange,
+    parse_instruction,
+)
 from minisr.worlds.tiny import corpus
 
 ENGLISH = Path(__file__).parents[1] / "worlds" / "english"  # written for minisr
@@ -28,10 +45,32 @@ ENGLISH = Path(__file__).parents[1] / "worlds" / "english"  # written for minisr
 
 def build_seed_data(config, seed: int) -> dict[str, list[dict]]:
     """The data sets that need no model: {"ift", "ranked", "judge_evaluation", "evaluation": records}."""
-    if config.source == "world":
-        return tiny_world_data(config, seed)
-    return folder_data(ENGLISH if config.source == "english" else Path(config.source), config)
+    return load_seed_data(config, seed, Unlimited())[0]
 
+
+def load_seed_data(config, seed: int, context: Context) -> tuple[dict[str, list[dict]], dict[str, DataSet]]:
+    """The data sets, without records that do not fit the context, and what became of all records of each set.
+
+    Raises InputError if nothing is left of a set, or if config.too_long is "refuse" and a record does not fit."""
+    if config.source == "world":
+        data, sets = tiny_world_sets(config, seed, context)
+    else:
+        source = ENGLISH if config.source == "english" else Path(config.source).expanduser()
+        data, sets = user_sets(source, config, context)
+    if config.too_long == "refuse":
+        refuse_too_long(sets, context)
+    return data, sets
+
+
+def refuse_too_long(sets: dict[str, DataSet], context: Context) -> None:
+    found = [f"{data.path or name}: {', '.join(data.left_out[context.too_long])}"
+             for name, data in sets.items() if context.too_long in data.left_out]
+    if found:
+        raise InputError(f"records are {context.too_long}: {'; '.join(found)}; shorten them, or set "
+                         'seed_data.too_long to "drop" to leave them out')
+
+
+# The tiny world.
 
 def tiny_world_data(config, seed: int) -> dict[str, list[dict]]:
     """As many records of each kind as the config says."""
@@ -47,98 +86,164 @@ def tiny_world_data(config, seed: int) -> dict[str, list[dict]]:
     }
 
 
-def folder_data(folder: Path, config) -> dict[str, list[dict]]:
-    """From ift.json or ift.jsonl, judged.jsonl and evaluation.jsonl, at most as many records as the config
-    says.
+def tiny_world_sets(config, seed: int, context: Context) -> tuple[dict[str, list[dict]], dict[str, DataSet]]:
+    """The tiny world's records, as far as they fit the context of a seed model that the user chose."""
+    lengths = {"ift": context.instruction_length, "ranked": context.judged_length,
+               "judge_evaluation": context.judged_length, "evaluation": context.prompt_length}
+    data, sets = {}, {}
+    for name, records in tiny_world_data(config, seed).items():
+        sets[name] = DataSet(None, [(f"record {number}", record) for number, record in enumerate(records, 1)])
+        data[name] = sets[name].take(len(records), context.reject(lengths[name]), "")
+        if not data[name]:
+            raise InputError(f"the tiny world's {name} has no record that can be used: {sets[name].problems()}")
+    return data, sets
 
-    The last records of judged.jsonl are held out to measure the judge."""
-    as_json = folder / "ift.json"
-    ift = read_instructions(as_json if as_json.exists() else folder / "ift.jsonl")
-    judged = read_judged(folder / "judged.jsonl")
-    prompts = read_prompts(folder / "evaluation.jsonl")
-    if not ift or not prompts:
-        raise InputError(f"{folder} has no instructions or no evaluation prompts; add some")
-    n_train = max(0, len(judged) - config.judge_evaluation)
-    if n_train == 0:
-        raise InputError(f"{folder}/judged.jsonl has {len(judged)} prompts, and seed_data.judge_evaluation = "
-                         f"{config.judge_evaluation} of them are held out; set it to "
-                         f"{max(1, len(judged) - 1)} or less, so that some remain to train on")
-    return {
-        "ift": ift[:config.ift],
-        "ranked": judged[:n_train][:config.ranked],
-        "judge_evaluation": judged[n_train:],
-        "evaluation": [{"prompt": prompt} for prompt in prompts[:config.evaluation]],
+
+# Files.
+
+def user_sets(source: Path, config, context: Context) -> tuple[dict[str, list[dict]], dict[str, DataSet]]:
+    """From a folder with ift, judged and evaluation files, or from one file of instructions.
+
+    The last judged prompts are held out to measure the judge. Without an evaluation file, the prompts of the last
+    instructions are held out. Without EFT, no judged file is needed."""
+    ift = read_set(find_file(source, "ift"), parse_instruction)
+    if path := find_file(source, "evaluation", needed=False):
+        evaluation = read_set(path, parse_exchange)
+    else:
+        evaluation = copy_set(ift, ift.records[::-1])  # from the last one on
+    judged = read_judged(source, config)
+    surplus = f"beyond seed_data.evaluation = {config.evaluation}" if path else "left for training"
+    prompts = evaluation.take(config.evaluation, context.reject(context.prompt_length), surplus)
+    prompts = [{"prompt": record["prompt"]} for record in (prompts if path else prompts[::-1])]
+    ranked, judge_evaluation = split_judged(judged, prompts, config, context)
+    reject = reject_held_out(prompts + judge_evaluation, context.reject(context.instruction_length))
+    data = {
+        "ift": ift.take(config.ift, reject, f"beyond seed_data.ift = {config.ift}"),
+        "ranked": ranked,
+        "judge_evaluation": judge_evaluation,
+        "evaluation": prompts,
     }
+    check_not_empty(ift, data["ift"], "instructions")
+    check_not_empty(evaluation, prompts, "evaluation prompts")
+    return data, {"ift": ift, "judged": judged, "evaluation": evaluation}
+
+
+def check_not_empty(data: DataSet, used: list[dict], what: str) -> None:
+    if not used:
+        reasons = data.problems() or "it is empty"
+        raise InputError(f"{data.path} has no {what} that can be used: {reasons}")
+
+
+def split_judged(judged: DataSet, held_out: list[dict], config, context: Context) -> tuple[list[dict], list[dict]]:
+    """The judged prompts for EFT, and the last ones, which are held out."""
+    fitting = judged.take(len(judged.records), context.reject(context.judged_length), "")
+    n_train = max(0, len(fitting) - config.judge_evaluation)
+    judge_evaluation = fitting[n_train:]
+    reject = reject_held_out(held_out + judge_evaluation, lambda record: None)
+    train = [i for i in range(n_train) if reject(fitting[i]) is None]
+    judged.drop([i for i in range(n_train) if i not in train], HELD_OUT)
+    judged.drop(train[config.ranked:], f"beyond seed_data.ranked = {config.ranked}")
+    if not train and config.eft_by != "none":
+        check_not_empty(judged, fitting, "judged prompts")
+        raise InputError(f"{judged.path} has {len(fitting)} prompts, and seed_data.judge_evaluation = "
+                         f"{config.judge_evaluation} of them are held out; set it to {max(1, len(fitting) - 1)} or "
+                         "less, so that some remain to train on")
+    return [fitting[i] for i in train[:config.ranked]], judge_evaluation
+
+
+def find_file(source: Path, name: str, needed: bool = True) -> Path | None:
+    """NAME.json or NAME.jsonl in a folder; a source that is a file is the file of instructions."""
+    if source.is_file():
+        return source if name == "ift" else None
+    if not source.is_dir():
+        raise InputError(f"seed_data.source: there is no file or folder {source}")
+    found = [path for path in (source / f"{name}.json", source / f"{name}.jsonl") if path.exists()]
+    if len(found) == 2:
+        raise InputError(f"{source} has both {name}.json and {name}.jsonl; keep the one to use there")
+    if needed and not found:
+        raise InputError(f"{source} has neither {name}.json nor {name}.jsonl")
+    return found[0] if found else None
+
+
+def read_set(path: Path, parse) -> DataSet:
+    """The {prompt, response} records of a file in any of the formats of record_formats.py."""
+    records = join_oasst_rows(read_records(path, "seed data"))
+    data = DataSet(path, [])
+    data.total = len(records)
+    for place, record in records:
+        try:
+            exchange = parse(record)
+        except LeftOut as reason:
+            data.leave_out(str(reason), place)
+            continue
+        data.formats[exchange.format] += 1
+        data.later_turns += exchange.later_turns
+        data.records.append((place, {"prompt": exchange.prompt, "response": exchange.response}))
+    return data
+
+
+def copy_set(data: DataSet, records: list[tuple[str, dict]]) -> DataSet:
+    """Another set from the same file."""
+    other = DataSet(data.path, records)
+    other.total, other.formats = data.total, data.formats
+    other.left_out = {reason: list(places) for reason, places in data.left_out.items()}
+    return other
 
 
 def read_instructions(path: Path) -> list[dict]:
-    """{prompt, response} records from a JSONL file or a JSON list, in any of these formats:
-
-    {"prompt", "response"}; Alpaca's {"instruction", "input", "output"}; or {"messages"}, a chat of which the
-    first user and assistant messages are used, with a system message before them as part of the prompt."""
-    records = read_records(path, "instructions")
-    return [parse_instruction(record, f"{path}, record {number}") for number, record in enumerate(records, 1)]
+    """The {prompt, response} records of a file, without those that cannot be used."""
+    return [record for _, record in read_set(path, parse_instruction).records]
 
 
-def read_prompts(path: Path) -> list[str]:
-    """The prompts of records in any of those formats, with or without a response."""
-    prompts = []
-    for number, record in enumerate(read_records(path, "prompts"), 1):
-        if isinstance(record, dict):
-            record = {"response": "", "output": "", **record}
-        prompts.append(parse_instruction(record, f"{path}, record {number}")["prompt"])
-    return prompts
+def read_prompts(path: Path) -> list[tuple[str, str]]:
+    """(place, prompt) of every record of a file, with or without an answer. Raises InputError if one has no prompt."""
+    data = read_set(path, parse_exchange)
+    if data.left_out:
+        raise InputError(f"{path}: records that hold no prompt: {data.problems()}")
+    if not data.records:
+        raise InputError(f"{path} has no prompts")
+    return [(place, record["prompt"]) for place, record in data.records]
 
 
-def read_records(path: Path, what: str) -> list:
-    return read_json(path, what) if path.suffix == ".json" else read_jsonl(path, what)
+def read_judged(source: Path, config) -> DataSet:
+    """Records {prompt, responses, scores} and, unless the baseline is to judge, reasons.
 
-
-def parse_instruction(record: dict, where: str) -> dict:
-    """A {prompt, response} record from one in any of the three formats."""
-    try:
-        if "messages" in record:
-            prompt, response = parse_messages(record["messages"])
-        elif "instruction" in record:
-            parts = [record["instruction"], record.get("input")]
-            prompt = "\n\n".join(part for part in parts if part)
-            response = record["output"]
-        else:
-            prompt, response = record["prompt"], record["response"]
-        if not (isinstance(prompt, str) and isinstance(response, str) and prompt.strip()):
-            raise ValueError("prompt and response must be texts, and the prompt not empty")
-    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
-        reason = f"the key {error} is missing" if isinstance(error, KeyError) else str(error)
-        raise InputError(f"{where}: expected instruction/input/output, prompt/response or messages "
-                         f"({reason})") from error
-    check_encodable(prompt + response, where)
-    return {"prompt": prompt, "response": response}
-
-
-def parse_messages(messages: list[dict]) -> tuple[str, str]:
-    """The first prompt of a chat, with the system message if there is one, and the response to it."""
-    turns = [(message["role"], message["content"]) for message in messages]
-    system = [turns.pop(0)[1]] if turns[0][0] == "system" else []
-    (first_role, prompt), (second_role, response) = turns[:2]
-    if (first_role, second_role) != ("user", "assistant"):
-        raise ValueError("a chat must begin with a user message, then an assistant message")
-    return "\n\n".join([*system, prompt]), response
-
-
-def read_judged(path: Path) -> list[dict]:
-    """Records {prompt, responses, scores} and, unless the baseline is to judge, reasons."""
-    records = read_jsonl(path, "judged responses", ("prompt",))
-    for number, record in enumerate(records, 1):
+    Raises InputError that names every malformed record."""
+    path = find_file(source, "judged", needed=False)
+    if path is None:
+        if config.eft_by == "none":
+            return DataSet(None, [])
+        raise InputError(f"{source} has no judged.jsonl or judged.json, the responses with scores that EFT needs; to "
+                         "run without EFT: --set seed_data.eft_by=none --set dpo.replay_weight=0")
+    data, malformed, unexplained = DataSet(path, []), [], []
+    for place, record in read_records(path, "judged responses"):
+        data.total += 1
         if not is_judged(record):
-            raise InputError(f"{path}, line {number}: expected lists of equal length (2 or more): responses, "
-                             f"scores from 0 to {MAX_SCORE}, reasons")
-        texts = [record["prompt"], *record["responses"], *record.get("reasons", [])]
-        check_encodable("".join(texts), f"{path}, line {number}")
-    return records
+            malformed.append(place)
+            continue
+        if "reasons" not in record:
+            unexplained.append(place)
+        try:
+            check_encodable("".join([record["prompt"], *record["responses"], *record.get("reasons", [])]))
+        except LeftOut as reason:
+            data.leave_out(str(reason), place)
+            continue
+        data.formats["judged"] += 1
+        kept = ("prompt", "responses", "scores", "reasons")
+        data.records.append((place, {key: record[key] for key in kept if key in record}))
+    if malformed:
+        raise InputError(f"{path}, {shorten(malformed)}: expected a prompt, and lists of equal length (2 or more): "
+                         f"responses, scores from 0 to {MAX_SCORE}, reasons")
+    if unexplained and config.eft_by == "annotator" and config.reasons:
+        raise InputError(f"{path}, {shorten(unexplained)}: {NO_REASONS}")
+    return data
 
 
-def is_judged(record: dict) -> bool:
-    """Whether a record has a score, and a reason or no reasons at all, for each of two or more responses."""
+def is_judged(record) -> bool:
+    """Whether a record has a prompt and a score, and a reason or no reasons at all, for each of two or more
+    responses."""
+    if not isinstance(record, dict) or not isinstance(record.get("prompt"), str) or not record["prompt"].strip():
+        return False
     responses, scores = record.get("responses"), record.get("scores")
     reasons = record.get("reasons", responses)
     if not all(isinstance(values, list) for values in (responses, scores, reasons)):
@@ -149,18 +254,13 @@ def is_judged(record: dict) -> bool:
             and all(type(score) in (int, float) and 0 <= score <= MAX_SCORE for score in scores))
 
 
+# EFT.
+
 def eft_by_annotator(ranked: list[dict], template: str, reasons: bool = True) -> list[dict]:
     """EFT records from the annotator's scores, with the annotator's reasons or with the score alone."""
-    records = []
-    for record in ranked:
-        if reasons and "reasons" not in record:
-            raise InputError("judged responses have no reasons; add them, or set seed_data.eft_by to "
-                             '"baseline", or seed_data.reasons to false')
-        for i, (response, score) in enumerate(zip(record["responses"], record["scores"])):
-            reason = record["reasons"][i] if reasons else ""
-            judgement = f"{reason}\nScore: {score}".lstrip()
-            records.append(eft_record(template, record["prompt"], response, judgement))
-    return records
+    return [eft_record(template, record["prompt"], response, judgement)
+            for record in ranked
+            for response, judgement in zip(record["responses"], annotator_judgements(record, reasons))]
 
 
 def eft_by_baseline(lm: LM, ranked: list[dict], template: str, config: JudgeConfig, seed: int) -> list[dict]:
@@ -174,7 +274,13 @@ def eft_by_baseline(lm: LM, ranked: list[dict], template: str, config: JudgeConf
         selected = first_agreeing_round(record["scores"], judgements)
         for response, judgement in zip(record["responses"], selected):
             records.append(eft_record(template, record["prompt"], response, judgement.text))
-    return records
+    return [record for record in records if fits(lm, record)]
+
+
+def fits(lm: LM, record: dict) -> bool:
+    """Whether a record can be trained on. Sampled ids, decoded and encoded again, may become more."""
+    ids, _ = lm.tokenizer.encode_chat(record["prompt"], record["response"])
+    return len(ids) <= lm.max_seq_len
 
 
 def first_agreeing_round(scores: list[float], judgements: list[list[Judgement]]) -> list[Judgement]:

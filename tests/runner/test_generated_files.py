@@ -1,6 +1,7 @@
 """Files and configs on generated inputs: what is written comes back, and any bytes are read or refused clearly."""
 
 import dataclasses
+import json
 import math
 import tempfile
 from functools import cache
@@ -12,6 +13,7 @@ from generated import for_all, one_of, texts_with
 from hypothesis import strategies as st
 
 from minisr import InputError
+from minisr.interop.chat_templates import chat_template
 from minisr.runner.config import (
     CHOICES,
     LIMITS,
@@ -19,10 +21,14 @@ from minisr.runner.config import (
     Config,
     PretrainConfig,
     PromptConfig,
+    SeedConfig,
     load_config,
     to_toml,
 )
-from minisr.runner.files import read_json, read_jsonl, write_jsonl
+from minisr.runner.files import read_json, read_jsonl, read_text, write_jsonl
+from minisr.runner.json_records import read_records
+from minisr.runner.run import load_template
+from minisr.runner.seed_data import read_instructions
 
 # Records
 
@@ -82,6 +88,109 @@ def test_half_a_character_is_written_or_refused_clearly():
         assert read_jsonl(scratch_file(), "records") == records
     except InputError:
         pass
+
+
+@for_all(records=st.lists(RECORDS, max_size=3), form=one_of("list", "lines", "indented", "wrapped", "spaced"))
+def test_records_are_read_from_every_form_of_json(records, form):
+    one_a_line = [json.dumps(record) for record in records]
+    text = {"list": json.dumps(records), "lines": "\n".join(one_a_line), "spaced": "\n \n".join([*one_a_line, "", ""]),
+            "indented": json.dumps(records, indent=1), "wrapped": json.dumps({"version": 1, "data": records})}[form]
+    scratch_file().write_text(text)
+    again = [record for _, record in read_records(scratch_file(), "records")]
+    assert again == records or form != "list" and len(records) == 1 and again == unwrapped(records[0])
+
+
+def unwrapped(record):
+    return record.get("data")
+
+
+@for_all(content=st.binary(max_size=40) | st.lists(FRAGMENTS, max_size=8).map(b"".join))
+def test_a_users_file_of_any_bytes_holds_records_or_is_refused_by_its_name(content):
+    scratch_file().write_bytes(content)
+    try:
+        read_records(scratch_file(), "records")
+    except InputError as error:
+        assert str(scratch_file()) in str(error) and "\n" not in str(error) and "remove" not in str(error)
+
+
+# What editors and programs leave in files
+
+TWO = [{"prompt": "Name a colour.", "response": "Blue."},
+       {"prompt": "Und ein Maß?", "response": "Ein Meter \U0001f642."}]
+LINES = [json.dumps(record, ensure_ascii=False) for record in TWO]
+TEXT = "\n".join(LINES)
+LIST = json.dumps(TWO, ensure_ascii=False)
+
+
+@pytest.mark.parametrize("name", ["ift.jsonl", "ift.json"])
+@pytest.mark.parametrize("content", [
+    TEXT.encode(), f"{TEXT}\n".encode(), LIST.encode(), json.dumps(TWO).encode(), json.dumps(TWO, indent=2).encode(),
+    b"\xef\xbb\xbf" + TEXT.encode(), b"\xef\xbb\xbf" + LIST.encode(),
+    TEXT.encode("utf-16"), LIST.encode("utf-16"), b"\xff\xfe" + TEXT.encode("utf-16-le"),
+    b"\xfe\xff" + TEXT.encode("utf-16-be"), TEXT.encode("utf-32"),
+    TEXT.replace("\n", "\r\n").encode(), TEXT.replace("\n", "\r").encode(),
+    json.dumps(TWO, indent=2).replace("\n", "\r\n").encode(),
+    f"\n{LINES[0]}\n\n  \n{LINES[1]}\n\n\n".encode(), f"{LINES[0]}\n\ufeff{LINES[1]}\n".encode(),  # joined files
+    f"[\n{LINES[0]},\n{LINES[1]},\n]\n".encode(),  # a comma after the last record
+    json.dumps({"data": TWO}).encode(), json.dumps({"version": 1, "instances": TWO}, indent=2).encode(),
+    TEXT.replace('"}', '", "input": NaN, "score": -Infinity}').encode(),  # of pandas
+], ids=str)
+def test_instructions_are_read_whatever_the_file_is_called_and_whoever_saved_it(name, content, tmp_path):
+    (tmp_path / name).write_bytes(content)
+    assert read_instructions(tmp_path / name) == TWO
+
+
+def test_a_tab_and_a_line_break_inside_a_text_are_read(tmp_path):
+    (tmp_path / "ift.json").write_text('[{"prompt": "a\tb\nc", "response": "d"}]')
+    assert read_instructions(tmp_path / "ift.json") == [{"prompt": "a\tb\nc", "response": "d"}]
+
+
+@pytest.mark.parametrize("content, message", [
+    (f"{LINES[0]}\n{LINES[1][:-5]}\n{LINES[0]}".encode(), "line 2 is not valid JSON"),
+    (f"{LINES[0]}\n{LINES[1]},\n{LINES[0]}".encode(), "line 2 is not valid JSON: ',' follows the end of a record"),
+    (f"{LINES[0]} {LINES[1]}".encode(), "line 1 is not valid JSON: .* follows the end"),
+    (f"[{LINES[0]}\n{LINES[1]}]".encode(), "line 2 is not valid JSON: expected a comma"),
+    (f"[{LINES[0]},\n{LINES[1]}".encode(), "line 2 is not valid JSON: expected a comma or the end of the list"),
+    (f"[{LINES[0]}]\n[{LINES[1]}]".encode(), "line 2 is not valid JSON: .* follows the end"),
+    (f"{LINES[0]}\n{LINES[1]}\n".encode() + b"\x00" * 9, "line 3 holds a NUL byte"),
+    (TEXT.encode("utf-16-le"), "line 2 is not UTF-8|line 1 holds a NUL byte|is not UTF-8"),  # without its mark
+    (TEXT.encode("latin-1", "replace"), "line 2 is not UTF-8 text; save the file as UTF-8"),
+    (f'{LINES[0]}\n{{"prompt": "a", "prompt": "b", "response": "c"}}'.encode(),
+     "line 2 cannot be read: the key 'prompt' comes twice in one object"),
+    (f'[{LINES[0]},\n\n{{"prompt": "a", "response": "c", "response": "d"}}]'.encode(),
+     "line 3 cannot be read: the key 'response' comes twice"),
+    (f"{LINES[0]}\n{'[' * 100_000}".encode(), "line [12] "),
+    (f"{LINES[0]}\n{{\"a\": {'1' * 5000}}}".encode(), "line 2 cannot"),
+], ids=lambda value: str(value)[:50])
+def test_what_is_not_json_is_named_by_file_and_line(content, message, tmp_path):
+    (tmp_path / "ift.jsonl").write_bytes(content)
+    with pytest.raises(InputError, match=rf"ift\.jsonl.*{message}") as error:
+        read_instructions(tmp_path / "ift.jsonl")
+    assert "remove" not in str(error.value) and "\n" not in str(error.value)  # it is the user's only copy
+
+
+SAVED = [lambda text: b"\xef\xbb\xbf" + text.encode(), lambda text: text.encode("utf-16"),
+         lambda text: text.replace("\n", "\r\n").encode(),
+         lambda text: b"\xef\xbb\xbf" + text.replace("\n", "\r\n").encode()]
+
+
+@pytest.mark.parametrize("saved", SAVED)
+def test_configs_and_templates_are_read_whoever_saved_them(saved, tmp_path):
+    (tmp_path / "a.toml").write_bytes(saved('seed = 3\nchat = "Maß"\n[seed_data]\nift = 7\n'))
+    assert load_config(tmp_path / "a.toml") == Config(seed=3, chat="Maß", seed_data=SeedConfig(ift=7))
+    (tmp_path / "judge.txt").write_bytes(saved("Rate {prompt}\nand {response}\nMaß:\n"))
+    assert load_template(tmp_path / "judge.txt") == "Rate {prompt}\nand {response}\nMaß:"
+    (tmp_path / "chat.txt").write_bytes(saved("<s>\n{prompt}\n{response}</s>\n"))
+    assert chat_template(str(tmp_path / "chat.txt")) == "<s>\n{prompt}\n{response}</s>"
+
+
+@pytest.mark.parametrize("content, line", [(b"seed = 3\nchat = '\x00'", 2), (b"seed = 3\n\n# Ma\xdf", 3)])
+def test_a_config_that_is_no_text_is_named_by_its_line(content, line, tmp_path):
+    (tmp_path / "a.toml").write_bytes(content)
+    with pytest.raises(InputError, match=rf"a\.toml: line {line} "):
+        load_config(tmp_path / "a.toml")
+    with pytest.raises(InputError, match=rf"a\.toml: line {line} "):
+        read_text(tmp_path / "a.toml", "text")
 
 
 # Configs

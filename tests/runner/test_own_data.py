@@ -1,17 +1,19 @@
 """Seed data that is not the tiny world's: minisr's English instructions, a user's folder."""
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from tiny import tiny_model, tiny_tokenizer
+from tiny import tiny_lm, tiny_model, tiny_tokenizer
 
 from minisr import InputError
 from minisr.judge import JudgeConfig, Judgement, parse_score
 from minisr.runner import seed_data
 from minisr.runner.checkpoint import save_model
 from minisr.runner.config import Config, SeedConfig, load_config
+from minisr.runner.data_sets import Unlimited
 from minisr.runner.files import write_jsonl
 from minisr.runner.run import ENGLISH_TEMPLATE, Run, load_template
 from minisr.runner.seed_data import (
@@ -23,45 +25,156 @@ from minisr.runner.seed_data import (
     read_instructions,
     read_prompts,
 )
+from minisr.sft import encode_examples
 
 WANTED = {"prompt": "Name a colour.", "response": "Blue."}
+USER, ANSWER = {"role": "user", "content": "Name a colour."}, {"role": "assistant", "content": "Blue."}
+MORE = [{"role": "user", "content": "Another."}, {"role": "assistant", "content": "Red."}]
+HUMAN, GPT = {"from": "human", "value": "Name a colour."}, {"from": "gpt", "value": "Blue."}
+ALPACA = {"instruction": "Name a colour.", "input": "", "output": "Blue."}
+BRIEF = "Be brief.\n\nName a colour."
+COLOUR = "Name\n\na colour."
+
+
+def text_part(text):
+    return {"type": "text", "text": text}
 
 
 @pytest.mark.parametrize("record, prompt", [
     ({"prompt": "Name a colour.", "response": "Blue.", "id": 7}, "Name a colour."),
-    ({"instruction": "Name a colour.", "input": "", "output": "Blue."}, "Name a colour."),
+    # Alpaca and LLaMA-Factory
+    (ALPACA, "Name a colour."),
     ({"instruction": "Name a colour.", "output": "Blue."}, "Name a colour."),
-    ({"instruction": "Name", "input": "a colour.", "output": "Blue."}, "Name\n\na colour."),
-    ({"messages": [{"role": "user", "content": "Name a colour."}, {"role": "assistant", "content": "Blue."},
-                   {"role": "user", "content": "Another."}, {"role": "assistant", "content": "Red."}]},
+    ({"instruction": "Name", "input": "a colour.", "output": "Blue."}, COLOUR),
+    (ALPACA | {"input": None, "text": "Below is an instruction"}, "Name a colour."),
+    (ALPACA | {"system": "Be brief."}, BRIEF),
+    (ALPACA | {"system": "", "history": []}, "Name a colour."),
+    ({"instruction": "Another.", "output": "Red.", "history": [["Name a colour.", "Blue."]]}, "Name a colour."),
+    ({"input": "Name a colour.", "output": "Blue."}, "Name a colour."),
+    # Dolly
+    ({"instruction": "Name", "context": "a colour.", "response": "Blue.", "category": "open_qa"}, COLOUR),
+    ({"instruction": "Name a colour.", "context": "", "response": "Blue."}, "Name a colour."),
+    # TRL
+    ({"prompt": "Name a colour.", "completion": "Blue."}, "Name a colour."),
+    ({"prompt": [USER], "completion": [ANSWER]}, "Name a colour."),
+    ({"prompt": "Name a colour.", "completion": "Blue.", "label": True}, "Name a colour."),
+    ({"prompt": "Name a colour.", "chosen": "Blue.", "rejected": "No."}, "Name a colour."),
+    ({"prompt": [USER], "chosen": [ANSWER], "rejected": [ANSWER]}, "Name a colour."),
+    ({"chosen": [USER, ANSWER], "rejected": [USER, ANSWER]}, "Name a colour."),
+    ({"conversations": [HUMAN], "chosen": GPT, "rejected": GPT}, "Name a colour."),
+    # chats
+    ({"messages": [USER, ANSWER, *MORE]}, "Name a colour."),
+    ({"messages": [USER, ANSWER, MORE[0]]}, "Name a colour."),
+    ({"messages": [{"role": "system", "content": "Be brief."}, USER, ANSWER]}, BRIEF),
+    ({"messages": [{"role": "developer", "content": "Be brief."}, USER, ANSWER]}, BRIEF),
+    ({"messages": [{"role": "system", "content": ""}, USER, ANSWER]}, "Name a colour."),
+    ({"messages": [{"role": "system", "content": None}, USER, ANSWER]}, "Name a colour."),
+    ({"messages": [{"role": "system", "content": " \n"}, USER, ANSWER]}, "Name a colour."),
+    ({"messages": [USER, ANSWER], "system": "Be brief."}, BRIEF),
+    ({"messages": [{"role": "user", "content": [text_part("Name "), text_part("a colour.")]}, ANSWER]},
      "Name a colour."),
-    ({"messages": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Name a colour."},
-                   {"role": "assistant", "content": "Blue."}]}, "Be brief.\n\nName a colour."),
+    ({"messages": [{"role": "user", "content": "Name"}, {"role": "user", "content": "a colour."}, ANSWER]}, COLOUR),
+    ({"messages": None, "prompt": "Name a colour.", "response": "Blue."}, "Name a colour."),
+    ({"messages": [], "prompt": "Name a colour.", "response": "Blue."}, "Name a colour."),
+    ({"messages": [USER, ANSWER], "prompt": "Name a colour.", "prompt_id": "a"}, "Name a colour."),
+    # ShareGPT
+    ({"conversations": [HUMAN, GPT, {"from": "human", "value": "Another."}]}, "Name a colour."),
+    ({"conversations": [{"from": "system", "value": "Be brief."}, HUMAN, GPT]}, BRIEF),
+    ({"conversations": [HUMAN, GPT | {"from": "assistant"}]}, "Name a colour."),
+    ({"conversations": [HUMAN | {"from": "Human"}, GPT | {"from": "chatgpt"}]}, "Name a colour."),
+    ({"conversations": [HUMAN, GPT], "system": "Be brief."}, BRIEF),
+    ({"conversations": [USER, ANSWER]}, "Name a colour."),
+    # Orca, GSM8K
+    ({"system_prompt": "Be brief.", "question": "Name a colour.", "response": "Blue."}, BRIEF),
+    ({"question": "Name a colour.", "answer": "Blue."}, "Name a colour."),
+    # Open Assistant's trees
+    ({"message_tree_id": "t", "prompt": {"text": "Name a colour.", "role": "prompter", "replies": [
+        {"text": "No.", "role": "assistant", "rank": 1, "replies": []},
+        {"text": "Bad.", "role": "assistant", "rank": 0, "deleted": True, "replies": []},
+        {"text": "Blue.", "role": "assistant", "rank": 0, "replies": []},
+        {"text": "Unranked.", "role": "assistant", "rank": None, "replies": []}]}}, "Name a colour."),
 ])
 @pytest.mark.parametrize("form", ["jsonl", "json"])
-def test_instructions_are_read_in_the_three_common_formats(record, prompt, form, tmp_path):
+def test_the_first_exchange_is_read_from_every_common_format(record, prompt, form, tmp_path):
     path = tmp_path / f"ift.{form}"
     path.write_text(json.dumps([record, record] if form == "json" else record))
     assert read_instructions(path)[0] == {"prompt": prompt, "response": "Blue."}
 
 
-@pytest.mark.parametrize("record", [
-    {"prompt": "a"}, {"prompt": "", "response": "b"}, {"prompt": 3, "response": "b"}, {"instruction": "a"},
-    {"messages": []}, {"messages": [{"role": "user", "content": "a"}]}, {"messages": "a"}, {"text": "a"},
-    {"messages": [{"role": "assistant", "content": "a"}, {"role": "user", "content": "b"}]},
+NO_TEXT = {"role": "user", "content": [text_part("What is this?"), {"type": "image_url", "image_url": {"url": "x"}}]}
+
+
+@pytest.mark.parametrize("record, reason", [
+    ({"prompt": "a"}, "no answer"), ({"instruction": "a"}, "no answer"),
+    ({"prompt": "a", "response": None}, "no answer"),
+    ({"messages": [USER]}, "no answer"), ({"conversations": [HUMAN]}, "no answer"), ("a", "no answer"),
+    ({"messages": [USER, ANSWER | {"content": None, "tool_calls": [{}]}]}, "no answer"),
+    (ALPACA | {"output": ""}, "empty answer"), (ALPACA | {"output": " \n"}, "empty answer"),
+    ({"messages": [USER, ANSWER | {"content": ""}]}, "empty answer"),
+    ({"prompt": "", "response": "b"}, "empty prompt"), ({"prompt": " ", "response": "b"}, "empty prompt"),
+    ({"messages": [USER | {"content": None}, ANSWER]}, "empty prompt"),
+    ({"text": "a"}, "no prompt"), ({"messages": []}, "no prompt"), ({"messages": "a"}, "no prompt"), ({}, "no prompt"),
+    ({"prompt": 3, "response": "b"}, "a number where a text should be"),
+    (ALPACA | {"output": {"a": "b"}}, "an object where a text should be"),
+    (ALPACA | {"output": True}, "true or false where a text should be"),
+    ({"messages": [NO_TEXT, ANSWER]}, "a part that is not text, such as an image"),
+    ({"messages": [ANSWER, USER]}, "no user's turn at the beginning"),
+    ({"messages": [USER, {"role": "tool", "content": "c"}, ANSWER]}, "a turn of another role before the answer"),
+    ({"conversations": [HUMAN, {"from": "function_call", "value": "{}"}]}, "a turn of another role before the answer"),
+    ({"messages": ["a", "b"]}, "a message that is not an object {...}"),
+    ({"messages": [{"content": "a"}]}, "a message without a role"),
+    (ALPACA | {"history": ["a"]}, "a history that is not a list of [question, answer]"),
+    (ALPACA | {"history": 3}, "a history that is not a list of [question, answer]"),
+    ({"chosen": "Human: a Assistant: b", "rejected": "c"}, "a preference (chosen, rejected) without a prompt"),
+    ({"prompt": "a", "completion": "b", "label": False}, "labelled as a bad answer (label: false)"),
+    ({"prompt": "Name \ud800.", "response": "b"}, "half a character (a lone surrogate, \\ud800 to \\udfff)"),
+    ({"prompt": "a", "response": "\udfff"}, "half a character (a lone surrogate, \\ud800 to \\udfff)"),
+    ({"prompt": {"text": "a", "role": "prompter", "replies": []}}, "no answer"),
+    ({"prompt": {"text": "a", "role": "prompter", "deleted": True}}, "a deleted message"),
+    ([1, 2], "not a record {...}"), (None, "not a record {...}"), (3, "not a record {...}"),
 ])
-def test_an_instruction_in_no_known_format_is_named_by_its_number(record, tmp_path):
-    path = tmp_path / "ift.jsonl"
-    write_jsonl(path, [WANTED, record])
-    with pytest.raises(InputError, match="ift.jsonl, record 2: expected instruction/input/output"):
-        read_instructions(path)
+def test_a_record_that_cannot_be_used_is_left_out_and_counted(record, reason, tmp_path):
+    path = tmp_path / "ift.json"
+    path.write_text(json.dumps([WANTED, record]))
+    assert read_instructions(path) == [WANTED]
+    assert seed_data.read_set(path, seed_data.parse_instruction).left_out == {reason: ["record 2 (line 1)"]}
+
+
+def test_nothing_that_can_be_used_is_an_error_that_says_why(folder):
+    write_jsonl(folder / "ift.jsonl", [{"text": "a"}, {"prompt": "a"}, {"prompt": "b"}])
+    with pytest.raises(InputError, match=r"ift.jsonl has no instructions that can be used: no prompt \(1: line 1\); no "
+                                         r"answer \(2: line 2, line 3\)"):
+        build_seed_data(SeedConfig(source=str(folder), judge_evaluation=1), 0)
+
+
+def test_open_assistants_rows_are_joined(tmp_path):
+    rows = [{"message_id": "a", "parent_id": None, "role": "prompter", "text": "Name a colour."},
+            {"message_id": "b", "parent_id": "a", "role": "assistant", "text": "No.", "rank": 1.0},
+            {"message_id": "c", "parent_id": "b", "role": "prompter", "text": "Why?"},
+            {"message_id": "d", "parent_id": "a", "role": "assistant", "text": "Blue.", "rank": 0.0},
+            {"message_id": "e", "parent_id": None, "role": "prompter", "text": "Is it true?"},
+            {"message_id": "f", "parent_id": "z", "role": "assistant", "text": "Lost."}]
+    write_jsonl(tmp_path / "ift.jsonl", rows)
+    data = seed_data.read_set(tmp_path / "ift.jsonl", seed_data.parse_instruction)
+    assert data.records == [("line 1", WANTED)] and data.left_out == {"no answer": ["line 5"],
+                                                                      "a reply to no message in the file": ["line 6"]}
 
 
 def test_prompts_alone_need_no_response(tmp_path):
-    write_jsonl(tmp_path / "p.jsonl", [{"instruction": "a", "dataset": "x"}, {"prompt": "b"}, WANTED])
-    assert read_prompts(tmp_path / "p.jsonl") == ["a", "b", "Name a colour."]
-    (tmp_path / "p.json").write_text('["a"]')
-    with pytest.raises(InputError, match="record 1"):
+    write_jsonl(tmp_path / "p.jsonl", [{"instruction": "a", "dataset": "x"}, {"prompt": "b", "response": None}, WANTED,
+                                       {"messages": [{"role": "user", "content": "c"}]}, {"prompt": "d", "output": ""},
+                                       {"prompt": [{"role": "user", "content": "e"}]}])
+    assert [prompt for _, prompt in read_prompts(tmp_path / "p.jsonl")] == ["a", "b", "Name a colour.", "c", "d", "e"]
+    (tmp_path / "p.json").write_text('["a",\n "b"]')
+    assert read_prompts(tmp_path / "p.json") == [("record 1 (line 1)", "a"), ("record 2 (line 2)", "b")]
+
+
+@pytest.mark.parametrize("content, message", [
+    ('["a", 3]', r"p.json: records that hold no prompt: not a record .* \(1: record 2"),
+    ("[]", "p.json has no prompts")])
+def test_a_list_of_prompts_is_read_whole_or_not_at_all(content, message, tmp_path):
+    (tmp_path / "p.json").write_text(content)
+    with pytest.raises(InputError, match=message):
         read_prompts(tmp_path / "p.json")
 
 
@@ -87,25 +200,89 @@ def test_a_folder_gives_at_most_what_is_asked_and_the_end_of_the_judged_is_held_
 
 @pytest.mark.parametrize("change", [
     {"responses": ["Blue."]}, {"scores": [5]}, {"scores": [5, 6]}, {"scores": [5, "0"]}, {"scores": 5},
-    {"scores": [True, 0]}, {"reasons": ["Good."]}, {"reasons": ["Good.", None]}, {"responses": None},
+    {"scores": [True, 0]}, {"reasons": ["Good."]}, {"reasons": ["Good.", None]}, {"responses": None}, {"prompt": None},
+    {"prompt": " "}, {"scores": [5, float("nan")]}, {"responses": ["Blue.", {"text": "No."}]},
 ])
-def test_a_wrong_judged_record_is_named_by_its_line(folder, change):
-    write_jsonl(folder / "judged.jsonl", [JUDGED, JUDGED | change])
-    with pytest.raises(InputError, match="judged.jsonl, line 2: expected lists of equal length"):
+def test_all_wrong_judged_records_are_named_by_their_lines(folder, change):
+    write_jsonl(folder / "judged.jsonl", [JUDGED, JUDGED | change, JUDGED, JUDGED | change])
+    with pytest.raises(InputError, match="judged.jsonl, line 2, line 4: expected a prompt, and lists of equal length"):
         build_seed_data(SeedConfig(source=str(folder), judge_evaluation=1), 0)
 
 
-@pytest.mark.parametrize("name, record, where", [
-    ("ift", WANTED | {"prompt": "Name \ud800."}, "record 2"), ("ift", WANTED | {"response": "\udfff"}, "record 2"),
-    ("evaluation", {"prompt": "\ud800?"}, "record 2"), ("judged", JUDGED | {"prompt": "\ud800"}, "line 2"),
-    ("judged", JUDGED | {"responses": ["Blue.", "\ud800"]}, "line 2"),
-    ("judged", JUDGED | {"reasons": ["Good.", "\ud800"]}, "line 2")])
-def test_half_a_character_is_named_where_the_file_is_read(name, record, where, folder):
-    path = folder / f"{name}.jsonl"
-    whole = {"ift": WANTED, "judged": JUDGED, "evaluation": {"prompt": "What is new?"}}[name]
-    write_jsonl(path, [whole, record, whole])
-    with pytest.raises(InputError, match=rf"{name}\.jsonl, {where}: half a character \(a lone surrogate"):
+@pytest.mark.parametrize("change", [{"prompt": "\ud800"}, {"responses": ["Blue.", "\ud800"]},
+                                    {"reasons": ["Good.", "\ud800"]}])
+def test_half_a_character_in_a_judged_record_leaves_it_out(change, folder):
+    write_jsonl(folder / "judged.jsonl", [JUDGED | {"prompt": "a"}, JUDGED | change, JUDGED | {"prompt": "b"}])
+    data, sets = load(folder, judge_evaluation=1)
+    assert [r["prompt"] for r in data["ranked"] + data["judge_evaluation"]] == ["a", "b"]
+    assert sets["judged"].left_out == {"half a character (a lone surrogate, \\ud800 to \\udfff)": ["line 2"]}
+
+
+def load(source, **settings):
+    return seed_data.load_seed_data(SeedConfig(source=str(source), **settings), 0, Unlimited())
+
+
+def test_judged_may_be_a_list_and_keeps_only_what_is_used(folder):
+    (folder / "judged.jsonl").unlink()
+    (folder / "judged.json").write_text(json.dumps([JUDGED | {"prompt": f"{i}?", "id": math.nan} for i in range(3)]))
+    data = build_seed_data(SeedConfig(source=str(folder), judge_evaluation=1), 0)
+    assert data["ranked"] == [JUDGED | {"prompt": "0?"}, JUDGED | {"prompt": "1?"}]
+
+
+def test_without_eft_no_judged_file_is_needed(folder):
+    (folder / "judged.jsonl").unlink()
+    data = build_seed_data(SeedConfig(source=str(folder), eft_by="none"), 0)
+    assert data["ranked"] == data["judge_evaluation"] == [] and len(data["ift"]) == 3
+    with pytest.raises(InputError, match=r"no judged.jsonl or judged.json.*--set seed_data.eft_by=none --set dpo.repl"):
+        build_seed_data(SeedConfig(source=str(folder)), 0)
+
+
+def test_without_eft_every_judged_prompt_may_be_held_out(folder):
+    data = build_seed_data(SeedConfig(source=str(folder), eft_by="none", judge_evaluation=9), 0)
+    assert data["ranked"] == [] and len(data["judge_evaluation"]) == 5
+
+
+def test_judged_records_without_reasons_are_named_before_anything_is_made(folder):
+    without = {name: value for name, value in JUDGED.items() if name != "reasons"}
+    write_jsonl(folder / "judged.jsonl", [{**record, "prompt": f"{i}?"}
+                                          for i, record in enumerate([JUDGED, without, JUDGED, without])])
+    with pytest.raises(InputError, match="judged.jsonl, line 2, line 4: no reasons; add them, or set"):
         build_seed_data(SeedConfig(source=str(folder), judge_evaluation=1), 0)
+    for how in ({"reasons": False}, {"eft_by": "baseline"}):
+        assert len(build_seed_data(SeedConfig(source=str(folder), judge_evaluation=1, **how), 0)["ranked"]) == 3
+
+
+def test_one_file_is_enough_and_its_last_prompts_are_held_out(tmp_path):
+    write_jsonl(tmp_path / "my.jsonl", [{"prompt": f"{i}?", "response": "Yes."} for i in (0, 1, 2, 3, 1, 4, 5)])
+    data, sets = load(tmp_path / "my.jsonl", eft_by="none", evaluation=3)
+    assert [r["prompt"] for r in data["evaluation"]] == ["1?", "4?", "5?"]
+    assert [r["prompt"] for r in data["ift"]] == ["0?", "2?", "3?"]
+    assert sets["ift"].left_out == {"prompt held out for evaluation": ["line 2", "line 5", "line 6", "line 7"]}
+    with pytest.raises(InputError, match="has no instructions that can be used: prompt held out for evaluation"):
+        load(tmp_path / "my.jsonl", eft_by="none", evaluation=7)
+
+
+def test_an_instruction_whose_prompt_is_held_out_is_left_out(folder):
+    write_jsonl(folder / "ift.jsonl", [WANTED, WANTED | {"prompt": "what is NEW"}, WANTED | {"prompt": "4?"}])
+    write_jsonl(folder / "evaluation.jsonl", [{"prompt": "What is new?"}, {"prompt": "0?"}])
+    data = build_seed_data(SeedConfig(source=str(folder), judge_evaluation=1), 0)
+    assert data["ift"] == [WANTED] and [record["prompt"] for record in data["ranked"]] == ["1?", "2?", "3?"]
+
+
+@pytest.mark.parametrize("changed, message", [
+    (lambda at: at / "no", "seed_data.source: there is no file or folder"),
+    (lambda at: (at / "ift.jsonl").unlink() or at, "has neither ift.json nor ift.jsonl"),
+    (lambda at: (at / "ift.json").write_text("[]") and at, "has both ift.json and ift.jsonl"),
+    (lambda at: (at / "evaluation.jsonl").write_text("\n\n") and at,
+     "no evaluation prompts that can be used: it is empty")])
+def test_a_source_without_its_files_is_an_error(changed, message, folder):
+    with pytest.raises(InputError, match=message):
+        build_seed_data(SeedConfig(source=str(changed(folder)), judge_evaluation=1), 0)
+
+
+def test_a_source_in_the_home_folder(folder, monkeypatch):
+    monkeypatch.setenv("HOME", str(folder.parent))
+    assert load(f"~/{folder.name}", judge_evaluation=1)[0] == load(folder, judge_evaluation=1)[0]
 
 
 def test_both_halves_of_a_character_are_one(tmp_path):
@@ -143,9 +320,19 @@ def test_the_baselines_judgements_are_selected_where_a_whole_round_ranks_correct
     def judge(lm, template, prompts, responses, config, seed):
         return [[Judgement(f"Score: {score}", score) for score in said[y]] for y in responses]
     monkeypatch.setattr(seed_data, "judge", judge)
-    made = eft_by_baseline(None, ranked, "{prompt}|{response}", JudgeConfig(), 0)
+    made = eft_by_baseline(tiny_lm(), ranked, "{prompt}|{response}", JudgeConfig(), 0)
     assert [(record["prompt"], parse_score(record["response"])) for record in made] == [
         ("a|a1", 4), ("a|a2", 1), ("c|c1", 2), ("c|c2", 0), ("c|c3", 0)]
+
+
+def test_a_judgement_of_the_baseline_that_cannot_be_trained_on_is_left_out(monkeypatch):
+    # Decoded and encoded again, a judgement may have more tokens than were sampled.
+    lm = tiny_lm(context=32)
+    long = "Good. " * 20 + "Score: 5"
+    monkeypatch.setattr(seed_data, "judge", lambda *_: [[Judgement(long, 5)], [Judgement("Score: 0", 0)]])
+    made = eft_by_baseline(lm, [JUDGED | {"prompt": "a"}], "{prompt}|{response}", JudgeConfig(), 0)
+    assert [record["response"] for record in made] == ["Score: 0"]
+    encode_examples(lm, made)
 
 
 def test_a_baseline_that_never_ranks_correctly_is_an_error_and_nothing_is_written(monkeypatch, tmp_path):

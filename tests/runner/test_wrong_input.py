@@ -32,7 +32,7 @@ seed_data = {{ift = 4, ranked = 4, judge_evaluation = 2, evaluation = 2}}
 @pytest.fixture
 def at(tmp_path):
     """A folder with run.toml, the seed model M0 that it names, and a run with its seed data."""
-    save_model(tmp_path / "M0", tiny_model(), tiny_tokenizer(), {"made_by": "test"})
+    save_model(tmp_path / "M0", tiny_model(context=320), tiny_tokenizer(), {"made_by": "test"})
     (tmp_path / "run.toml").write_text(CONFIG.format(tmp_path / "M0"))
     run = Run.open(tmp_path / "run", load_config(tmp_path / "run.toml"))
     assert len(run.ift) == 4
@@ -103,7 +103,7 @@ COMMANDS = {  # what is wrong: the command, and texts that the one line must con
     "file as folder": (lambda at: run(at, out="run.toml"), "run.toml is a file", "choose a folder with --out"),
     "folder with other things": (lambda at: run(at, out="M0"), "M0 is no run", "chat.txt", "no config.toml", "--out"),
     "folder in a file": (lambda at: run(at, out="run.toml/new"), "cannot write", "run.toml/new"),
-    "long question": (lambda at: chat(at, "Write a story. " * 40), "tokens; the model needs 1 to 95"),
+    "long question": (lambda at: chat(at, "Write a story. " * 99), "tokens; the model needs 1 to 319"),
     "question with half a character": (lambda at: chat(at, "News\ud800?"), "question: half a character"),
     "question of spaces": (lambda at: chat(at, "  "), "a question that is not empty"),
     "chat with a run": (lambda at: ["chat", at / "run", "--ask", "News?"], "is a run", "one of its models"),

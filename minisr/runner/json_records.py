@@ -1,0 +1,99 @@
+"""The records of a JSON or JSON Lines file that a user provides, whatever the file is called and whoever saved it."""
+
+import json
+import re
+from pathlib import Path
+
+from minisr import InputError
+from minisr.runner.files import read_text, short_reason
+
+# The keys of an object that holds records: {"data": [...]} of many exports, LMFlow's {"instances": [...]}.
+WRAPPERS = ("data", "instances", "examples", "records", "train")
+SPACES = re.compile(r"[\s\ufeff]*")  # between JSON values; files that were joined have byte order marks there
+
+
+def read_records(path: Path, what: str) -> list[tuple[str, object]]:
+    """(place, value) of each record. `what` says in errors what the file is for.
+
+    A place is "line 7", or "record 3 (line 7)" in a JSON list. NaN and infinity, which are not JSON, become None.
+    Raises InputError with file and line for what is not JSON, and for a key that comes twice in one object."""
+    text, where = read_text(path, what), f"{what} {path}"
+    lines = [(number, line.strip(" \t\ufeff")) for number, line in enumerate(text.split("\n"), 1)]
+    lines = [(number, line) for number, line in lines if line]
+    if not lines:
+        return []
+    if len(lines) > 1 and all(line[0] in '{"' for _, line in lines):  # no line closes a bracket: JSON Lines
+        return [(f"line {number}", parse_line(line, where, number)) for number, line in lines]
+    start = SPACES.match(text).end()
+    if text[start] == "[":
+        items = enumerate(list_items(text, start, where), 1)
+        return [(f"record {number} (line {line})", value) for number, (line, value) in items]
+    value, end = decode(text, start, where)
+    check_end(text, end, where)
+    return [(f"record {number}", record) for number, record in enumerate(unwrap(value), 1)]
+
+
+def parse_line(line: str, where: str, number: int):
+    """The value in one line of a JSON Lines file."""
+    value, end = decode(line, 0, where, number)
+    check_end(line, end, where, number)
+    return value
+
+
+def list_items(text: str, position: int, where: str):
+    """(line, value) of each item of the JSON list that begins at a position of the text."""
+    number = text.count("\n", 0, position) + 1
+    while True:
+        before, position = position, SPACES.match(text, position + 1).end()
+        number += text.count("\n", before, position)
+        if text[position:position + 1] == "]":
+            break
+        value, end = decode(text, position, where)
+        yield number, value
+        before, position = position, SPACES.match(text, end).end()
+        number += text.count("\n", before, position)
+        if text[position:position + 1] == "]":
+            break
+        if text[position:position + 1] != ",":
+            raise InputError(f"{where}, line {number} is not valid JSON: expected a comma or the end of the list")
+    check_end(text, position + 1, where)
+
+
+def unwrap(value) -> list:
+    """The records of an object that holds a list of them, or the value itself as the only record."""
+    lists = [value[key] for key in WRAPPERS if isinstance(value, dict) and isinstance(value.get(key), list)]
+    return lists[0] if lists else [value]
+
+
+def decode(text: str, position: int, where: str, first_line: int = 1) -> tuple[object, int]:
+    """The JSON value at a position of the text, and the position behind it."""
+    try:
+        return DECODER.raw_decode(text, position)
+    except json.JSONDecodeError as error:
+        raise InputError(f"{where}, line {error.lineno + first_line - 1} is not valid JSON: {error.msg}") from error
+    except (RecursionError, ValueError) as error:  # nested too deeply, thousands of digits, or unique_keys
+        line = text.count("\n", 0, position) + first_line
+        raise InputError(f"{where}, line {line} cannot be read: {short_reason(error)}") from error
+
+
+def check_end(text: str, position: int, where: str, first_line: int = 1) -> None:
+    """Raise InputError if anything follows the only value of a text."""
+    position = SPACES.match(text, position).end()
+    if position < len(text):
+        line = text.count("\n", 0, position) + first_line
+        raise InputError(f"{where}, line {line} is not valid JSON: {text[position:position + 20]!r} follows the end "
+                         "of a record; write one record a line, or all records as one list")
+
+
+def unique_keys(pairs: list[tuple[str, object]]) -> dict:
+    """An object of which no key comes twice."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the key {twice!r} comes twice in one object")
+    return found
+
+
+# strict=False accepts a tab or a line break inside a text.
+DECODER = json.JSONDecoder(strict=False, object_pairs_hook=unique_keys, parse_constant=lambda name: None)
