@@ -95,8 +95,6 @@ def run(options) -> None:
     from minisr.runner.steps import run_loop
     from minisr.runner.storage import folder_lock
     run = _open_run(options)
-    if run.data_table:
-        print(f"{run.data_table}\n", flush=True)
     with folder_lock(run.folder):
         metrics = run_loop(run, on_evaluated=lambda so_far: print(line(so_far), flush=True))
     print(f"\n{table(metrics)}\n\n{LEGEND}")
@@ -115,7 +113,10 @@ def _open_run(options):
     from minisr.runner.config import load_config
     from minisr.runner.run import Run
     config = load_config(options.config, overrides=tuple(options.set))
-    return Run.open(options.out or Path("runs") / options.config.stem, config)
+    run = Run.open(options.out or Path("runs") / options.config.stem, config)
+    if run.data_table:
+        print(f"{run.data_table}\n", flush=True)
+    return run
 
 
 def _add_run(commands) -> None:

@@ -158,7 +158,7 @@ def describe(sets: dict[str, DataSet]) -> str:
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
     lines.insert(1, "-" * max(map(len, lines)))
-    lines += [f"{name}: {data.later_turns} later turns of chats are not used; a chat's first exchange is"
+    lines += [f"{name}: {data.later_turns} later turns of chats are not used, only first exchanges"
               for name, data in sets.items() if data.later_turns]
     return printable("\n".join(lines))
 
