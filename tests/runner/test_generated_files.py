@@ -27,6 +27,7 @@ from minisr.runner.config import (
 )
 from minisr.runner.files import read_json, read_jsonl, read_text, write_jsonl
 from minisr.runner.json_records import read_records
+from minisr.runner.lora import TARGETS, LoRAConfig
 from minisr.runner.run import load_template
 from minisr.runner.seed_data import read_instructions
 
@@ -204,6 +205,8 @@ def settings_of(kind, name: str = "") -> st.SearchStrategy:
         values = {key: settings_of(hint, key) for key, hint in get_type_hints(kind).items()}
         if kind is PromptConfig:  # a key "source" of seed_data can be any folder
             values["source"] = st.sampled_from(PROMPT_SOURCES)
+        if kind is LoRAConfig:
+            values["targets"] = st.lists(st.sampled_from(TARGETS), min_size=1).map(tuple)
         return st.builds(kind, **values)
     if name in CHOICES:
         return st.sampled_from(CHOICES[name])
