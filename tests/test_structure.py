@@ -29,7 +29,7 @@ ORDER = """
     fast.master_weights fast.lm fast
     runner runner.files worlds worlds.tiny worlds.tiny.words worlds.tiny.oracle worlds.tiny.writers worlds.tiny.corpus
     interop interop.shape interop.chat_templates interop.tokenizer_json interop.sentencepiece_json interop.names
-    runner.checkpoint interop.hf interop.gguf interop.source
+    runner.judge_prompt runner.checkpoint interop.hf interop.gguf interop.source
     runner.stop runner.storage runner.journal runner.muon runner.lora runner.resumable runner.engine runner.config
     runner.json_records runner.record_formats runner.data_sets runner.seed_data runner.pretrain
     runner.run runner.evaluation runner.variants runner.steps runner.reuse runner.experiment_plan runner.experiment

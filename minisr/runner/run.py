@@ -17,12 +17,12 @@ from minisr.runner.data_sets import Context, DataSet, describe
 from minisr.runner.engine import Workspace, run_lm_class
 from minisr.runner.files import json_bytes, jsonl_bytes, read_jsonl, read_text, write_bytes
 from minisr.runner.journal import Journal
+from minisr.runner.judge_prompt import check_judge_prompt
 from minisr.runner.resumable import deciding_values, dtype_name, record_changes
 from minisr.runner.storage import folder_lock, verify_checksum, write_with_checksum
 
 WORLD_TEMPLATE = Path(__file__).parents[1] / "worlds" / "tiny" / "judge.txt"
 ENGLISH_TEMPLATE = seed_data.ENGLISH / "judge.txt"
-TEMPLATE_FIELDS = ("{prompt}", "{response}")
 
 
 class Run:
@@ -235,9 +235,7 @@ def check_resumable(old: Config, new: Config, folder: Path) -> None:
 
 
 def load_template(path: Path) -> str:
-    """A judge prompt from a text file. It must contain {prompt} and {response} once each."""
+    """A judge prompt from a text file: see check_judge_prompt."""
     template = read_text(path, "judge prompt").rstrip("\n")
-    for name in TEMPLATE_FIELDS:
-        if template.count(name) != 1:
-            raise InputError(f"judge prompt {path} must contain {name} exactly once, not {template.count(name)} times")
+    check_judge_prompt(template, path)
     return template

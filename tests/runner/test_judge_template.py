@@ -3,6 +3,7 @@
 import re
 
 import pytest
+from small_run import minisr
 
 from minisr import InputError
 from minisr.runner.run import ENGLISH_TEMPLATE, WORLD_TEMPLATE, load_template
@@ -31,5 +32,53 @@ def test_a_missing_template_is_named(tmp_path):
 
 def test_the_newline_at_the_end_of_the_file_is_not_part_of_the_template(tmp_path):
     path = tmp_path / "judge.txt"
-    path.write_text("{prompt}\n{response}\n")
-    assert load_template(path) == "{prompt}\n{response}"
+    path.write_text("{prompt}\n{response}\nScore: <total>\n")
+    assert load_template(path) == "{prompt}\n{response}\nScore: <total>"
+
+
+RATE = "Rate the response.\n{prompt}\n{response}\n"
+REFUSED = {  # what the template asks for, and what the error names
+    "MT-Bench": (RATE + "Rate it on a scale of 1 to 10, like this: [[5]]", "line 4.*another scale.*1 to 10"),
+    "double brackets": (RATE + "Score: [[1..10]]", r"line 4.*1\.\.10"),
+    "a hundred": (RATE + "Give a score between 0 and 100.\nScore: <score>", "line 4.*0 and 100"),
+    "out of ten": (RATE + "Score: <points>/10", "line 4.*/10"),
+    "percent": (RATE + "Score: <points in %>", "line 4.*%"),
+    "a dash": (RATE + "Score (0-10):", "0-10"),
+    "no score": (RATE + "Say what is good and what is bad.", "never asks for a score line"),
+    "Prometheus": (RATE + "Feedback: (feedback) [RESULT] (a number from 1 to 5)", "never asks for a score line"),
+    "another language": (RATE + "Am Ende: Punktzahl: <Summe>", "never asks for a score line"),
+    "a verdict": (RATE + "Answer with good or bad.", "never asks for a score line"),
+    "JSON": (RATE + 'Answer with {"reason": "...", "score": <0 to 5>}', "asks for JSON"),
+    "JSON of str.format": (RATE + 'Answer with {{"score": <0 to 5>}}', "single braces"),
+    "doubled fields": ("{{prompt}} {{response}}\nScore: <total>", "single braces"),
+    "Jinja": ("{{ prompt }} {{ response }}\nScore: <total>", "single braces"),
+    "code fence": (f"```\n{RATE}Score: <total>\n```", "code fence"),
+    "other fields": ("{question} {answer}\nScore: <total>", r"\{prompt\} exactly once, not 0 times"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_template_that_asks_for_what_is_not_parsed_is_refused(tmp_path, name):
+    text, named = REFUSED[name]
+    path = tmp_path / "judge.txt"
+    path.write_text(text)
+    with pytest.raises(InputError, match=named) as error:
+        load_template(path)
+    assert "judge.txt" in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("text", [
+    "Score: <total>", "Give points from 0 to 5.\n**Score:** <total>", "Score (0-5): <total>", "the line Score: and it",
+    "Justify the score in 100 words.\nScore: <total>/5", "Use braces {like this} }} freely.\nscore: N",
+    "Name 1 to 3 faults.\n```\n{code}\n```\nScore: <0-5>"])
+def test_a_template_that_asks_for_the_score_line_is_taken_as_it_is(tmp_path, text):
+    path = tmp_path / "judge.txt"
+    path.write_text(RATE + text)
+    assert load_template(path) == RATE + text
+
+
+def test_a_run_with_such_a_template_writes_nothing(tmp_path, config):
+    path, out = tmp_path / "judge.txt", tmp_path / "run"
+    path.write_text(REFUSED["MT-Bench"][0])
+    code, _, error = minisr("run", config, "--set", f"judge.template={path}", "--out", out)
+    assert code == 2 and "another scale" in error and error.count("\n") == 1 and not out.exists()

@@ -226,11 +226,12 @@ def test_a_run_uses_the_judge_prompt_that_it_began_with(config, copy, tmp_path):
     with pytest.raises(InputError, match=r"judge\.txt is not the file that minisr wrote there"):
         Run(copy, load_config(copy / "config.toml"))
     own = tmp_path / "own.txt"
-    own.write_text("Rate {response} to {prompt}\n")
+    own.write_text("Score: N. Rate {response} to {prompt}\n")
     changed = load_config(copy / "config.toml", overrides=(f"judge.template={own}",))
     Run.open(tmp_path / "new", changed)
     own.write_text("Another {prompt} {response}")
-    assert Run(tmp_path / "new", changed).judge_template == "Rate {response} to {prompt}" != before.judge_template
+    assert Run(tmp_path / "new", changed).judge_template == "Score: N. Rate {response} to {prompt}" != \
+        before.judge_template
 
 
 def test_a_second_process_changes_no_config(config, copy):
