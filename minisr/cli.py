@@ -4,6 +4,7 @@ Each command has two functions here: one that runs it, and one that describes it
 """
 
 import argparse
+import os
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,6 +14,7 @@ from minisr.runner.stop import Stop
 
 MODEL_SOURCES = ("a Hugging Face folder, a .gguf file, or package:NAME for the .gguf file in an installed "
                  "package")
+MODEL_OPTIONS = ("model", "source", "chat")  # texts that may be a path
 RESUME = "To resume an interrupted run, run the same command again."
 
 DESCRIPTION = """\
@@ -38,6 +40,9 @@ def main(arguments: list[str] | None = None) -> int:
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")  # for a terminal that is not UTF-8
     try:
+        for name, value in vars(options).items():
+            if isinstance(value, Path) or name in MODEL_OPTIONS and value:
+                setattr(options, name, type(value)(os.path.expanduser(value)))
         options.command(options)
         return 0
     except InputError as error:
@@ -92,11 +97,15 @@ def run(options) -> None:
     Stop.on_signals()
     from minisr.report.show import show_answers
     from minisr.report.table import LEGEND, line, table
+    from minisr.runner.evaluation import evaluated_models
     from minisr.runner.steps import run_loop
     from minisr.runner.storage import folder_lock
     run = _open_run(options)
+    was_finished = f"M{run.config.iterations + 1}" in evaluated_models(run.folder / "metrics.json")
+    if was_finished:
+        print(f"{run.folder} is finished already; its files are checked, and this is its table:")
     with folder_lock(run.folder):
-        metrics = run_loop(run, on_evaluated=lambda so_far: print(line(so_far), flush=True))
+        metrics = run_loop(run, None if was_finished else lambda so_far: print(line(so_far), flush=True))
     print(f"\n{table(metrics)}\n\n{LEGEND}")
     print(f"Files: {run.folder}/ (metrics.json; M1/prompts.jsonl, responses.jsonl, rewards.jsonl, "
           "pairs.jsonl)")
@@ -147,6 +156,7 @@ def pretrain(options) -> None:
     from minisr.runner.config import PretrainConfig, load_config
     from minisr.runner.pretrain import pretrain
     config = load_config(options.config, PretrainConfig, options.set)
+    _check_no_model(options.out, "meta.json")
     pretrain(config, options.out)
     print(f"M0 is in {options.out}/\nUse it in a run: --set seed_model={options.out}")
 
@@ -177,6 +187,8 @@ def experiment(options) -> None:
     from minisr.report.experiment_table import differences_table, results_table
     from minisr.runner.experiment import experiment
     out = options.out or Path("runs") / options.config.stem
+    if out.is_file():
+        raise InputError(f"{out} is a file; choose a folder with --out")
     results = experiment(options.config, out, options.jobs, options.only)
     print(f"{results_table(results)}\n\nDifferences on the same seed:\n\n{differences_table(results)}\n")
     print(f"Means over seeds ± the 95 % interval; bold: the interval excludes 0. Files: {out}/")
@@ -248,9 +260,10 @@ def evaluate(options) -> None:
     from minisr.runner.evaluation import evaluate
     from minisr.runner.run import Run
     from minisr.runner.steps import finished_models, keep
-    from minisr.runner.storage import folder_lock
+    from minisr.runner.storage import check_run, folder_lock
     if options.prompts and not options.export:
         raise InputError("--prompts needs --export FOLDER, the folder for the answers")
+    check_run(options.run)
     run = Run(options.run, load_config(options.run / "config.toml"))
     models = finished_models(run)
     if not models:
@@ -266,7 +279,11 @@ def evaluate(options) -> None:
 def _export_answers(run, models: list, options) -> None:
     """Write each model's answers in AlpacaEval's format."""
     from minisr.runner.evaluation import export_answers
+    if options.export.is_file():
+        raise InputError(f"{options.export} is a file; choose a folder with --export")
     prompts = _read_prompts(options.prompts, models[0].lm) if options.prompts else run.evaluation_prompts
+    if not prompts:
+        raise InputError(f"{options.prompts} holds no prompts; add some")
     for model in models:
         export_answers(model, prompts, options.export / f"{model.name}.json")
     names = ", ".join(model.name for model in models)
@@ -395,8 +412,10 @@ def import_(options) -> None:
 
 
 def _check_no_model(folder: Path, file: str) -> None:
+    if folder.is_file():
+        raise InputError(f"{folder} is a file; choose a folder with --out")
     if (folder / file).exists():
-        raise InputError(f"{folder} holds a model already; choose another folder with --out")
+        raise InputError(f"{folder} already holds a model; choose another folder with --out")
 
 
 def _add_import(commands) -> None:

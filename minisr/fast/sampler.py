@@ -5,6 +5,7 @@ its n samples; prompts of similar length are prefilled together, so little paddi
 operations; rows that have finished leave the batch; top-p needs no sorting. Legend as in model.py.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -32,7 +33,7 @@ class Options:
     prefix_sharing: bool = True
     row_dropping: bool = True
     decode_step: bool = True
-    decoder: object = None  # replaces decode(): decoder(logits, cache, seeds, max_new), see cuda_graphs.py
+    decoder: Callable[..., tuple[Tensor, Tensor]] | None = None  # in place of decode(), see cuda_graphs.py
 
 
 @torch.inference_mode()

@@ -58,10 +58,7 @@ class Chat:
 def chat(source: str, question: str | None, n: int, template: Path | None, config: SamplingConfig,
          seed: int) -> None:
     """Answer a question n times and judge each answer; without a question, read them from standard input."""
-    is_empty = question is not None and not question.strip()
-    if is_empty or not 1 <= n <= 64 or config.temperature < 0 or config.max_new_tokens < 1:
-        raise InputError("chat takes a question that is not empty, 1 to 64 answers, a temperature of 0 or "
-                         "more and at least 1 new token")
+    check_options(question, n, config)
     lm = best_lm(*load_source(source))
     default = WORLD_TEMPLATE if is_tiny_world(lm.tokenizer) else ENGLISH_TEMPLATE
     session = Chat(lm, load_template(template or default), n, config)
@@ -76,6 +73,18 @@ def chat(source: str, question: str | None, n: int, template: Path | None, confi
             session.ask(asked, seed + turn)
         except InputError as error:  # a question that is too long does not end the chat
             print(error, file=sys.stderr)
+
+
+def check_options(question: str | None, n: int, config: SamplingConfig) -> None:
+    """Raise InputError for an option out of range."""
+    if question is not None and not question.strip():
+        raise InputError("--ask is empty: write a question, or leave --ask out to be asked for questions")
+    if not 1 <= n <= 64:
+        raise InputError(f"-n must lie between 1 and 64, not {n}")
+    if not config.temperature >= 0:  # nan too
+        raise InputError(f"--temperature must be at least 0, not {config.temperature}")
+    if config.max_new_tokens < 1:
+        raise InputError(f"--max-new-tokens must be at least 1, not {config.max_new_tokens}")
 
 
 def is_tiny_world(tokenizer) -> bool:

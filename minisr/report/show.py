@@ -12,6 +12,7 @@ from minisr.lm import LM
 from minisr.report.table import label
 from minisr.runner.checkpoint import load_model
 from minisr.runner.files import printable, read_jsonl
+from minisr.runner.storage import check_run
 from minisr.sft import Example
 from minisr.worlds.tiny import oracle
 
@@ -24,6 +25,8 @@ def show_prompt(run: Path, name: str, number: int) -> None:
     _check_iteration(run, name)
     responses = read_jsonl(folder / "responses.jsonl", "responses")
     rewards = read_jsonl(folder / "rewards.jsonl", "rewards")
+    if not responses:
+        raise InputError(f"{folder} has no prompts: all that it wrote were rejected, see prompts.counts.json there")
     if not 0 <= number < len(responses):
         raise InputError(f"{folder} has the prompts 0 to {len(responses) - 1}; there is no {number}")
     prompt = responses[number]["prompt"]
@@ -40,8 +43,7 @@ def show_prompt(run: Path, name: str, number: int) -> None:
 
 def _check_iteration(run: Path, name: str) -> None:
     """Raise an error unless the run holds the judged responses of this model."""
-    if not run.is_dir():
-        raise InputError(f"there is no folder {run}")
+    check_run(run)
     if not MODEL_NAME.fullmatch(name) or not (run / name / "rewards.jsonl").exists():
         judged = sorted(path.parent.name for path in run.glob("M*/rewards.jsonl")
                         if MODEL_NAME.fullmatch(path.parent.name))
@@ -104,6 +106,7 @@ def show_answers(run: Path, count: int) -> None:
     """Print the first held-out prompts with every model's sampled answer."""
     if count < 1:
         raise InputError("--answers takes 1 or more")
+    check_run(run)
     names = [name for name in ("SFT", *(f"M{t}" for t in range(1, 100)))
              if (run / name / "answers.jsonl").exists()]
     if not names:

@@ -7,6 +7,7 @@ that step in the core; the classes here add what only a run on disk or an experi
 import dataclasses
 import json
 import math
+import os
 import tomllib
 import types
 from dataclasses import dataclass, field
@@ -18,7 +19,7 @@ from minisr.interop.shape import MODEL_KEYS_RENAMED, model_config
 from minisr.lm import ResponseConfig
 from minisr.loop import LoopConfig
 from minisr.model import ModelConfig
-from minisr.runner.files import read_text
+from minisr.runner.files import check_encodable, read_text
 from minisr.runner.lora import LoRAConfig
 from minisr.sampler import SamplingConfig
 
@@ -118,11 +119,12 @@ CHOICES = {
     "by": ("self", "M1", "oracle", "random"), "rejected_from": ("self", "M1", "next"),
     "reference": ("previous", "M1"), "too_long": ("drop", "refuse"),
 }
+PATHS = ("seed_model", "chat", "template", "source")  # keys that may name a file or folder
 PROMPT_SOURCES = ("self", "people")  # a key "source" of seed_data can be any folder
 # Smallest and largest sensible value. Every other number must be at least 1.
 LIMITS = {
     "seed": (0, 2**31), "iterations": (0, 100), "temperature": (0, 100), "top_p": (0, 1),
-    "max_rouge_l": (0, math.inf), "generated_shots": (0, 100), "max_attempts_factor": (1, 1000),
+    "max_rouge_l": (0, 1), "generated_shots": (0, 100), "max_attempts_factor": (1, 1000),
     "warmup_fraction": (0, 1), "weight_decay": (0, 1), "dropout": (0, 0.99), "learning_rate": (0, 10),
     "min_learning_rate": (0, 10), "max_grad_norm": (0, math.inf), "beta": (0, math.inf), "head_dim": (0, math.inf),
     "micro_batch": (0, math.inf), "nll_weight": (0, math.inf), "replay_weight": (0, math.inf), "norm_eps": (0, 1),
@@ -142,21 +144,35 @@ def load_config(path: Path, kind=Config, overrides: tuple[str, ...] = ()):
         table = tomllib.loads(read_text(path, "config"))
     except tomllib.TOMLDecodeError as error:
         raise InputError(f"config {path} is not valid TOML: {error}") from error
+    command = command_of(table)
+    if command and set(table) - set(get_type_hints(kind)):
+        raise InputError(f"config {path} belongs to another command: minisr {command} {path}")
     for override in overrides:
         apply_override(table, override)
     return build(kind, table, str(path))
 
 
+def command_of(table: dict) -> str | None:
+    """The command whose configs have these keys, or None."""
+    if {"base", "seeds"} <= set(table):
+        return "experiment"
+    kinds = {"run": Config, "pretrain": PretrainConfig}
+    return next((name for name, kind in kinds.items() if set(table) <= set(get_type_hints(kind))), None)
+
+
 def apply_override(table: dict, override: str) -> None:
     """Set one key of the table from "judge.by=random". The value is TOML, or else a string."""
-    name, found, value = override.partition("=")
+    check_encodable(override, "--set")
+    name, found, text = override.partition("=")
     if not found:
         raise InputError(f"--set {override}: write it as section.key=value, e.g. judge.by=random")
     try:
-        value = tomllib.loads(f"value = {value}")["value"]
+        value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
-        pass  # a bare word is a string
+        value = text  # a bare word is a string
     *sections, key = name.strip().split(".")
+    if key in PATHS and not isinstance(value, str):
+        value = text.strip()  # a folder called 2024
     for section in sections:
         table = table.setdefault(section, {})
         if not isinstance(table, dict):
@@ -191,13 +207,17 @@ def checked_value(kind, value, name: str, where: str):
     if kind is float and type(value) is int:
         value = float(value)
     if type(value) is not kind:
-        raise InputError(f"{where}: {name} must be {describe_type(kind)}, not {value!r}")
+        fix = f"; put it in quotes: {name} = \"{value}\"" if kind is str else ""
+        raise InputError(f"{where}: {name} must be {describe_type(kind)}, not {value!r}{fix}")
+    if name in PATHS:
+        value = os.path.expanduser(value)
     if name in CHOICES and value not in CHOICES[name]:
         raise InputError(f"{where}: {name} must be one of {', '.join(CHOICES[name])}, not {value!r}")
     if kind in (int, float):
         low, high = LIMITS.get(name, (1, math.inf))
         if not low <= value <= high:
-            raise InputError(f"{where}: {name} must lie between {low} and {high}, not {value}")
+            allowed = f"be at least {low}" if high == math.inf else f"lie between {low} and {high}"
+            raise InputError(f"{where}: {name} must {allowed}, not {value}")
     return value
 
 

@@ -14,6 +14,7 @@ from minisr.evaluate import bootstrap_ci, judge_metrics, mean, win_rates
 from minisr.judge import judge, reward
 from minisr.rng import derive_seed
 from minisr.runner.files import read_json, read_jsonl, write_json
+from minisr.runner.storage import verify_checksum
 from minisr.sampler import SamplingConfig
 from minisr.worlds.tiny import oracle
 
@@ -34,10 +35,15 @@ def evaluate(run, models: list, keep) -> dict:
 
 def has_more_models(path: Path, metrics: dict) -> bool:
     """Whether a metrics.json holds these models and later ones."""
+    return evaluated_models(path) > set(metrics["models"])
+
+
+def evaluated_models(path: Path) -> set[str]:
+    """The models in a metrics.json; none if there is no such file or it is damaged."""
     try:
-        return set(read_json(path, "metrics")["models"]) > set(metrics["models"])
+        return set(read_json(path, "metrics")["models"])
     except (InputError, LookupError, TypeError):
-        return False
+        return set()
 
 
 def sample_answers(lm, prompts: list[str], config: SamplingConfig, seed: int) -> list[tuple[str, bool]]:
@@ -85,12 +91,20 @@ def judge_held_out(model, ranked: list[dict]) -> list[dict]:
 
 
 def export_answers(model, prompts: list[str], path: Path) -> None:
-    """Answers for an outside judge, in AlpacaEval's format."""
-    answers = sample_answers(model.lm, prompts, model.config.evaluate, model.seed("export"))
+    """Answers for an outside judge, in AlpacaEval's format: those of the evaluation, and new ones to other prompts."""
+    stored = model.folder / "answers.jsonl"
+    if stored.exists():
+        verify_checksum(stored)
+    records = read_jsonl(stored, "answers", ("prompt", "sampled")) if stored.exists() else []
+    answers = {record["prompt"]: record["sampled"] for record in records}
+    others = [prompt for prompt in prompts if prompt not in answers]
+    if others:
+        sampled = sample_answers(model.lm, others, model.config.evaluate, model.seed("export"))
+        answers |= {prompt: text for prompt, (text, _) in zip(others, sampled)}
+        model.unload()
     generator = f"minisr {model.run.folder.name} {model.name}"
-    write_json(path, [{"instruction": prompt, "output": text, "generator": generator}
-                      for prompt, (text, _) in zip(prompts, answers)])
-    model.unload()
+    write_json(path, [{"instruction": prompt, "output": answers[prompt], "generator": generator}
+                      for prompt in prompts])
 
 
 def histogram(scores) -> dict[str, int]:

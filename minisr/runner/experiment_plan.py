@@ -12,12 +12,13 @@
     seeds = [0, 1, 2, 3, 4]    # seeds of this variant only
 """
 
+import os
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 
 from minisr import InputError
-from minisr.runner.config import Config, load_config
+from minisr.runner.config import Config, command_of, load_config
 from minisr.runner.files import read_text
 from minisr.runner.run import load_template
 
@@ -52,7 +53,7 @@ def read_plan(path: Path) -> Plan:
     for name, table in variants.items():
         changes[name] = tuple(overrides({key: table[key] for key in table if key != "seeds"}))
     common = tuple(overrides(content.get("common", {})))
-    plan = Plan(Path(path).parent / content["base"], common, changes, seeds)
+    plan = Plan(Path(path).parent / os.path.expanduser(content["base"]), common, changes, seeds)
     for name in plan.variants:  # report a wrong config before the first run starts
         template = plan.config(name).judge.template
         if template:
@@ -66,6 +67,9 @@ def _read_sections(path: Path) -> dict:
         content = tomllib.loads(read_text(path, "experiment"))
     except tomllib.TOMLDecodeError as error:
         raise InputError(f"experiment {path} is not valid TOML: {error}") from error
+    command = command_of(content)
+    if command in ("run", "pretrain"):
+        raise InputError(f"config {path} belongs to another command: minisr {command} {path}")
     if set(content) - OPTIONAL_KEYS != REQUIRED_KEYS:
         raise InputError(f"experiment {path} must have base and seeds, and may have variant_seeds, common "
                          "and [variants.NAME]")

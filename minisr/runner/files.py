@@ -46,9 +46,14 @@ def writing(path: Path):
             temporary.unlink()
         if not isinstance(error, OSError | RuntimeError):  # torch.save raises the latter on a full disk
             raise
-        reason = getattr(error, "strerror", None) or "the disk may be full"
-        raise InputError(f"cannot write {path}: {reason}; free some space or choose another "
-                         "folder") from error
+        raise InputError(f"cannot write {path}: {write_failure(error)}") from error
+
+
+def write_failure(error: Exception) -> str:
+    """Why nothing could be written, and what to do."""
+    reason = getattr(error, "strerror", None) or "the disk may be full"
+    may_be_full = not isinstance(error, FileExistsError | NotADirectoryError | IsADirectoryError | PermissionError)
+    return f"{reason}; {'free some space or ' if may_be_full else ''}choose another folder"
 
 
 def write_bytes(path: Path, content: bytes) -> None:
@@ -166,7 +171,13 @@ def file_digest(path: Path) -> str:
 
 
 def short_reason(error: Exception) -> str:
-    """An error's message in one line of at most 200 characters; its type if it has no message."""
+    """An error's message in one line of at most 200 characters; its type if it has no message.
+
+    The messages of KeyError, TypeError, AttributeError and IndexError speak of Python, not of the file."""
+    if isinstance(error, KeyError) and error.args:
+        return f"{str(error.args[0])[:180]!r} is missing"
+    if isinstance(error, TypeError | AttributeError | IndexError):
+        return "a value in it is missing or of the wrong type"
     return " ".join(str(error).split())[:200] or type(error).__name__
 
 

@@ -14,6 +14,7 @@ from minisr.runner.config import Config, differences, load_config, to_toml
 from minisr.runner.files import write_bytes
 
 STAGES = (
+    "SFT",  # the folder SFT, and with it all that follows; only the seed data and M0 come before
     "eft",  # seed/eft.jsonl
     "M1",  # the folder M1, and with it all later models
     "judge_evaluation",  # the judgements of SFT and M1 on the held-out ranked responses
@@ -25,6 +26,11 @@ STAGES = (
 )
 
 FIRST_AFFECTED_STAGE = {
+    "sft": "SFT",
+    "engine": "SFT",  # this key and the next three change the rounding of every result
+    "dtype": "SFT",
+    "device": "SFT",
+    "threads": "SFT",
     "seed_data.eft_by": "eft",  # who writes the EFT judgements
     "seed_data.reasons": "eft",  # whether they give reasons
     "judge.template": "eft",  # EFT examples contain the judge prompt
@@ -79,6 +85,8 @@ def affected_stages(base: Config, config: Config) -> tuple[str, ...] | None:
 
 def stage_files(run: Path, stage: str) -> list[Path]:
     """The files and folders of a run that hold the results of one stage."""
+    if stage == "SFT":
+        return [path for path in [run / "SFT"] if path.exists()]
     if stage == "eft":
         return [run / "seed" / "eft.jsonl"]
     models = list(run.glob("M[1-9]*"))

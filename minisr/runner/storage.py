@@ -5,7 +5,20 @@ import hashlib
 from pathlib import Path
 
 from minisr import InputError
-from minisr.runner.files import file_digest, read_json, write_bytes, write_json
+from minisr.runner.files import file_digest, read_json, write_bytes, write_failure, write_json
+
+
+def check_run(folder: Path) -> None:
+    """Raise InputError unless a folder is a run's; the message names a run near it."""
+    if not folder.exists():
+        raise InputError(f"there is no folder {folder}")
+    if (folder / "config.toml").exists():
+        return
+    if (folder / "meta.json").exists() and (folder.parent / "config.toml").exists():
+        raise InputError(f"{folder} is a model; give its run: {folder.parent}")
+    runs = sorted(folder.glob("*/config.toml"))
+    example = f"; it holds runs, e.g. {runs[0].parent}" if runs else "; minisr run makes one"
+    raise InputError(f"{folder} is no run: it has no config.toml{example}")
 
 
 @contextlib.contextmanager
@@ -20,8 +33,7 @@ def folder_lock(folder: Path):
         folder.mkdir(parents=True, exist_ok=True)
         file = open(folder / ".lock", "w")
     except OSError as error:
-        raise InputError(f"cannot write into {folder}: {error.strerror}; free some space or choose another "
-                         "folder with --out") from error
+        raise InputError(f"cannot write into {folder}: {write_failure(error)} with --out") from error
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -137,7 +137,7 @@ Q = "model.layers.0.self_attn.q_proj.weight"
 DOWN = "model.layers.1.mlp.down_proj.weight"
 
 
-@damage("no model folder", "nowhere")
+@damage("there is no model", "nowhere")
 def no_folder(folder):
     return folder / "nowhere"
 

@@ -24,7 +24,7 @@ device = "cpu"
 threads = 1
 seed_data = {ift = 48, ranked = 32, judge_evaluation = 8, evaluation = 24}
 sft = {batch_size = 8, epochs = 1, save_every = 2}
-prompts = {count = 24, max_rouge_l = 1.1, rows = 8}
+prompts = {count = 24, max_rouge_l = 1.0, rows = 8}
 responses = {rows = 16, temperature = 1.0}
 judge = {rows = 48, judgements = 2}
 evaluate = {rows = 8}

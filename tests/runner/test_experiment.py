@@ -23,7 +23,7 @@ BASE = """iterations = 1
 device = "cpu"
 seed_data = {ift = 8, ranked = 8, judge_evaluation = 2, evaluation = 4}
 sft = {batch_size = 8, epochs = 1}
-prompts = {count = 3, max_rouge_l = 1.1}
+prompts = {count = 3, max_rouge_l = 1.0}
 judge = {judgements = 1}
 dpo = {batch_size = 4}
 """

@@ -21,7 +21,7 @@ from minisr.prompts import normalize
 from minisr.report.table import line, table
 from minisr.runner.checkpoint import SEED_MODEL, load_model
 from minisr.runner.config import load_config
-from minisr.runner.evaluation import training_summary
+from minisr.runner.evaluation import export_answers, training_summary
 from minisr.runner.files import jsonl_bytes, read_json, write_jsonl
 from minisr.runner.reuse import copy_unaffected
 from minisr.runner.run import WORLD_TEMPLATE, Run
@@ -419,6 +419,52 @@ def test_answers_for_an_external_judge_are_one_file_per_model_in_alpacaevals_for
         assert {record["generator"] for record in records} == {f"minisr copy {name}"}
         assert all(record["output"] for record in records)
     assert len({str([record["output"] for record in records]) for records in said.values()}) > 1
+
+
+def test_the_evaluated_answers_are_exported_and_only_other_prompts_are_answered_anew(copy, tmp_path, monkeypatch):
+    assert minisr("eval", copy, "--export", tmp_path / "a")[0] == 0
+    for name in MODELS:
+        assert read_json(tmp_path / f"a/{name}.json", "answers") == [
+            {"instruction": record["prompt"], "output": record["sampled"], "generator": f"minisr copy {name}"}
+            for record in jsonl(copy / name / "answers.jsonl")]
+    known, asked = jsonl(copy / "M3/answers.jsonl")[4], []
+
+    def sample(lm, prompts, *_):
+        asked.append(prompts)
+        return [("Hello.", True)]
+    monkeypatch.setattr("minisr.runner.evaluation.sample_answers", sample)
+    model = model_of(copy, "M3")
+    export_answers(model, ["News?", known["prompt"]], tmp_path / "mixed.json")
+    outputs = [record["output"] for record in read_json(tmp_path / "mixed.json", "answers")]
+    assert (outputs, asked) == (["Hello.", known["sampled"]], [["News?"]])
+
+
+def test_an_export_without_prompts_or_into_a_file_is_one_line(finished, tmp_path):
+    (tmp_path / "none.jsonl").write_text("")
+    code, _, err = minisr("eval", finished, "--export", tmp_path / "a", "--prompts", tmp_path / "none.jsonl")
+    assert (code, err) == (2, f"minisr: {tmp_path}/none.jsonl holds no prompts; add some\n")
+    code, _, err = minisr("eval", finished, "--export", tmp_path / "none.jsonl")
+    assert (code, err) == (2, f"minisr: {tmp_path}/none.jsonl is a file; choose a folder with --export\n")
+
+
+def test_a_finished_run_says_so_and_prints_its_table(session_run, config, copy):
+    code, out, _ = minisr("run", config, "--out", copy)
+    first, rest = out.split("\n", 1)
+    assert code == 0 and first == f"{copy} is finished already; its files are checked, and this is its table:"
+    assert "finished already" not in session_run[1] and "done in" in session_run[1] and "done in" not in out
+    assert rest.split("\n\n")[0].strip() in session_run[1]
+
+
+def test_a_tilde_is_the_home_folder_in_configs_and_on_the_command_line(copy, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "c.toml").write_text('seed_model = "~/copy/M0"\nseed_data = {source = "~/data"}\n')
+    loaded = load_config(tmp_path / "c.toml", overrides=("judge.template=~/judge.txt", "chat=~/chat.txt"))
+    assert (loaded.seed_model, loaded.seed_data.source, loaded.judge.template, loaded.chat) == tuple(
+        f"{tmp_path}/{name}" for name in ("copy/M0", "data", "judge.txt", "chat.txt"))
+    assert minisr("show", "~/copy", "--answers", "1")[0] == 0
+    assert minisr("chat", "~/copy/M1", "--ask", "~", "-n", "1", "--max-new-tokens", "2")[0] == 0
+    assert minisr("import", "~/copy/M1", "--out", "~/imported", "--chat", "tiny")[0] == 0
+    assert (tmp_path / "imported/meta.json").exists()
 
 
 def test_a_closed_pipe_is_no_error(finished, monkeypatch):

@@ -198,7 +198,7 @@ device = "cpu"
 threads = 1
 seed_data = {ift = 8, ranked = 8, judge_evaluation = 2, evaluation = 4}
 sft = {batch_size = 8, epochs = 1}
-prompts = {count = 4, max_rouge_l = 1.1}
+prompts = {count = 4, max_rouge_l = 1.0}
 judge = {judgements = 2}
 dpo = {batch_size = 4}
 """

@@ -74,7 +74,12 @@ SETTINGS = [  # a wrong setting, and texts that the one line must contain
     ("iterations=2.5", "iterations must be a whole number", "2.5"),
     ("prompts.keywords=3", "keywords must be a list, each item a text"),
     ("responses.top_p=1.5", "[responses]", "top_p must lie between 0 and 1", "1.5"),
-    ("dpo.beta=nan", "[dpo]", "beta must lie between", "nan"),
+    ("dpo.beta=nan", "[dpo]", "beta must be at least 0, not nan"),
+    ("iterations=-1", "iterations must lie between 0 and 100, not -1"),
+    ("dpo.batch_size=0", "[dpo]", "batch_size must be at least 1, not 0"),
+    ("prompts.max_rouge_l=1.1", "[prompts]", "max_rouge_l must lie between 0 and 1", "1.1"),
+    ("seed_model=a\udcffb", "--set", "lone surrogate"),
+    ("judge.by=1", 'by must be a text, not 1; put it in quotes: by = "1"'),
     ("judge.by=human", "[judge]", "by must be one of self, M1, oracle, random", "'human'"),
     ("judge.by", "--set judge.by", "section.key=value"),
     ("seed=7", "another config", "seed: 0 -> 7", "--out"),
@@ -97,7 +102,8 @@ SETTINGS = [  # a wrong setting, and texts that the one line must contain
 
 COMMANDS = {  # what is wrong: the command, and texts that the one line must contain
     "no config": (lambda at: ["run", at / "no.toml", "--out", at / "run"], "cannot read config", "no.toml"),
-    "no seed model": (lambda at: run(at, f"seed_model={at}/no", out="new"), f"{os.sep}no", "no model folder"),
+    "no seed model": (lambda at: run(at, f"seed_model={at}/no", out="new"), "there is no model", f"{os.sep}no",
+                      "a .gguf file, or package:NAME"),
     "no judge prompt": (lambda at: [*chat(at), "--template", at / "no.txt"], "judge prompt", "no.txt"),
     # The tests may run as root, which ignores permissions: the folder is a file, or would be in one.
     "file as folder": (lambda at: run(at, out="run.toml"), "run.toml is a file", "choose a folder with --out"),
@@ -105,7 +111,7 @@ COMMANDS = {  # what is wrong: the command, and texts that the one line must con
     "folder in a file": (lambda at: run(at, out="run.toml/new"), "cannot write", "run.toml/new"),
     "long question": (lambda at: chat(at, "Write a story. " * 99), "tokens; the model needs 1 to 319"),
     "question with half a character": (lambda at: chat(at, "News\ud800?"), "question: half a character"),
-    "question of spaces": (lambda at: chat(at, "  "), "a question that is not empty"),
+    "question of spaces": (lambda at: chat(at, "  "), "--ask is empty"),
     "chat with a run": (lambda at: ["chat", at / "run", "--ask", "News?"], "is a run", "one of its models"),
     "no answers to show": (lambda at: ["show", at / "run", "--answers", "2"], "no evaluated model yet"),
     "zero answers to show": (lambda at: ["show", at / "run", "--answers", "0"], "--answers takes 1 or more"),
@@ -113,13 +119,68 @@ COMMANDS = {  # what is wrong: the command, and texts that the one line must con
     "no run to show": (lambda at: ["show", at / "no"], "there is no folder", f"{os.sep}no"),
     "prompts without export": (lambda at: ["eval", at / "run", "--prompts", at / "p"],
                                "--prompts needs --export FOLDER"),
-    "import over a model": (lambda at: ["import", at / "M0", "--out", at / "M0"], "holds a model already"),
+    "import over a model": (lambda at: ["import", at / "M0", "--out", at / "M0"], "already holds a model"),
     "show of SFT": (lambda at: ["show", at / "run", "--model", "SFT"], "SFT holds no judged iteration"),
     "show of a model with no name": (lambda at: ["show", at / "run", "--model", ""], "no judged iteration"),
     "nothing to show": (lambda at: ["show", at / "run"], "no judged iteration", "no model of this run"),
-    "eval of no run": (lambda at: ["eval", at / "M0"], "cannot read config", "config.toml"),
+    "eval of no run": (lambda at: ["eval", at / "M0"], "M0 is no run: it has no config.toml; minisr run makes one"),
+    "eval of a folder of runs": (lambda at: ["eval", at], "is no run", "it holds runs, e.g. ", f"{os.sep}run"),
+    "show of no run": (lambda at: ["show", at / "M0"], "M0 is no run: it has no config.toml"),
+    "show of answers of no run": (lambda at: ["show", at / "M0", "--answers", "1"], "M0 is no run"),
+    "pretrain into a file": (lambda at: ["pretrain", pretrain_config(at), "--out", at / "run.toml"],
+                           "run.toml is a file", "--out"),
+    "import into a file": (lambda at: ["import", at / "M0", "--out", at / "run.toml"], "run.toml is a file", "--out"),
+    "chat with a file": (lambda at: ["chat", at / "run.toml"], "run.toml is a file", ".gguf"),
+    "pretrain config in run": (lambda at: ["run", pretrain_config(at), "--out", at / "new"],
+                               "belongs to another command: minisr pretrain"),
+    "pretrain config in experiment": (lambda at: ["experiment", pretrain_config(at), "--out", at / "new"],
+                                      "belongs to another command: minisr pretrain"),
+    "run's config in experiment": (lambda at: ["experiment", at / "run.toml", "--out", at / "new"],
+                                   "belongs to another command: minisr run"),
+    "run's config in pretrain": (lambda at: ["pretrain", at / "run.toml", "--out", at / "new"],
+                                 "belongs to another command: minisr run"),
+    "no answers": (lambda at: [*chat(at), "-n", "0"], "-n must lie between 1 and 64, not 0"),
+    "negative temperature": (lambda at: [*chat(at), "--temperature=-1"], "--temperature must be at least 0, not -1.0"),
+    "temperature that is no number": (lambda at: [*chat(at), "--temperature=nan"], "--temperature", "not nan"),
+    "no new tokens": (lambda at: [*chat(at), "--max-new-tokens", "0"], "--max-new-tokens must be at least 1, not 0"),
     "eval of no model": (lambda at: ["eval", at / "run"], "no trained model yet", "minisr run"),
 }
+
+
+def pretrain_config(at):
+    (at / "pretrain.toml").write_text("tokens = 1000\n")
+    return at / "pretrain.toml"
+
+
+@case("experiment.toml belongs to another command: minisr experiment")
+def experiment_in_run(at):
+    (at / "experiment.toml").write_text('base = "run.toml"\nseeds = [0]\n')
+    return ["run", at / "experiment.toml", "--out", at / "new"]
+
+
+@case("run/M1 is a model; give its run", "run")
+def eval_of_a_model_in_a_run(at):
+    (at / "run/M1").mkdir()
+    (at / "run/M1/meta.json").write_text("{}")
+    return ["eval", at / "run/M1"]
+
+
+@case("run.toml", "source must be a text, not 2024", 'source = "2024"')
+def folder_that_is_a_number_in_a_config(at):
+    (at / "run.toml").write_text("[seed_data]\nsource = 2024\n")
+    return run(at)
+
+
+@case("cannot read", f"2024{os.sep}ift.jsonl")
+def folder_that_is_a_number_in_a_setting(at):
+    return run(at, "seed_data.source=2024", out="new")
+
+
+@case("M1 has no prompts", "prompts.counts.json")
+def show_of_an_iteration_without_prompts(at):
+    for name in ("responses", "rewards"):
+        write_jsonl(at / f"run/M1/{name}.jsonl", [])
+    return ["show", at / "run"]
 
 
 @case("run.toml", "not valid TOML", "line 1")
@@ -291,7 +352,7 @@ def judge_prompt_without_its_field(at):
     return run(at, f"judge.template={at}/judge.txt", out="new")
 
 
-@case("holds a model already", "--out")
+@case("already holds a model", "--out")
 def export_over_a_model(at):
     (at / "M0/config.json").write_text("{}")
     return ["export", at / "M0", "--out", at / "M0"]
