@@ -44,8 +44,7 @@ def load_source(source: str, device: str = "cpu", chat: str = "") -> tuple[Decod
     except InputError as error:
         raise InputError(" ".join(str(error).split())) from error  # a name in it may contain line breaks
     except Exception as error:  # a file of unknown origin can be wrong in more ways than can be listed
-        reason = f"{type(error).__name__}: {short_reason(error)}"
-        raise InputError(f"{path} cannot be read as a model: {reason}") from error
+        raise InputError(f"{path} cannot be read as a model: {short_reason(error)}") from error
 
 
 def load_path(path: Path, device: str, template: str) -> tuple[Decoder, Tokenizer]:

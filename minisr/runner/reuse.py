@@ -27,9 +27,8 @@ STAGES = (
 
 FIRST_AFFECTED_STAGE = {
     "sft": "SFT",
-    "engine": "SFT",  # this key and the next three change the rounding of every result
+    "engine": "SFT",  # this key and the next two change the rounding of every result
     "dtype": "SFT",
-    "device": "SFT",
     "threads": "SFT",
     "seed_data.eft_by": "eft",  # who writes the EFT judgements
     "seed_data.reasons": "eft",  # whether they give reasons

@@ -121,7 +121,9 @@ def base_run(folder, config, changes=()):
     (("judge.template=x.txt", "seed_data.reasons=false"), upto("seed/eft.jsonl")),
     (("iterations=8",), upto("M3/meta.json") | {"M3/meta.json"}),
     (("iterations=8", "dpo.beta=0.5"), upto("M2/meta.json")),
-    (("sft.epochs=3",), set()), (("dpo.beta=0.5", "seed=3"), set()), (("judge.top_p=0.5",), set())])
+    (("sft.epochs=3",), upto("SFT/meta.json")), (("engine=plain",), upto("SFT/meta.json")),
+    (("dtype=float64", "threads=3", "dpo.beta=0.5"), upto("SFT/meta.json")),
+    (("device=auto",), set()), (("dpo.beta=0.5", "seed=3"), set()), (("judge.top_p=0.5",), set())])
 def test_a_variant_copies_from_the_base_what_its_changes_do_not_affect(changes, copied, plan, tmp_path):
     toml = plan("").with_name("base.toml")
     base_run(tmp_path / "base-0", toml)

@@ -17,7 +17,7 @@ from minisr.interop.chat_templates import chat_template
 from minisr.interop.shape import MODEL_KEYS_RENAMED
 from minisr.runner.checkpoint import digest, save_model
 from minisr.runner.config import RENAMED, load_config
-from minisr.runner.files import write_jsonl
+from minisr.runner.files import short_reason, write_jsonl
 from minisr.runner.pretrain import train_tokenizer
 from minisr.runner.run import Run
 from minisr.worlds.tiny.corpus import document
@@ -419,6 +419,18 @@ def test_wrong_input_is_one_line_that_names_it_and_changes_nothing(broken, named
     after = snapshot(at)
     assert [path for path in before if after.get(path) != before[path]] == []
     assert not list(at.rglob("*.part")) and not (at / "executed").exists()
+
+
+@pytest.mark.parametrize("fail, reason", [
+    (lambda: {}["llama.block_count"], "'llama.block_count' is missing"),
+    (lambda: next(iter(["text"]))["role"], "a value in it is missing or of the wrong type"),
+    (lambda: "text".get, "a value in it is missing or of the wrong type"),
+    (lambda: [][0], "a value in it is missing or of the wrong type"),
+    (lambda: int("x\ny"), r"invalid literal for int() with base 10: 'x\ny'")])
+def test_the_reason_of_an_error_speaks_of_the_file_not_of_python(fail, reason):
+    with pytest.raises(Exception) as caught:
+        fail()
+    assert short_reason(caught.value) == reason
 
 
 def test_an_evil_model_would_do_harm_if_it_were_trusted(at):
