@@ -282,8 +282,6 @@ def _export_answers(run, models: list, options) -> None:
     if options.export.is_file():
         raise InputError(f"{options.export} is a file; choose a folder with --export")
     prompts = _read_prompts(options.prompts, models[0].lm) if options.prompts else run.evaluation_prompts
-    if not prompts:
-        raise InputError(f"{options.prompts} holds no prompts; add some")
     for model in models:
         export_answers(model, prompts, options.export / f"{model.name}.json")
     names = ", ".join(model.name for model in models)

@@ -442,7 +442,7 @@ def test_the_evaluated_answers_are_exported_and_only_other_prompts_are_answered_
 def test_an_export_without_prompts_or_into_a_file_is_one_line(finished, tmp_path):
     (tmp_path / "none.jsonl").write_text("")
     code, _, err = minisr("eval", finished, "--export", tmp_path / "a", "--prompts", tmp_path / "none.jsonl")
-    assert (code, err) == (2, f"minisr: {tmp_path}/none.jsonl holds no prompts; add some\n")
+    assert (code, err) == (2, f"minisr: {tmp_path}/none.jsonl has no prompts\n")
     code, _, err = minisr("eval", finished, "--export", tmp_path / "none.jsonl")
     assert (code, err) == (2, f"minisr: {tmp_path}/none.jsonl is a file; choose a folder with --export\n")
 
@@ -453,6 +453,11 @@ def test_a_finished_run_says_so_and_prints_its_table(session_run, config, copy):
     assert code == 0 and first == f"{copy} is finished already; its files are checked, and this is its table:"
     assert "finished already" not in session_run[1] and "done in" in session_run[1] and "done in" not in out
     assert rest.split("\n\n")[0].strip() in session_run[1]
+
+
+def test_a_path_may_be_a_number(config):
+    loaded = load_config(config, overrides=("seed_data.source=2024", "seed_model=1e3", "judge.template=2024-11-26"))
+    assert (loaded.seed_data.source, loaded.seed_model, loaded.judge.template) == ("2024", "1e3", "2024-11-26")
 
 
 def test_a_tilde_is_the_home_folder_in_configs_and_on_the_command_line(copy, tmp_path, monkeypatch):

@@ -171,11 +171,6 @@ def folder_that_is_a_number_in_a_config(at):
     return run(at)
 
 
-@case("cannot read", f"2024{os.sep}ift.jsonl")
-def folder_that_is_a_number_in_a_setting(at):
-    return run(at, "seed_data.source=2024", out="new")
-
-
 @case("M1 has no prompts", "prompts.counts.json")
 def show_of_an_iteration_without_prompts(at):
     for name in ("responses", "rewards"):
