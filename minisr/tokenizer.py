@@ -10,9 +10,6 @@ from functools import cached_property
 
 import sentencepiece
 
-# Common end-of-text and end-of-turn tokens. Where a vocabulary has one, it ends a response.
-END_TOKENS = {"</s>", "<|endoftext|>", "<|end_of_text|>", "<|im_end|>", "<|eot_id|>", "<|eom_id|>"}
-
 
 class TemplateError(ValueError):
     """The chat template lacks a field, or does not match the vocabulary."""
@@ -21,20 +18,26 @@ class TemplateError(ValueError):
 class Tokenizer:
     """A vocabulary (SentencePiece, or one with the same methods) and a chat template."""
 
-    def __init__(self, vocabulary, template: str):
-        """template: the chat template's text. Raises TemplateError if it lacks a field or the end of the response."""
-        self.vocabulary, self.template = vocabulary, template
-        self.bos_ids = vocabulary.bos_ids  # ids that begin a plain text
+    def __init__(self, vocabulary, template: str, stop_ids=()):
+        """template: the chat template's text. stop_ids: ids that end a response, besides the template's end token.
+
+        Raises TemplateError if the template lacks a field or the end of the response."""
+        self.vocabulary, self.template, self.bos_ids = vocabulary, template, vocabulary.bos_ids
         names = sorted(vocabulary.specials, key=len, reverse=True)
         # (?!) never matches: a vocabulary may have no special tokens.
         self._special = re.compile(f"({'|'.join(map(re.escape, names)) or '(?!)'})")
-        self._before_response, _, after = template.partition("{response}")
+        before, _, after = template.partition("{response}")
+        # A space before {response} belongs to the response: most vocabularies join it with the first word.
+        self._before_response = before.rstrip(" ")
+        self._space = before[len(self._before_response):]
+        # The text between the last special token and the response. A letter stands for the end of the prompt.
+        self._lead = self._special.split(self._before_response)[-1].replace("{prompt}", "a")
         self._after_response, *end = self._special.split(after)[:2]  # text, then the first special token
-        fields = re.findall(r"\{prompt\}|\{response\}", template)
-        if fields != ["{prompt}", "{response}"] or not end:
+        if re.findall(r"\{prompt\}|\{response\}", template) != ["{prompt}", "{response}"] or not end:
             raise TemplateError("a chat template contains {prompt} once, then {response} once, then a special token "
                                 f"that ends the response (one of {', '.join([*vocabulary.specials][:8])})")
         self.eos_id = vocabulary.specials[end[0]]
+        self.stop_ids = (self.eos_id, *sorted({*stop_ids} - {self.eos_id}))
 
     def __len__(self) -> int:
         return len(self.vocabulary)
@@ -49,32 +52,31 @@ class Tokenizer:
 
     def decode_response(self, ids: list[int]) -> str:
         """The inverse of encode_response."""
-        return self.decode(ids).removesuffix(self._after_response)
+        lead, decode = self.vocabulary.encode_after_special(self._lead), self.vocabulary.decode_after_special
+        text = decode(lead + [i for i in ids if i < len(self)])
+        return text.removeprefix(decode(lead)).removeprefix(self._space).removesuffix(self._after_response)
 
     def encode_prompt(self, prompt: str) -> list[int]:
         """The template up to {response}: the model continues with its answer."""
-        ids = []
-        for part in self._special.split(self._before_response):
-            if part in self.vocabulary.specials:
-                ids.append(self.vocabulary.specials[part])
-            else:
-                ids += self.encode(part.replace("{prompt}", prompt))
+        beginning, *parts = self._special.split(self._before_response)  # text, then special token, text, ...
+        ids = [*self.encode(beginning.replace("{prompt}", prompt))]
+        for special, text in zip(parts[::2], parts[1::2]):
+            ids.append(self.vocabulary.specials[special])
+            ids += self.vocabulary.encode_after_special(text.replace("{prompt}", prompt))
         return ids
 
     def encode_response(self, response: str) -> list[int]:
-        """A response, the template's text after it, and the end token."""
-        return [*self.encode(response + self._after_response), self.eos_id]
+        """A response, the template's text after it, and the end token, as ids that continue a prompt."""
+        text, encode = self._space + response + self._after_response, self.vocabulary.encode_after_special
+        for lead in (self._lead, "\n", ""):
+            before, ids = encode(lead), encode(lead + text)
+            if ids[:len(before)] == before:  # else a token would span the end of the prompt
+                return [*ids[len(before):], self.eos_id]
 
     def encode_chat(self, prompt: str, response: str) -> tuple[list[int], list[bool]]:
         """A whole exchange and its loss mask: True on the response and its end token, the targets of training."""
         prompt_ids, response_ids = self.encode_prompt(prompt), self.encode_response(response)
         return prompt_ids + response_ids, [False] * len(prompt_ids) + [True] * len(response_ids)
-
-    @cached_property
-    def stop_ids(self) -> tuple[int, ...]:
-        """Ids that end a response: the template's end token first, then every other end token of the vocabulary."""
-        others = {i for name, i in self.vocabulary.specials.items() if name in END_TOKENS}
-        return (self.eos_id, *sorted(others - {self.eos_id}))
 
     @cached_property
     def newline_ids(self) -> tuple[int, ...]:
@@ -88,17 +90,17 @@ class SentencePiece:
     FILE = "tokenizer.model"
 
     def __init__(self, content: bytes):
-        self.content = content
-        self.pieces = sentencepiece.SentencePieceProcessor(model_proto=content)
+        self.content, self.pieces = content, sentencepiece.SentencePieceProcessor(model_proto=content)
         self.specials = {self.pieces.id_to_piece(i): i for i in range(len(self)) if self.pieces.is_control(i)}
+        # The ids that begin a plain text.
         self.bos_ids = [self.pieces.bos_id()] if self.pieces.bos_id() >= 0 else []
-        self.encode, self.decode = self.pieces.encode, self.pieces.decode
+        # With a "dummy prefix", a space is added before every text, also after a special token.
+        self.encode = self.encode_after_special = self.pieces.encode
+        self.decode = self.decode_after_special = self.pieces.decode
 
     def __len__(self) -> int:
         return self.pieces.vocab_size()
 
     def piece(self, i: int) -> str:
         """The text of one token."""
-        if self.pieces.is_byte(i):
-            return self.decode([i])
-        return self.pieces.id_to_piece(i).replace("▁", " ")
+        return self.decode([i]) if self.pieces.is_byte(i) else self.pieces.id_to_piece(i).replace("▁", " ")

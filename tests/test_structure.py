@@ -28,7 +28,8 @@ ORDER = """
     fast.rng fast.forward fast.cache fast.decode_step fast.sampler fast.cuda_graphs fast.losses
     fast.master_weights fast.lm fast
     runner runner.files worlds worlds.tiny worlds.tiny.words worlds.tiny.oracle worlds.tiny.writers worlds.tiny.corpus
-    interop interop.shape interop.chat_templates interop.tokenizer_json interop.sentencepiece_json interop.names
+    interop interop.shape interop.end_tokens interop.jinja_templates interop.chat_templates interop.tokenizer_json
+    interop.sentencepiece_json interop.names
     runner.judge_prompt runner.checkpoint interop.hf interop.gguf interop.source
     runner.stop runner.storage runner.journal runner.muon runner.lora runner.resumable runner.engine runner.config
     runner.json_records runner.record_formats runner.data_sets runner.seed_data runner.pretrain

@@ -13,7 +13,9 @@ from pathlib import Path
 import torch
 
 from minisr import InputError
-from minisr.interop.chat_templates import recognize_chat_template
+from minisr.interop.chat_templates import choose_chat_template
+from minisr.interop.end_tokens import ids_in_gguf
+from minisr.interop.jinja_templates import JinjaTemplate
 from minisr.interop.names import weights_from
 from minisr.interop.shape import fused_weight_sizes, model_config
 from minisr.interop.tokenizer_json import TokenizerJSON
@@ -75,9 +77,9 @@ def load(path: Path, device: str = "cpu", template: str = "") -> tuple[Decoder, 
         raise
     except Exception as error:  # the tokenizer libraries raise no more specific type
         raise InputError(f"{path} has no usable tokenizer: {short_reason(error)}") from error
-    if not template:
-        template = recognize_chat_template(metadata.get("tokenizer.chat_template"), vocabulary.specials)
-    tokenizer = Tokenizer(vocabulary, template)
+    stop_ids = ids_in_gguf(metadata, vocabulary.specials, path)
+    template = choose_chat_template(path, vocabulary, read_jinja(metadata), stop_ids, template)
+    tokenizer = Tokenizer(vocabulary, template, stop_ids)
     check_vocab_size(path, config, tokenizer)
     weights = read_weights(gguf, tensors, config, path)
     for name in sorted(tensors):
@@ -240,6 +242,16 @@ def lists_of_same_length(metadata: dict, *names: str) -> list[list]:
         lengths = ", ".join(f"{len(values)} {name}" for name, values in lists.items())
         raise ValueError(f"its lists do not belong together: {lengths}")
     return list(lists.values())
+
+
+def read_jinja(metadata: dict) -> JinjaTemplate:
+    """The file's Jinja template, if it has one, and the special tokens that the template may name."""
+    pieces, tokens = metadata["tokenizer.ggml.tokens"], {}
+    for name in ("bos", "eos"):
+        i = metadata.get(f"tokenizer.ggml.{name}_token_id")
+        if i is not None and i < len(pieces):
+            tokens[f"{name}_token"] = pieces[i]
+    return JinjaTemplate(metadata.get("tokenizer.chat_template"), tokens)
 
 
 def byte_level_vocabulary(metadata: dict) -> TokenizerJSON:

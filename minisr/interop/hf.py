@@ -12,8 +12,10 @@ import torch
 
 from minisr import InputError
 from minisr.interop import names
-from minisr.interop.chat_templates import recognize_chat_template, to_jinja
-from minisr.interop.sentencepiece_json import to_tokenizer_json
+from minisr.interop.chat_templates import choose_chat_template, to_jinja
+from minisr.interop.end_tokens import ids_in_folder, read_settings, special_tokens
+from minisr.interop.jinja_templates import JinjaTemplate
+from minisr.interop.sentencepiece_json import has_dummy_prefix, to_tokenizer_json
 from minisr.interop.tokenizer_json import TokenizerJSON
 from minisr.model import Decoder, ModelConfig
 from minisr.runner.checkpoint import build_decoder, check_vocab_size, tokenizer_files
@@ -150,21 +152,42 @@ def load_tokenizer(folder: Path, template: str = "") -> Tokenizer:
         raise
     except (RuntimeError, ValueError) as error:
         raise InputError(f"{folder / kind.FILE} cannot be read: {short_reason(error)}") from error
-    return Tokenizer(vocabulary, template or read_chat_template(folder, vocabulary))
+    if kind is SentencePiece and not exported_by_minisr:
+        vocabulary = with_prefix_of_transformers(folder, vocabulary)
+    stop_ids = ids_in_folder(folder, vocabulary.specials)
+    if (folder / "chat.txt").exists() and not template:
+        return Tokenizer(vocabulary, read_bytes(folder / "chat.txt").decode(), stop_ids)
+    template = choose_chat_template(folder, vocabulary, read_jinja(folder), stop_ids, template)
+    return Tokenizer(vocabulary, template, stop_ids)
 
 
-def read_chat_template(folder: Path, vocabulary) -> str:
-    """chat.txt, or the one of minisr's templates that the folder's Jinja template corresponds to."""
-    if (folder / "chat.txt").exists():
-        return read_bytes(folder / "chat.txt").decode()
-    jinja, settings = None, folder / "tokenizer_config.json"
-    if settings.exists():
-        jinja = read_object(settings).get("chat_template")
+def with_prefix_of_transformers(folder: Path, vocabulary: SentencePiece) -> SentencePiece | TokenizerJSON:
+    """The vocabulary of a folder without tokenizer.json, with the dummy prefix as transformers adds it.
+
+    With legacy=False, the default of LlamaTokenizer, it does not add it after a special token."""
+    settings = read_settings(folder / "tokenizer_config.json")
+    is_llama = is_llama_tokenizer(settings)
+    legacy = settings.get("legacy", not is_llama)
+    if legacy and not is_llama or not has_dummy_prefix(vocabulary):
+        return vocabulary
+    return TokenizerJSON(to_tokenizer_json(vocabulary, prepend_scheme="always" if legacy else "first"))
+
+
+def is_llama_tokenizer(settings: dict) -> bool:
+    return str(settings.get("tokenizer_class")).startswith("LlamaTokenizer")
+
+
+def read_jinja(folder: Path) -> JinjaTemplate:
+    """The folder's Jinja template, if it has one, and the special tokens that the template may name."""
+    settings = read_settings(folder / "tokenizer_config.json")
+    jinja = settings.get("chat_template")
     if isinstance(jinja, list):  # several templates by name
         jinja = next((entry.get("template") for entry in jinja if entry.get("name") == "default"), None)
     if (folder / "chat_template.jinja").exists():
         jinja = read_bytes(folder / "chat_template.jinja").decode()
-    return recognize_chat_template(jinja, vocabulary.specials)
+    has_defaults = is_llama_tokenizer(settings) or not (folder / TokenizerJSON.FILE).exists()
+    defaults = {"bos_token": "<s>", "eos_token": "</s>"} if has_defaults else {}
+    return JinjaTemplate(jinja, defaults | special_tokens(folder))
 
 
 def read_object(path: Path) -> dict:

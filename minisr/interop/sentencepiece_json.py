@@ -7,13 +7,18 @@ from minisr.tokenizer import SentencePiece
 BPE = 2  # TrainerSpec.ModelType
 
 
-def to_tokenizer_json(vocabulary: SentencePiece) -> bytes:
-    """The content of a tokenizer.json, for libraries that do not read tokenizer.model."""
+def to_tokenizer_json(vocabulary: SentencePiece, prepend_scheme: str | None = None) -> bytes:
+    """The content of a tokenizer.json, for libraries that do not read tokenizer.model.
+
+    A dummy prefix is added as SentencePiece does, or with a prepend_scheme as LlamaTokenizer of transformers does:
+    "always" is its legacy=True, "first" its legacy=False. Both leave out the space if a text begins with one."""
     proto = need("sentencepiece.sentencepiece_model_pb2", "hf").ModelProto.FromString(vocabulary.content)
     check_exportable(proto)
     tokenizers = need("tokenizers", "hf")
     result = tokenizers.Tokenizer(bpe_model(tokenizers, vocabulary, proto))
-    result.normalizer = normalizer(tokenizers.normalizers, proto.normalizer_spec)
+    result.normalizer = normalizer(tokenizers.normalizers, proto.normalizer_spec, prepend_scheme)
+    if proto.normalizer_spec.add_dummy_prefix and prepend_scheme:
+        result.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace("▁", prepend_scheme=prepend_scheme, split=False)
     result.decoder = decoder(tokenizers.decoders, proto.normalizer_spec)
     result.add_special_tokens([tokenizers.AddedToken(name, special=True, normalized=False)
                                for name in vocabulary.specials])
@@ -23,6 +28,12 @@ def to_tokenizer_json(vocabulary: SentencePiece) -> bytes:
         result.post_processor = tokenizers.processors.TemplateProcessing(
             single=f"{bos} $A", pair=f"{bos} $A {bos}:1 $B:1", special_tokens=[(bos, bos_id)])
     return result.to_str(pretty=True).encode()
+
+
+def has_dummy_prefix(vocabulary: SentencePiece) -> bool:
+    """Whether the model adds a space before a text."""
+    proto = need("sentencepiece.sentencepiece_model_pb2", "hf").ModelProto.FromString(vocabulary.content)
+    return proto.normalizer_spec.add_dummy_prefix
 
 
 def check_exportable(proto) -> None:
@@ -59,12 +70,12 @@ def merges(texts: list[str], pieces, ids: dict[str, int]) -> list[tuple[str, str
     return [(left, right) for *_, left, right in sorted(found)]
 
 
-def normalizer(normalizers, spec):
+def normalizer(normalizers, spec, prepend_scheme: str | None):
     """SentencePiece writes a space as "▁", and may add one before the text."""
     steps = []
     if spec.precompiled_charsmap:
         steps.append(normalizers.Precompiled(spec.precompiled_charsmap))
-    if spec.add_dummy_prefix:
+    if spec.add_dummy_prefix and not prepend_scheme:
         steps.append(normalizers.Prepend("▁"))
     steps.append(normalizers.Replace(" ", "▁"))
     return normalizers.Sequence(steps)

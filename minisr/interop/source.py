@@ -64,7 +64,9 @@ def load_path(path: Path, device: str, template: str) -> tuple[Decoder, Tokenize
         raise InputError(f"{path} has neither {hf.CONFIG} (a Hugging Face folder) nor meta.json (a minisr "
                          f"folder){f'; name a file in it: {ggufs[0]}' if ggufs else ''}")
     model, tokenizer = checkpoint.load_model(path, device)
-    return model, Tokenizer(tokenizer.vocabulary, template) if template else tokenizer
+    if template:
+        tokenizer = Tokenizer(tokenizer.vocabulary, template, tokenizer.stop_ids)
+    return model, tokenizer
 
 
 def source_digest(source: str) -> str:

@@ -15,11 +15,13 @@ import torch
 
 from minisr import InputError
 from minisr.interop.chat_templates import chat_template
+from minisr.interop.end_tokens import declared_ids, ids_by_name, read_settings
 from minisr.interop.shape import MODEL_KEYS_RENAMED, check_weight, model_config
 from minisr.interop.tokenizer_json import TokenizerJSON
 from minisr.model import Decoder, ModelConfig
 from minisr.runner.files import (
     file_digest,
+    json_bytes,
     parse_json,
     read_bytes,
     read_text,
@@ -30,6 +32,7 @@ from minisr.runner.files import (
 )
 from minisr.tokenizer import SentencePiece, Tokenizer
 
+GENERATION_CONFIG = "generation_config.json"
 SEED_MODEL = Path(__file__).parents[1] / "worlds" / "tiny" / "M0"  # ships with minisr
 RESTORE = "restore it from a copy, or make the model again in another folder"  # what to do about a damaged model
 MODEL_KEYS_REMOVED = ("dropout",)  # keys in model.pt files of older versions; it is now a setting of a training
@@ -124,16 +127,24 @@ def build_decoder(config: ModelConfig, weights: dict[str, torch.Tensor], device:
 
 def tokenizer_files(tokenizer: Tokenizer) -> dict[str, bytes]:
     """The files that store a tokenizer in a model folder, by name."""
-    vocabulary = tokenizer.vocabulary
-    return {vocabulary.FILE: vocabulary.content, "chat.txt": tokenizer.template.encode()}
+    vocabulary, template, stop_ids = tokenizer.vocabulary, tokenizer.template, tokenizer.stop_ids
+    files = {vocabulary.FILE: vocabulary.content, "chat.txt": template.encode()}
+    if stop_ids != Tokenizer(vocabulary, template, ids_by_name(vocabulary.specials)).stop_ids:
+        files[GENERATION_CONFIG] = json_bytes({"eos_token_id": list(stop_ids)})
+    return files
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
-    """The vocabulary in tokenizer.model or tokenizer.json, with chat.txt (if missing: the tiny world's)."""
+    """The vocabulary in tokenizer.model or tokenizer.json, with chat.txt (if missing: the tiny world's).
+
+    The ids that end a response are in generation_config.json; if missing, common names tell them."""
     kind = SentencePiece if (folder / SentencePiece.FILE).exists() else TokenizerJSON
     chat = folder / "chat.txt"
     template = read_text(chat, "chat template") if chat.exists() else chat_template("tiny")
-    return Tokenizer(kind(read_bytes(folder / kind.FILE)), template)
+    vocabulary, declared = kind(read_bytes(folder / kind.FILE)), folder / GENERATION_CONFIG
+    if declared.exists():
+        return Tokenizer(vocabulary, template, declared_ids(read_settings(declared), "eos_token_id", declared))
+    return Tokenizer(vocabulary, template, ids_by_name(vocabulary.specials))
 
 
 def check_vocab_size(source: Path, config: ModelConfig, tokenizer: Tokenizer) -> None:

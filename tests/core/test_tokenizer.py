@@ -7,7 +7,7 @@ import sentencepiece
 from tiny import tiny_tokenizer
 
 from minisr.runner.pretrain import train_tokenizer
-from minisr.tokenizer import TemplateError, Tokenizer
+from minisr.tokenizer import SentencePiece, TemplateError, Tokenizer
 
 TEMPLATE = "<s><|user|>{prompt}<|assistant|>{response}</s>"
 SPECIAL = ["<s>", "</s>", "<|user|>", "<|assistant|>", "<unk>", "<0x41>", "a</s>", " <|assistant|> </s> ",
@@ -83,8 +83,10 @@ def test_plain_text_begins_with_bos_and_responses_end_with_an_end_token(tokenize
     specials = tokenizer.vocabulary.specials
     assert tokenizer.bos_ids == [specials["<s>"]] and tokenizer.eos_id == specials["</s>"]
     assert tokenizer.stop_ids == (specials["</s>"],)
-    other = Tokenizer(tokenizer.vocabulary, "<s>{prompt}<|user|>{response}<|assistant|>")
-    assert other.eos_id == specials["<|assistant|>"] and other.stop_ids == (specials["<|assistant|>"], specials["</s>"])
+    template = "<s>{prompt}<|user|>{response}<|assistant|>"
+    other = Tokenizer(tokenizer.vocabulary, template, stop_ids=[7, specials["</s>"]])
+    assert other.eos_id == specials["<|assistant|>"]
+    assert other.stop_ids == (specials["<|assistant|>"], specials["</s>"], 7)
 
 
 @pytest.mark.parametrize("template", ["", "{prompt}", "{prompt}{response}", "{response}{prompt}</s>",
@@ -100,3 +102,58 @@ def test_a_response_decodes_to_its_text_where_the_template_has_text_before_the_e
     assert tokenizer.decode(ids) != "a fox"  # the template's space
     assert tokenizer.decode_response(ids) == "a fox"
     assert tokenizer.encode_response(tokenizer.decode_response(ids)) == ids
+
+
+# ---- a vocabulary that adds a space ("dummy prefix") before every text
+
+@pytest.fixture(scope="module")
+def spaced():
+    """Llama 2's kind of vocabulary, in a template whose response follows text."""
+    protos = pytest.importorskip("sentencepiece.sentencepiece_model_pb2")
+    proto = protos.ModelProto.FromString(tiny_tokenizer().vocabulary.content)
+    proto.normalizer_spec.add_dummy_prefix = True
+    return SentencePiece(proto.SerializeToString())
+
+
+RESPONSES = ["Once there was a fox.", " It felt sad.", "  two", "", "\nnew", "fox ", "é", "[a]"]
+
+
+@pytest.mark.parametrize("space", ["", " ", "  "])
+@pytest.mark.parametrize("response", RESPONSES)
+def test_a_response_that_follows_text_gets_no_space_of_its_own(space, response, spaced):
+    tokenizer = Tokenizer(spaced, f"<s>[INST] {{prompt}} [/INST]{space}{{response}}</s>")
+    whole = [1, *spaced.encode(f"[INST] A fox. [/INST]{space}{response}"), 2]
+    prompt = [1, *spaced.encode("[INST] A fox. [/INST]")]
+    assert tokenizer.encode_prompt("A fox.") == prompt == whole[:len(prompt)]
+    ids, mask = tokenizer.encode_chat("A fox.", response)
+    assert (ids, mask) == (whole, [i >= len(prompt) for i in range(len(whole))])
+    assert tokenizer.decode_response(ids[len(prompt):]) == response
+
+
+@pytest.mark.parametrize("response", RESPONSES)
+def test_a_response_that_follows_a_special_token_is_a_text_of_its_own(response, spaced):
+    tokenizer = Tokenizer(spaced, TEMPLATE)
+    assert tokenizer.encode_response(response) == [*spaced.encode(response), 2]
+    assert tokenizer.decode_response(tokenizer.encode_response(response)) == response
+
+
+def test_the_space_before_a_response_is_what_the_model_samples(spaced):
+    # After "[/INST]" a model samples "▁Once"; a prompt that ended with "▁" would leave it no such choice.
+    tokenizer = Tokenizer(spaced, "<s>[INST] {prompt} [/INST] {response}</s>")
+    assert spaced.pieces.decode(tokenizer.encode_prompt("A fox.")[-1:]) == "]"
+    first, *_ = tokenizer.encode_response("there was")
+    assert spaced.piece(first).startswith(" th")
+    assert tokenizer.decode_response(spaced.encode("there was")) == "there was"
+
+
+@pytest.mark.parametrize("template", ["<s>{prompt}\n{response}</s>", "<s>{prompt}{response}</s>"])
+def test_a_token_never_spans_prompt_and_response(template, spaced):
+    # The model samples the response after all ids of the prompt.
+    merged = spaced.pieces.id_to_piece(spaced.encode("fox there")[1])
+    assert not merged.startswith("▁")  # "▁fo", "x": a prompt "fo" and a response "x" could merge
+    tokenizer = Tokenizer(spaced, template)
+    for prompt in ("fo", "t", "A fox.", "\n"):
+        ids, mask = tokenizer.encode_chat(prompt, "here was")
+        start = mask.index(True)
+        assert ids[:start] == tokenizer.encode_prompt(prompt)
+        assert spaced.pieces.decode(ids) == prompt + "\n" * ("\n" in template) + "here was"

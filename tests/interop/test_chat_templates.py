@@ -1,3 +1,5 @@
+import json
+import sys
 from random import Random
 
 import pytest
@@ -7,7 +9,8 @@ from tiny import as_folder, byte_level_json, change, random_llama, tiny_model, t
 
 from minisr import InputError
 from minisr.interop import hf
-from minisr.interop.chat_templates import chat_template, recognize_chat_template
+from minisr.interop.chat_templates import chat_template, choose_chat_template, to_jinja
+from minisr.interop.jinja_templates import JinjaTemplate
 from minisr.interop.sentencepiece_json import to_tokenizer_json
 from minisr.interop.source import load_source
 from minisr.interop.tokenizer_json import TokenizerJSON
@@ -175,10 +178,15 @@ def assembled(name, prompt, response):
         return [*user, head, *e("assistant"), tail, *e("\n\n")], [*e(response), end]
     if name == "zephyr":
         user, assistant, end = map(i, ("<|user|>", "<|assistant|>", "</s>"))
-        return [user, *e(f"\n{prompt}"), end, *e("\n"), assistant, *e("\n")], [*e(response), end]
+        asked, whole = e("\n"), e(f"\n{response}")
+        assert whole[:len(asked)] == asked
+        return [user, *e(f"\n{prompt}"), end, *e("\n"), assistant, *asked], [*whole[len(asked):], end]
     text = {"llama2": f"[INST] {prompt} [/INST]",
             "plain": f"### Instruction:\n{prompt}\n\n### Response:\n"}[name]
-    return [i("<s>"), *e(text)], [*e(response), i("</s>")]
+    # The answer continues the text. In Llama 2's template it has a space before it and one after it.
+    asked, whole = e(text), e(text + (f" {response} " if name == "llama2" else response))
+    assert whole[:len(asked)] == asked
+    return [i("<s>"), *asked], [*whole[len(asked):], i("</s>")]
 
 
 @pytest.mark.parametrize("name", ["chatml", "llama2", "llama3", "plain", "zephyr"])
@@ -219,7 +227,7 @@ def test_a_template_can_be_a_file(tmp_path):
     e = tiny_tokenizer().vocabulary.pieces.encode
     assert tokenizer.encode_prompt("Why?") == [1, *e("Q: Why?\nA:")]
     # The line break before the end is part of the response.
-    assert tokenizer.encode_chat("Why?", "So.")[0] == [1, *e("Q: Why?\nA:"), *e("So.\n"), 2]
+    assert tokenizer.encode_chat("Why?", "So.")[0] == [1, *e("Q: Why?\nA:So.\n"), 2]
 
 
 @pytest.mark.parametrize("template", [
@@ -240,53 +248,201 @@ def test_an_unknown_template_is_rejected_with_a_list_of_the_known_ones(exported)
         load_source(str(exported), chat="chatlm")
 
 
-CHATML_JINJA = ("{% for m in messages %}{% if loop.first and m['role'] != 'system' %}{{ '<|im_start|>"
-                "system\\nYou are a helpful assistant.<|im_end|>\\n' }}{% endif %}{{'<|im_start|>' + "
-                "m['role'] + '\\n' + m['content'] + '<|im_end|>' + '\\n'}}{% endfor %}")
-LLAMA2_JINJA = "{{ bos_token + '[INST] ' + messages[0]['content'] + ' [/INST] ' }}"
-LLAMA3_JINJA = "{{ '<|start_header_id|>' + m['role'] + '<|end_header_id|>\n\n' + m['content'] }}"
-ZEPHYR_JINJA = "{{ '<|user|>\n' + messages[0]['content'] + eos_token + '<|assistant|>' }}"
-UNKNOWN_JINJA = "{{ 'Human: ' + messages[0]['content'] + ' Bot:' }}"
-RECOGNIZED = {
-    "ChatML with a system message": (
-        CHATML_JINJA, SPECIALS["chatml"],
-        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n" + chat_template("chatml")),
-    "ChatML": (CHATML_JINJA.replace("system", "user"), SPECIALS["chatml"], chat_template("chatml")),
-    "Llama 3": (LLAMA3_JINJA, SPECIALS["llama3"], chat_template("llama3")),
-    "Llama 2": (LLAMA2_JINJA, ("<s>", "</s>"), chat_template("llama2")),
-    "Zephyr": (ZEPHYR_JINJA, ("<s>", "</s>"), chat_template("zephyr")),
-    "unknown": (UNKNOWN_JINJA, ("<s>", "</s>"), chat_template("plain")),
-    "none": (None, ("<s>", "</s>"), chat_template("plain")),
-    "none of a tokenizer of ours": (
-        None, ("<s>", "</s>", "<|user|>", "<|assistant|>"), chat_template("tiny")),
-    "ChatML that the tokenizer does not know": (CHATML_JINJA, ("<s>", "</s>"), chat_template("plain")),
+# ---- the model's own template
+
+CHATML = ("{% for m in messages %}{% if loop.first and m['role'] != 'system' %}SYSTEM{% endif %}"
+          "{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
+          "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
+
+
+def chatml(system=""):
+    return CHATML.replace("SYSTEM", system)
+
+
+def vocabulary(*specials):
+    return TokenizerJSON(byte_level_json(*specials).encode())
+
+
+def own(jinja, specials, chosen="", **tokens):
+    made = vocabulary(*specials)
+    return choose_chat_template("model/", made, JinjaTemplate(jinja, tokens), {0}, chosen)
+
+
+IM, S = SPECIALS["chatml"], ("<s>", "</s>")
+S_TOKENS = dict(bos_token="<s>", eos_token="</s>")
+LLAMA2 = ("{% for m in messages %}{% if m['role'] == 'user' %}{{ bos_token + '[INST] ' + m['content'].strip() + "
+          "' [/INST]' }}{% else %}{{ ' ' + m['content'].strip() + ' ' + eos_token }}{% endif %}{% endfor %}")
+READ = {  # name: (Jinja, special tokens, template, a part of the line on stderr)
+    "ChatML": (chatml(), IM, chat_template("chatml"), ""),
+    "a system text": (chatml("<|im_start|>system\nBe kind.<|im_end|>\n"), IM,
+                      "<|im_start|>system\nBe kind.<|im_end|>\n" + chat_template("chatml"), ""),
+    "a system text with an apostrophe": (
+        chatml("{{ '<|im_start|>system\nYou\\'re {kind}.<|im_end|>\n' }}"), IM,
+        "<|im_start|>system\nYou're {kind}.<|im_end|>\n" + chat_template("chatml"), ""),
+    "a system text in a variable": (
+        "{% set default = 'Be ' ~ 'kind.' %}" + chatml("{{ '<|im_start|>system\n' + default + '<|im_end|>\n' }}"), IM,
+        "<|im_start|>system\nBe kind.<|im_end|>\n" + chat_template("chatml"), ""),
+    "trim": (chatml().replace("m['content']", "m['content'] | trim"), IM, chat_template("chatml"),
+             "it strips spaces and line breaks around messages; minisr keeps them"),
+    "strip, as Llama 2": (LLAMA2, S, chat_template("llama2"), "it strips spaces"),
+    "no generation prompt": (chatml().partition("{% if add")[0], IM, chat_template("chatml"),
+                             "asks for no response at the end of a prompt; minisr adds '<|im_start|>assistant\\n'"),
+    "a space at the end of a prompt": (
+        "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}{{ 'Q: ' + m['content'] + ' A: ' }}"
+        "{% else %}{{ m['content'] + eos_token }}{% endif %}{% endfor %}", S,
+        "<s>Q: {prompt} A: {response}</s>", "it ends a prompt with a space; minisr leaves it to the response"),
+    "no end token": ("{{ bos_token }}{% for m in messages %}{{ '\n' + m['role'] + ':' + m['content'] }}{% endfor %}"
+                     "{% if add_generation_prompt %}{{ '\nassistant:' }}{% endif %}", S,
+                     "<s>\nuser:{prompt}\nassistant:{response}</s>",
+                     "it ends a response with no special token; minisr adds </s>"),
+    "generation tags": (
+        chatml().replace("m['content'] +", "m['content'] }}{% generation %}{% endgeneration %}{{"), IM,
+        chat_template("chatml"), ""),
+    "tools, tojson and a macro": (
+        "{% macro head(role) %}{{ '<|im_start|>' + role + '\n' }}{% endmacro %}"
+        "{% if tools %}{{ tools | tojson }}{% endif %}"
+        "{%- for m in messages -%}{{ head(m.role) }}{{ m.content }}<|im_end|>{{ '\n' }}{%- endfor -%}"
+        "{%- if add_generation_prompt %}{{ head('assistant') }}{% endif %}", IM, chat_template("chatml"), ""),
+    "today's date if it is known": (
+        chatml("{% if strftime_now is defined %}{{ strftime_now('%d') }}{% else %}26 Jul 2024{% endif %}"), IM,
+        "26 Jul 2024" + chat_template("chatml"), ""),
+    "a language model's three": (None, ("<|endoftext|>",), chat_template("plain").replace("<s>", "").replace(
+        "</s>", "<|endoftext|>"), "model/ has no chat template; minisr uses its template 'plain'"),
 }
 
 
-@pytest.mark.parametrize("jinja, specials, expected", RECOGNIZED.values(), ids=RECOGNIZED)
-def test_a_models_own_template_is_recognized_by_its_markers(jinja, specials, expected):
-    assert recognize_chat_template(jinja, specials) == expected
+@pytest.mark.parametrize("jinja, specials, expected, line", READ.values(), ids=READ)
+def test_a_models_own_template_is_what_jinja_makes_of_a_chat(jinja, specials, expected, line, capsys):
+    assert own(jinja, specials, **(S_TOKENS if specials == S else {})) == expected
+    err = capsys.readouterr().err
+    assert line in err and err.count("\n") == bool(line)
+
+
+REFUSED = {
+    "lower case": chatml().replace("m['content']", "m['content'] | lower"),
+    "a thought before each response": chatml().replace("assistant\n", "assistant\n<think>\n"),
+    "two prompts": chatml().replace("m['content']", "m['content'] * 2"),
+    "only the system": "{{ 'x' }}",
+    "an error of its own": "{{ raise_exception('Only tools!') }}",
+    "no Jinja": "{% for m in",
+    "endless": "{% for i in range(10**9) %}x{% endfor %}",
+    "out of the sandbox": "{{ ''.__class__.__mro__[1].__subclasses__() }}{{ messages.append(1) }}" + chatml(),
+    "today's date": chatml("{{ strftime_now('%d') }}"),
+    "depends on the message": chatml().replace("m['content']", "m['content'].split('\n')[-1]"),
+    "no end token that it knows": "{% for m in messages %}{{ m['content'] }}{% endfor %}",
+}
+
+
+@pytest.mark.parametrize("jinja", REFUSED.values(), ids=REFUSED)
+def test_a_template_that_minisr_cannot_write_is_refused_and_a_chosen_one_is_compared(jinja, capsys):
+    with pytest.raises(InputError, match="cannot use the chat template of model/: .*--chat NAME"):
+        own(jinja, IM)
+    assert capsys.readouterr().err == ""
+    assert own(jinja, IM, chosen=chat_template("chatml")) == chat_template("chatml")
+    err = capsys.readouterr().err
+    assert err.startswith("minisr: the chosen chat template is not the one of model/: ") and err.count("\n") == 1
+
+
+def test_a_template_is_run_in_the_sandbox_and_nowhere_else(tmp_path):
+    jinja = ("{{ cycler.__init__.__globals__.os.system('touch " + str(tmp_path / "run") + "') }}"
+             "{{ self.__init__.__globals__ }}" + chatml())
+    with pytest.raises(InputError, match="cannot use the chat template"):
+        own(jinja, IM)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("system", [None, "", "Be kind.", "You're {kind}, '\"\\n' "])
+def test_a_chosen_template_may_hold_a_system_message(system, capsys):
+    turn = "" if system is None else f"<|im_start|>system\n{system}<|im_end|>\n"
+    own(chatml("<|im_start|>system\nThe default.<|im_end|>\n"), IM, chosen=turn + chat_template("chatml"))
+    err = capsys.readouterr().err
+    assert ("is not the one" in err) == (system is None)  # without one, the model's own has its default
+
+
+def test_a_chosen_template_that_the_model_does_not_use_is_named_in_one_line(capsys):
+    assert own(LLAMA2, S, chosen=chat_template("zephyr"), **S_TOKENS) == chat_template("zephyr")
+    err = capsys.readouterr().err
+    assert err.startswith("minisr: the chosen chat template is not the one of model/: it writes '<s>[INST] What")
+    assert "minisr '<|user|>" in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("package", ["jinja2.sandbox", "jinja2.ext"])
+def test_without_jinja_the_extra_is_named(package, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(InputError, match=r'minisr\[hf\]'):
+        own(chatml(), IM)
+    assert own(chatml(), IM, chosen=chat_template("chatml")) == chat_template("chatml")
+    assert "this needs the package jinja2" in capsys.readouterr().err
+    assert own(None, S, **S_TOKENS).endswith("{response}</s>")  # nothing to run
+
+
+def test_an_unsafe_version_of_jinja_is_not_used(monkeypatch):
+    monkeypatch.setattr("minisr.interop.jinja_templates.version", lambda package: "3.1.5")
+    with pytest.raises(InputError, match="jinja2 3.1.5 is not safe"):
+        own(chatml(), IM)
+
+
+def test_special_tokens_that_take_spaces_along_are_named(capsys):
+    # As <|assistant|> of Phi-3 in its tokenizer.json.
+    settings = json.loads(byte_level_json(*IM))
+    settings["added_tokens"][1]["rstrip"] = True
+    made = TokenizerJSON(json.dumps(settings).encode())
+    choose_chat_template("model/", made, JinjaTemplate(chatml()), set())
+    assert "encodes the text beside special tokens in another way" in capsys.readouterr().err
+
+
+BASE = {"GPT-2's": ("<|endoftext|>",), "Llama 3's": ("<|begin_of_text|>", "<|end_of_text|>"), "Llama 2's": S}
+
+
+@pytest.mark.parametrize("chat", ["", "plain"])
+@pytest.mark.parametrize("specials", BASE.values(), ids=BASE)
+@pytest.mark.parametrize("adds_bos", [False, True])
+def test_a_base_model_gets_a_plain_template_in_its_own_tokens(specials, adds_bos, chat, tmp_path):
+    content = library.Tokenizer.from_str(byte_level_json(*specials))
+    begin = specials[0] if adds_bos else ""
+    if adds_bos:
+        content.post_processor = library.processors.TemplateProcessing(f"{begin} $A", special_tokens=[(begin, 0)])
+    random_llama(vocab_size=content.get_vocab_size(), eos_token_id=len(specials) - 1).save_pretrained(tmp_path)
+    content.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = load_source(str(tmp_path), chat=chat)[1]
+    assert tokenizer.template == chat_template("plain").replace("<s>", begin).replace("</s>", specials[-1])
+    assert tokenizer.stop_ids == (len(specials) - 1,)
+
+
+def test_a_base_model_that_declares_no_end_is_refused(tmp_path):
+    content = library.Tokenizer.from_str(byte_level_json("<|pad|>"))
+    random_llama(vocab_size=content.get_vocab_size(), eos_token_id=None).save_pretrained(tmp_path)
+    content.save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(InputError, match="'plain' needs a special token that ends a response.*--chat NAME"):
+        load_source(str(tmp_path), chat="plain")
 
 
 @pytest.mark.parametrize("place", ["config", "list in config", "file"])
-def test_a_folders_own_template_is_used_and_never_run(place, tmp_path):
+def test_a_folders_own_template_is_found(place, tmp_path):
     tokenizer = chatting("chatml")
     hf.export(tiny_model(len(tokenizer)), tokenizer, tmp_path)
     (tmp_path / "chat.txt").unlink()
-    jinja = CHATML_JINJA + "{{ 1 / 0 }}"
+    jinja = READ["a system text"][0]
     if place == "file":
         change(tmp_path / "tokenizer_config.json", chat_template="[INST]")
         (tmp_path / "chat_template.jinja").write_text(jinja)
     else:
         named = [{"name": "default", "template": jinja}]
         change(tmp_path / "tokenizer_config.json", chat_template=jinja if place == "config" else named)
-    template = load_source(str(tmp_path))[1].template
-    assert template == RECOGNIZED["ChatML with a system message"][2]
+    assert load_source(str(tmp_path))[1].template == READ["a system text"][2]
 
 
-def test_the_template_of_an_export_is_recognized_without_ours(tmp_path):
+@pytest.mark.parametrize("name", [*SPECIALS, "zephyr", "llama2", "plain", "tiny"])
+def test_the_template_of_an_export_is_read_without_ours(name, tmp_path, capsys):
     # Other programs copy their own files, not chat.txt.
-    for name in SPECIALS:
-        hf.export(tiny_model(len(chatting(name))), chatting(name), tmp_path / name)
-        (tmp_path / name / "chat.txt").unlink()
-        assert load_source(str(tmp_path / name))[1].template == chat_template(name)
+    tokenizer = chatting(name) if name in SPECIALS else Tokenizer(tiny_tokenizer().vocabulary, chat_template(name))
+    hf.export(tiny_model(len(tokenizer)), tokenizer, tmp_path)
+    (tmp_path / "chat.txt").unlink()
+    assert load_source(str(tmp_path))[1].template == chat_template(name)
+    assert capsys.readouterr().err == ""
+
+
+def test_an_exported_template_that_has_a_space_before_the_response_gives_our_prompt():
+    jinja = JinjaTemplate(to_jinja("<s>[INST] {prompt} [/INST]  {response} </s>"))
+    assert jinja.render("A") == "<s>[INST] A [/INST]"
+    assert jinja.render("A", "B") == "<s>[INST] A [/INST]  B </s>"

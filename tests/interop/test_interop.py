@@ -381,9 +381,9 @@ def test_greedy_generation_after_export_gives_our_samplers_ids(engine, random_de
 def test_generation_after_export_stops_at_every_stop_id(tmp_path):
     ends = ["<|im_end|>", "<|endoftext|>"]
     vocabulary = TokenizerJSON(byte_level_json("<|im_start|>", *ends).encode())
-    hf.export(tiny_model(len(vocabulary)), Tokenizer(vocabulary, chat_template("chatml")), tmp_path)
-    stops = transformers.GenerationConfig.from_pretrained(tmp_path).eos_token_id
-    assert sorted(stops) == sorted(map(vocabulary.pieces.token_to_id, ends))
+    ids = list(map(vocabulary.pieces.token_to_id, ends))
+    hf.export(tiny_model(len(vocabulary)), Tokenizer(vocabulary, chat_template("chatml"), ids), tmp_path)
+    assert sorted(transformers.GenerationConfig.from_pretrained(tmp_path).eos_token_id) == sorted(ids)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -482,7 +482,9 @@ def test_an_export_that_cannot_be_completed_writes_nothing(tmp_path):
     as_folder(random_llama(vocab_size=size), tmp_path / "model")
     (tmp_path / "model/tokenizer.model").write_bytes(content)
     code, out, err = in_process(["export", tmp_path / "model", "--out", tmp_path / "new"])
-    one_line(code, out, err, "SentencePiece", "BPE")
+    note, _, error = err.partition("\n")
+    assert "has no chat template" in note
+    one_line(code, out, error, "SentencePiece", "BPE")
     assert not (tmp_path / "new").exists()
 
 

@@ -100,11 +100,13 @@ FAULTS = {
         ("half of the range", "(x >> np.uint64(40))", "(x >> np.uint64(41))")],
     ("tokenizer", "tokenizer"): [
         ("prompt tokens are targets", "[False] * len(prompt_ids)", "[True] * len(prompt_ids)"),
-        ("responses have no end token", "[*self.encode(response + self._after_response), self.eos_id]",
-         "self.encode(response + self._after_response)"),
+        ("responses have no end token", "[*ids[len(before):], self.eos_id]", "ids[len(before):]"),
+        ("a response is encoded as a text of its own", "for lead in (self._lead, ", "for lead in ("),
+        ("a token spans prompt and response", "if ids[:len(before)] == before:", "if True:"),
+        ("the space before a response is part of the prompt", 'before.rstrip(" ")', "before"),
         ("a prompt makes special tokens", "self._special.split(self._before_response)",
          'self._special.split(self._before_response.replace("{prompt}", prompt))'),
-        ("only the template's end token ends a response", "(self.eos_id, *sorted(others - {self.eos_id}))",
+        ("only the template's end token ends a response", "(self.eos_id, *sorted({*stop_ids} - {self.eos_id}))",
          "(self.eos_id,)"),
         ("a response keeps the template's text", ".removesuffix(self._after_response)", "")],
     ("sft", "sft"): [

@@ -1,0 +1,66 @@
+"""Which token ids end a response, according to a model's files.
+
+They may be declared in several places: config.json, generation_config.json and tokenizer_config.json of a Hugging
+Face folder, or the keys eos, eot and eom of a GGUF file. All of them count.
+"""
+
+from pathlib import Path
+
+from minisr import InputError
+from minisr.runner.files import parse_json, read_text
+
+CONFIGS = ("config.json", "generation_config.json")  # both have the key eos_token_id
+SETTINGS = ("tokenizer_config.json", "special_tokens_map.json")  # both have the keys bos_token, eos_token, ...
+GGUF_KEYS = tuple(f"tokenizer.ggml.{kind}_token_id" for kind in ("eos", "eot", "eom"))
+# Used where files declare less than the model has: GGUF files, which often lack a key (llama.cpp searches for such
+# names too), folders that declare nothing, and model folders without generation_config.json.
+NAMES = {"</s>", "<|endoftext|>", "<|end_of_text|>", "<|im_end|>", "<|eot_id|>", "<|eom_id|>"}
+
+
+def ids_by_name(specials: dict[str, int]) -> set[int]:
+    """The ids of common end tokens that a vocabulary has."""
+    return {i for name, i in specials.items() if name in NAMES}
+
+
+def ids_in_folder(folder: Path, specials: dict[str, int]) -> set[int]:
+    """The ids that the files of a Hugging Face folder declare; if none does, those of common names."""
+    ids = set()
+    for name in CONFIGS:
+        ids |= declared_ids(read_settings(folder / name), "eos_token_id", folder / name)
+    eos = special_tokens(folder).get("eos_token")
+    if eos in specials:
+        ids.add(specials[eos])
+    return ids or ids_by_name(specials)
+
+
+def ids_in_gguf(metadata: dict, specials: dict[str, int], path: Path) -> set[int]:
+    """The ids that a GGUF file declares, and those of common names."""
+    return ids_by_name(specials).union(*(declared_ids(metadata, key, path) for key in GGUF_KEYS))
+
+
+def declared_ids(settings: dict, key: str, path: Path) -> set[int]:
+    """The ids under a key: one, a list of them, or none (null). Negative ids stand for no token."""
+    value = settings.get(key)
+    ids = [] if value is None else value if isinstance(value, list) else [value]
+    if not all(type(i) is int for i in ids):
+        raise InputError(f"{path}: {key} must be a token id or a list of token ids, not {value!r}")
+    return {i for i in ids if i >= 0}
+
+
+def special_tokens(folder: Path) -> dict[str, str]:
+    """The text of "bos_token", "eos_token" and others, from the tokenizer's settings. tokenizer_config.json wins."""
+    tokens = {}
+    for name in SETTINGS:
+        for key, value in read_settings(folder / name).items():
+            text = value.get("content") if isinstance(value, dict) else value  # an AddedToken with its properties
+            if key.endswith("_token") and isinstance(text, str):
+                tokens.setdefault(key, text)
+    return tokens
+
+
+def read_settings(path: Path) -> dict:
+    """The object in a JSON file; {} if there is no such file."""
+    settings = parse_json(read_text(path, "file"), f"file {path}") if path.exists() else {}
+    if not isinstance(settings, dict):
+        raise InputError(f"{path} is not a JSON object {{...}}")
+    return settings

@@ -1,0 +1,158 @@
+"""The ids that end a response come from a model's files, wherever they declare them; so do those that begin a text."""
+
+import json
+
+import pytest
+from test_gguf import byte_level_keys, sentencepiece_keys, whole
+from test_wrong_input import in_process
+from tiny import ENGINES, as_folder, byte_level_json, chain, change, random_llama, tiny_model, tiny_tokenizer
+
+from minisr import InputError
+from minisr.interop import hf
+from minisr.interop.chat_templates import chat_template
+from minisr.interop.source import load_source
+from minisr.interop.tokenizer_json import TokenizerJSON
+from minisr.runner.checkpoint import load_model, save_model
+from minisr.sampler import SamplingConfig
+from minisr.tokenizer import Tokenizer
+
+transformers = pytest.importorskip("transformers")
+library = pytest.importorskip("tokenizers")
+SPECIALS = ("<|im_start|>", "<|im_end|>", "<|endoftext|>", "<|turn_end|>", "<|end_of_msg|>")
+
+
+def folder_of(folder, specials=SPECIALS, model=None):
+    """A Hugging Face folder with a byte-level tokenizer; its config.json declares no end of a response."""
+    content = byte_level_json(*specials)
+    llama = random_llama(vocab_size=TokenizerJSON(content.encode()).pieces.get_vocab_size(), eos_token_id=None)
+    llama.save_pretrained(folder)
+    (folder / "tokenizer.json").write_text(content)
+    (folder / "generation_config.json").unlink(missing_ok=True)
+    return folder
+
+
+def stops(folder):
+    return load_source(str(folder), chat="chatml")[1].stop_ids
+
+
+def test_ends_in_config_json_count_and_survive_export_and_a_model_folder(tmp_path):
+    folder = folder_of(tmp_path / "theirs")
+    change(folder / "config.json", eos_token_id=[1, 3, 5])
+    assert stops(folder) == (1, 3, 5)
+    code, _, err = in_process(["import", folder, "--out", tmp_path / "M0", "--chat", "chatml"])
+    assert (code, err) == (0, "") and load_model(tmp_path / "M0")[1].stop_ids == (1, 3, 5)
+    code, _, err = in_process(["export", tmp_path / "M0", "--out", tmp_path / "back"])
+    assert (code, err) == (0, "")
+    assert transformers.GenerationConfig.from_pretrained(tmp_path / "back").eos_token_id == [1, 3, 5]
+    assert json.loads((tmp_path / "back/config.json").read_text())["eos_token_id"] == [1, 3, 5]
+    assert load_source(str(tmp_path / "back"))[1].stop_ids == (1, 3, 5)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_response_ends_with_any_declared_token(engine, tmp_path):
+    folder = folder_of(tmp_path)
+    change(folder / "config.json", eos_token_id=[1, 3, 5])
+    tokenizer = load_source(str(folder), chat="chatml")[1]
+    prompt = tokenizer.encode_prompt("Why?")
+    model = chain({prompt[-1]: 10, 10: 3, 3: 11, 11: 11}, len(tokenizer))
+    config = SamplingConfig(temperature=0.0, max_new_tokens=8)
+    [[completion]] = ENGINES[engine](model, tokenizer).sample([prompt], 1, config, 0, tokenizer.stop_ids)
+    assert completion.ids == [10, 3] and completion.finished
+
+
+PLACES = {  # what is written where -> ids beside the template's <|im_end|>
+    "config.json": ({"config.json": {"eos_token_id": 3}}, [3]),
+    "generation_config.json": ({"generation_config.json": {"eos_token_id": [2, 3]}}, [2, 3]),
+    "both": ({"config.json": {"eos_token_id": 2}, "generation_config.json": {"eos_token_id": [1, 4]}}, [2, 4]),
+    "tokenizer_config.json": ({"tokenizer_config.json": {"eos_token": "<|turn_end|>"}}, [3]),
+    "an added token in tokenizer_config.json": (
+        {"tokenizer_config.json": {"eos_token": {"content": "<|turn_end|>", "lstrip": False}}}, [3]),
+    "special_tokens_map.json": ({"special_tokens_map.json": {"eos_token": {"content": "<|end_of_msg|>"}}}, [4]),
+    "an ordinary token": ({"config.json": {"eos_token_id": 17}}, [17]),
+    "null": ({"config.json": {"eos_token_id": None}, "generation_config.json": {"eos_token_id": None}}, [2]),  # by name
+    "nothing": ({}, [2]),
+    "no token": ({"config.json": {"eos_token_id": -1}, "generation_config.json": {"eos_token_id": 3}}, [3]),
+    "a declaration hides the names": ({"config.json": {"eos_token_id": 4}}, [4]),
+}
+
+
+@pytest.mark.parametrize("files, others", PLACES.values(), ids=PLACES)
+def test_ends_count_wherever_a_folder_declares_them(files, others, tmp_path):
+    folder_of(tmp_path)
+    for name, values in files.items():
+        if not (tmp_path / name).exists():
+            (tmp_path / name).write_text("{}")
+        change(tmp_path / name, **values)
+    assert stops(tmp_path) == (1, *others)
+
+
+@pytest.mark.parametrize("value", ["2", [1, "</s>"], 1.5, True, [[1]], {"id": 1}])
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
+def test_an_end_that_is_no_token_id_is_refused(name, value, tmp_path):
+    folder_of(tmp_path)
+    (tmp_path / name).exists() or (tmp_path / name).write_text("{}")
+    change(tmp_path / name, eos_token_id=value)
+    with pytest.raises(InputError, match=f"{name}: eos_token_id must be a token id or a list of token ids, not"):
+        stops(tmp_path)
+
+
+@pytest.mark.parametrize("keys, expected", [
+    ({}, (1, 2)),  # eos_token_id is 1; <|endoftext|> by its name, as in llama.cpp
+    ({"tokenizer.ggml.eos_token_id": 3}, (1, 2, 3)),
+    ({"tokenizer.ggml.eot_token_id": 3, "tokenizer.ggml.eom_token_id": 4}, (1, 2, 3, 4)),
+    ({"tokenizer.ggml.eos_token_id": None, "tokenizer.ggml.eot_token_id": 4}, (1, 2, 4))])
+def test_ends_count_under_all_keys_of_a_gguf_file(keys, expected, tmp_path):
+    keys = {**byte_level_keys(specials=SPECIALS), **keys}
+    llama = random_llama(vocab_size=len(keys["tokenizer.ggml.tokens"]))
+    path = whole(tmp_path / "x.gguf", llama, keys)
+    tokenizer = load_source(str(path), chat="chatml")[1]
+    assert tokenizer.stop_ids == expected
+    save_model(tmp_path / "M0", tiny_model(len(tokenizer)), tokenizer, {})
+    assert load_model(tmp_path / "M0")[1].stop_ids == expected
+
+
+def test_a_model_folder_has_no_further_file_if_its_ends_are_those_of_common_names(tmp_path):
+    save_model(tmp_path / "a", tiny_model(), tiny_tokenizer(), {})
+    assert not (tmp_path / "a/generation_config.json").exists() and load_model(tmp_path / "a")[1].stop_ids == (2,)
+    vocabulary = TokenizerJSON(byte_level_json(*SPECIALS).encode())
+    save_model(tmp_path / "b", tiny_model(len(vocabulary)), Tokenizer(vocabulary, chat_template("chatml"), [2]), {})
+    assert not (tmp_path / "b/generation_config.json").exists() and load_model(tmp_path / "b")[1].stop_ids == (1, 2)
+    save_model(tmp_path / "c", tiny_model(len(vocabulary)), Tokenizer(vocabulary, chat_template("chatml")), {})
+    assert load_model(tmp_path / "c")[1].stop_ids == (1,)
+
+
+# ---- begin
+
+def with_added(specials, **template):
+    made = library.Tokenizer.from_str(byte_level_json(*specials))
+    made.post_processor = library.processors.TemplateProcessing(
+        **template, special_tokens=[(name, i) for i, name in enumerate(specials)])
+    return TokenizerJSON(made.to_str().encode())
+
+
+@pytest.mark.parametrize("single, expected", [
+    ("<s> $A", [0]), ("$A </s>", []), ("<s> $A </s>", [0]), ("<s> </s> $A </s>", [0, 1]), ("$A", [])])
+def test_a_plain_text_begins_with_what_the_tokenizer_adds_before_it(single, expected):
+    assert with_added(("<s>", "</s>"), single=single).bos_ids == expected
+
+
+def test_a_prompt_for_new_prompts_begins_without_the_end_token(tmp_path):
+    # Of a tokenizer with add_eos_token=true; the few-shot prompt began "<s></s>", as if the text had ended.
+    vocabulary = with_added(("<s>", "</s>"), single="<s> $A </s>")
+    tokenizer = Tokenizer(vocabulary, chat_template("plain"))
+    assert [*tokenizer.bos_ids, *tokenizer.encode("A fox.")] == vocabulary.pieces.encode("A fox.").ids[:-1]
+    hf.export(tiny_model(len(vocabulary)), tokenizer, tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["bos_token_id"] == 0
+
+
+@pytest.mark.parametrize("adds", [None, True, False])
+def test_a_gguf_file_says_whether_a_text_begins_with_bos(adds, tmp_path):
+    keys = {**sentencepiece_keys(), "tokenizer.ggml.add_bos_token": adds}
+    tokenizer = load_source(str(whole(tmp_path / "x.gguf", random_llama(), keys)))[1]
+    assert tokenizer.bos_ids == ([] if adds is False else [1])
+    assert tokenizer.encode_prompt("fox")[0] == 1  # the template's
+
+
+def test_config_json_of_llama_declares_its_default(tmp_path):
+    assert json.loads((as_folder(random_llama(), tmp_path) / "config.json").read_text())["eos_token_id"] == 2
+    assert load_source(str(tmp_path))[1].stop_ids == (2,)
