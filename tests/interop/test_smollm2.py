@@ -193,10 +193,11 @@ def test_a_prompt_in_llama2s_template_is_begin_and_text(content, pieces):
     assert len(tokenizer) == 32000
     for text in NASTY:
         assert tokenizer.encode(text) == pieces.encode(text)
-        assert tokenizer.encode_prompt(text) == [pieces.bos_id(), *pieces.encode(f"[INST] {text} [/INST]")]
+        prompt = [pieces.bos_id(), *pieces.encode(f"[INST] {text} [/INST]")]
+        assert tokenizer.encode_prompt(text) == prompt
         ids, mask = tokenizer.encode_chat(text, text)
-        answer = [*pieces.encode(text), pieces.eos_id()]
-        assert ids[-len(answer):] == answer and mask.index(True) == len(ids) - len(answer)
+        assert ids == [pieces.bos_id(), *pieces.encode(f"[INST] {text} [/INST] {text} "), pieces.eos_id()]
+        assert ids[:len(prompt)] == prompt and mask.index(True) == len(prompt)
 
 
 # Its pieces of several spaces have the same score, so their order decides.
