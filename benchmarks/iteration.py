@@ -2,6 +2,7 @@
 
     minisr run tiny_configs/tiny.toml
     python benchmarks/iteration.py runs/tiny --seeds 0 1 2
+    python benchmarks/iteration.py runs/smollm2 --seeds 0 --dtype bfloat16
 
 Both start from the run's M1 and use its config, few-shot prompts, filters, judge prompt, score parser and selection of
 pairs. Only generation and training differ. TRL has neither replay nor minisr's NLL term, so both are off on both sides.
@@ -39,6 +40,9 @@ from minisr.sampler import Completion
 
 STEPS = ("prompts", "responses", "rewards", "pairs", "training")
 METRICS = ("flawless", "flawless_greedy", "mean_score")
+# float32; bf16=True, which keeps float32 weights and converts them for each product; weights and optimizer in bfloat16,
+# which is the least work, but loses small steps: minisr keeps float32 master weights
+TRL_DTYPES = ("float32", "mixed", "bfloat16")
 
 
 class PeerLM(RunLM, LM):
@@ -61,20 +65,20 @@ class PeerLM(RunLM, LM):
 class PeerModel(StoredModel):
     """M1 with transformers.generate as its sampler and TRL's DPOTrainer for its training."""
 
-    def __init__(self, run: Run, name: str, generator: Transformers, exported: Path):
+    def __init__(self, run: Run, name: str, generator: Transformers, exported: Path, trl_dtype: str):
         super().__init__(run, name)
-        self.exported = exported  # M1 as a Hugging Face folder
+        self.exported, self.trl_dtype = exported, trl_dtype  # M1 as a Hugging Face folder; see TRL_DTYPES
         run.lm_class = partial(PeerLM, generator)
 
     def train_dpo(self, pairs: list[dict]) -> StoredModel:
         trained = self.lm.copy()
-        weights = train_with_trl(self.exported, pairs, self.config.dpo, self.seed("DPO"))
+        weights = train_with_trl(self.exported, pairs, self.config.dpo, self.seed("DPO"), self.trl_dtype)
         trained.model.load_state_dict(weights_from(trained.model.config, weights, "TRL"),
                                       strict=not trained.model.config.tie_embeddings)
         return self.successor(self.next_name, trained)
 
 
-def train_with_trl(exported: Path, pairs: list[dict], config, seed: int) -> dict:
+def train_with_trl(exported: Path, pairs: list[dict], config, seed: int, trl_dtype: str) -> dict:
     """The weights, by Hugging Face's names, after TRL's DPOTrainer with the settings of a DPOConfig."""
     import datasets
     import transformers
@@ -84,15 +88,15 @@ def train_with_trl(exported: Path, pairs: list[dict], config, seed: int) -> dict
     micro_batch = config.micro_batch or config.batch_size
     steps = -(-len(pairs) // config.batch_size) * config.epochs
     settings = trl.DPOConfig(
-        str(exported.parent / "trl"), beta=config.beta, use_cpu=True, bf16=False, report_to=[], max_length=None,
-        gradient_checkpointing=False, save_strategy="no", seed=seed % 2**31, per_device_train_batch_size=micro_batch,
-        gradient_accumulation_steps=config.batch_size // micro_batch, num_train_epochs=config.epochs,
-        learning_rate=config.learning_rate, lr_scheduler_type="cosine_with_min_lr",
+        str(exported.parent / "trl"), beta=config.beta, use_cpu=True, bf16=trl_dtype == "mixed", report_to=[],
+        max_length=None, gradient_checkpointing=False, save_strategy="no", seed=seed % 2**31,
+        per_device_train_batch_size=micro_batch, gradient_accumulation_steps=config.batch_size // micro_batch,
+        num_train_epochs=config.epochs, learning_rate=config.learning_rate, lr_scheduler_type="cosine_with_min_lr",
         lr_scheduler_kwargs={"min_lr": config.min_learning_rate}, warmup_steps=round(config.warmup_fraction * steps),
         adam_beta2=0.95, max_grad_norm=config.max_grad_norm, weight_decay=config.weight_decay,
         precompute_ref_log_probs=True)
     model = transformers.AutoModelForCausalLM.from_pretrained(
-        exported, attn_implementation="sdpa", dtype=torch.float32)
+        exported, attn_implementation="sdpa", dtype=torch.bfloat16 if trl_dtype == "bfloat16" else torch.float32)
     with redirect_stdout(sys.stderr):
         trl.DPOTrainer(model, None, settings, train_dataset=datasets.Dataset.from_list(chats),
                        processing_class=transformers.AutoTokenizer.from_pretrained(exported)).train()
@@ -132,7 +136,12 @@ def parse_options():
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE",
                         help="change one key of the config, e.g. --set prompts.count=100")
-    return parser.parse_args()
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of both sides' weights")
+    parser.add_argument("--trl-dtype", choices=TRL_DTYPES, help="of TRL's training; default: float32, and with "
+                        "--dtype bfloat16 mixed, which is TRL's bf16=True")
+    options = parser.parse_args()
+    options.trl_dtype = options.trl_dtype or {"float32": "float32", "bfloat16": "mixed"}[options.dtype]
+    return options
 
 
 def main() -> None:
@@ -141,22 +150,24 @@ def main() -> None:
         need(package, "test")
     warnings.simplefilter("ignore", FutureWarning)
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    both = ["dpo.replay_weight=0.0", "dpo.nll_weight=0.0", "device=cpu", *options.set]
+    both = ["dpo.replay_weight=0.0", "dpo.nll_weight=0.0", "device=cpu", f"dtype={options.dtype}", *options.set]
     config = load_config(options.run / "config.toml", overrides=tuple(both))
     sides: dict[str, list[dict]] = {"minisr": [], "peers": []}
     with tempfile.TemporaryDirectory() as scratch:
         exported = Path(scratch) / "hf"
         M1 = StoredModel(Run(options.run, config), "M1").lm
         hf.export(M1.model, M1.tokenizer, exported)
-        generator = Transformers(config.threads, exported)
-        makers = {"minisr": StoredModel, "peers": partial(PeerModel, generator=generator, exported=exported)}
-        able = machine("cpu", config.threads)
+        dtype = getattr(torch, options.dtype)
+        generator = Transformers(config.threads, exported, dtype=dtype)
+        peers = partial(PeerModel, generator=generator, exported=exported, trl_dtype=options.trl_dtype)
+        makers = {"minisr": StoredModel, "peers": peers}
+        able = machine("cpu", config.threads, dtype)
         for seed in options.seeds:
             for name, make_M1 in makers.items():
                 made = iterate(options.run, Path(scratch) / f"{name}{seed}", replace(config, seed=seed), make_M1)
                 sides[name].append(made)
                 print(name, json.dumps(made), flush=True)
-    names = {"model": str(options.run), "peer": f"{generator.name}, TRL"}
+    names = {"model": str(options.run), "peer": f"{generator.name}, TRL in {options.trl_dtype}"}
     results = [compare(step, sides, **names) for step in (*STEPS, "all")]
     for metric in METRICS:
         if all(metric in made for side in sides.values() for made in side):

@@ -111,13 +111,13 @@ class Minisr(Side):
 class Transformers(Side):
     """transformers.generate. With share_prefix, the common prefix of all prompts is computed once, by hand."""
 
-    def __init__(self, threads: int, folder, share_prefix: bool = False):
+    def __init__(self, threads: int, folder, share_prefix: bool = False, dtype: torch.dtype = torch.float32):
         import transformers
         super().__init__(threads)
         transformers.utils.logging.set_verbosity_error()
         self.name = f"transformers {transformers.__version__}" + (", prefix shared by hand" if share_prefix else "")
         self.model = transformers.AutoModelForCausalLM.from_pretrained(
-            folder, attn_implementation="sdpa", dtype=torch.float32).eval()
+            folder, attn_implementation="sdpa", dtype=dtype).eval()
         self.eos = self.model.generation_config.eos_token_id
         self.model.generation_config = transformers.GenerationConfig()  # no settings besides those passed below
         self.share_prefix, self.Cache = share_prefix, transformers.DynamicCache

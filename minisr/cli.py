@@ -98,12 +98,14 @@ def run(options) -> None:
     from minisr.report.show import show_answers
     from minisr.report.table import LEGEND, line, table
     from minisr.runner.evaluation import evaluated_models
+    from minisr.runner.run import warn_of_slow_bfloat16
     from minisr.runner.steps import run_loop
     from minisr.runner.storage import folder_lock
     run = _open_run(options)
     was_finished = f"M{run.config.iterations + 1}" in evaluated_models(run.folder / "metrics.json")
     if was_finished:
         print(f"{run.folder} is finished already; its files are checked, and this is its table:")
+    warn_of_slow_bfloat16(run.dtype, run.device)
     with folder_lock(run.folder):
         metrics = run_loop(run, None if was_finished else lambda so_far: print(line(so_far), flush=True))
     print(f"\n{table(metrics)}\n\n{LEGEND}")
@@ -462,7 +464,7 @@ next, in Python:
 def bench(options) -> None:
     """Measure the speed of each step of the loop."""
     from minisr.bench import bench
-    bench(options.model, options.only, options.without, options.repeats, options.threads)
+    bench(options.model, options.only, options.without, options.repeats, options.threads, options.dtype)
 
 
 def _add_bench(commands) -> None:
@@ -487,3 +489,5 @@ next: compare with the measured results in benchmarks/README.md
                         "target-selection or packed-pairs; repeatable")
     parser.add_argument("--repeats", type=int, default=5, metavar="K", help="timed repetitions; default 5")
     parser.add_argument("--threads", type=int, default=2, metavar="K", help="CPU threads; default 2")
+    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto",
+                        help="of the weights; default: bfloat16 on a GPU, else float32")

@@ -182,3 +182,22 @@ def test_a_wrong_option_is_one_line_and_code_2(options, message, capsys):
         code = end.code
     printed = capsys.readouterr().err.strip().splitlines()
     assert code == 2 and len(printed) == 1 and message in printed[0]
+
+
+def test_both_engines_are_measured_in_the_dtype_asked_for(monkeypatch, capsys):
+    dtypes = []
+    monkeypatch.setattr(bench, "works", lambda lm, works=bench.works: (dtypes.append(lm.model.embed.weight.dtype)
+                                                                       or works(lm)))
+    monkeypatch.setattr("minisr.runner.run.has_native_bfloat16", lambda: True)
+    for dtype in ("bfloat16", "float32"):
+        _, document = bench_tiny(monkeypatch, capsys, "--only", "responses", "dpo", "--dtype", dtype)
+        assert document["machine"]["dtype"] == dtype and len(document["results"]) == 2
+    assert dtypes == [torch.bfloat16] * len(ENGINES) + [torch.float32] * len(ENGINES)
+
+
+def test_bfloat16_on_a_cpu_without_instructions_for_it_is_one_line_of_warning(monkeypatch, capsys):
+    monkeypatch.setattr("minisr.runner.run.has_native_bfloat16", lambda: False)
+    monkeypatch.setattr(bench, "measure", lambda *_: [])
+    assert main(["bench", "--model", "tiny", "--threads", "1", "--dtype", "bfloat16"]) == 0
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and "bfloat16 is slow" in err

@@ -17,7 +17,8 @@ from minisr.model import Decoder, upcast
 from minisr.sft import Example, right_pad
 
 MAX_LOGITS = 2**25  # numbers held at once: 128 MB in float32
-EAGER_ATTENTION_MAX_LEN = 128  # up to this length, a CPU is faster without its fused attention kernel
+EAGER_ATTENTION_MAX_LEN = 128  # up to this length, a CPU is faster without its fused attention kernel,
+EAGER_ATTENTION_MAX_LEN_BFLOAT16 = 320  # which gains nothing from bfloat16, while matrix products do
 
 
 def target_loss(model: Decoder, examples: list[Example], gradient_checkpointing: bool = False) -> Tensor:
@@ -88,7 +89,9 @@ class PackedPairs:
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q (1, H, M, D), k and v (1, G, M, D) -> (1, H, M, D)."""
         q, k, v = (self._to_grid(x[0].transpose(0, 1)) for x in (q, k, v))  # (B, H or G, T, D)
-        if q.is_cuda or q.shape[2] > EAGER_ATTENTION_MAX_LEN:
+        is_bfloat16 = q.dtype == torch.bfloat16
+        max_len = EAGER_ATTENTION_MAX_LEN_BFLOAT16 if is_bfloat16 else EAGER_ATTENTION_MAX_LEN
+        if q.is_cuda or q.shape[2] > max_len:
             y = grouped_attention(q, k, v, self.mask)
         else:
             y = self._eager_attention(q, k, v)

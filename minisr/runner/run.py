@@ -1,5 +1,7 @@
 """A run: its folder, its config, and the seed data that all its models share."""
 
+import platform
+import sys
 from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
@@ -212,6 +214,20 @@ def choose_dtype(config: Config) -> torch.dtype:
     if name == "bfloat16" and "muon" in (config.sft.optimizer, config.dpo.optimizer):
         raise InputError('optimizer = "muon" needs dtype = "float32"')
     return getattr(torch, name)
+
+
+def warn_of_slow_bfloat16(dtype: torch.dtype, device: str) -> None:
+    """Print one line if this CPU has no instructions for bfloat16 products."""
+    if dtype == torch.bfloat16 and device == "cpu" and not has_native_bfloat16():
+        print("minisr: this CPU has no bfloat16 instructions (AVX512_BF16, AMX or ARM's BF16), so bfloat16 is slow "
+              "on it; use float32", file=sys.stderr)
+
+
+def has_native_bfloat16() -> bool:
+    """Whether this CPU has instructions for bfloat16 products."""
+    if platform.machine().lower() in ("arm64", "aarch64"):
+        return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 def check_new(folder: Path) -> None:
