@@ -5,6 +5,7 @@ to any prompt already there. Every rejection is counted by its reason.
 """
 
 import re
+import unicodedata
 from collections import Counter
 from dataclasses import dataclass
 from random import Random
@@ -14,6 +15,9 @@ from tqdm import tqdm
 from minisr.lm import LM
 from minisr.rng import derive_seed
 from minisr.sampler import SamplingConfig
+
+# Characters of scripts without spaces between words: Thai, Lao, Burmese, Khmer, Japanese, Chinese.
+UNSPACED = re.compile("[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3005-\u30ff\u3400-\u9fff\U00020000-\U0003ffff]")
 
 
 @dataclass(frozen=True)
@@ -81,13 +85,10 @@ class PromptPool:
     """The prompts accepted so far, and the filters that a new one must pass."""
 
     def __init__(self, seed_prompts: list[str], held_out: set[str], config: PromptConfig):
-        self.config = config
+        self.config, self.counts = config, Counter(accepted=0)
         self.accepted: list[str] = []
-        self.counts = Counter(accepted=0)
-        self.known = [split_words(prompt) for prompt in seed_prompts]
-        self.known_texts = {normalize(prompt) for prompt in seed_prompts}
+        self.known = {normalize(prompt): split_words(prompt) for prompt in seed_prompts}
         self.held_out_texts = {normalize(prompt) for prompt in held_out}
-        self.keywords = re.compile(rf"\b(?:{'|'.join(map(re.escape, config.keywords))})\b")
 
     def try_add(self, prompt: str, finished: bool) -> None:
         """Add a prompt if it passes all filters; count the outcome."""
@@ -95,31 +96,31 @@ class PromptPool:
         self.counts[reason or "accepted"] += 1
         if reason is None:
             self.accepted.append(prompt)
-            self.known.append(split_words(prompt))
-            self.known_texts.add(normalize(prompt))
+            self.known[normalize(prompt)] = split_words(prompt)
 
     def rejection_reason(self, prompt: str, finished: bool) -> str | None:
         """The first filter that the prompt fails, or None."""
-        words = split_words(prompt)
+        words, text = split_words(prompt), normalize(prompt)
         if not finished:
             return "cut off"
         if not self.config.min_words <= len(words) <= self.config.max_words:
             return "length"
-        if self.config.keywords and self.keywords.search(prompt.lower()):
+        if any(f" {normalize(keyword)} " in f" {text} " for keyword in self.config.keywords):
             return "keyword"
-        if normalize(prompt) in self.held_out_texts:
+        if text in self.held_out_texts:
             return "evaluation prompt"
-        if normalize(prompt) in self.known_texts:
+        if text in self.known:
             return "exact match"
-        if any(self.is_similar(words, other) for other in self.known):
+        if any(self.is_similar(words, other) for other in self.known.values()):
             return "similar"
         return None
 
     def is_similar(self, words: list[str], other: list[str]) -> bool:
         """ROUGE-L F1 = 2 LCS / (length + length) (Lin, 2004) of at least max_rouge_l."""
-        total = len(words) + len(other)
-        in_both = sum(word in other for word in words)  # an upper bound of the LCS, cheaper to compute
-        if 2 * in_both / total < self.config.max_rouge_l:
+        total, different = len(words) + len(other), set(words)
+        if 2 * min(len(words), len(other)) / total < self.config.max_rouge_l:  # an upper bound of the LCS
+            return False
+        if 2 * sum(word in different for word in other) / total < self.config.max_rouge_l:  # another one
             return False
         return 2 * lcs_length(words, other) / total >= self.config.max_rouge_l
 
@@ -136,7 +137,10 @@ def lcs_length(a: list[str], b: list[str]) -> int:
 
 
 def split_words(text: str) -> list[str]:
-    return re.findall(r"\w+", text.lower())
+    """Words: runs of letters, digits, underscores and combining marks. A character of UNSPACED is a word by itself."""
+    text = unicodedata.normalize("NFC", text.lower())
+    text = "".join(c if c.isalnum() or c == "_" or unicodedata.category(c)[0] == "M" else " " for c in text)
+    return UNSPACED.sub(r" \g<0> ", text).split()
 
 
 def normalize(text: str) -> str:

@@ -1,14 +1,26 @@
 """New prompts: what is shown to the model, which of its texts are accepted, which are rejected and why."""
 
 import re
+import unicodedata
 from collections import Counter
 from itertools import combinations
 from random import Random
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from tiny import ENGINES, chain, tiny_lm, tiny_tokenizer
 
-from minisr.prompts import PromptConfig, PromptPool, few_shot_prompt, first_line, lcs_length, new_prompts, normalize
+from minisr.prompts import (
+    PromptConfig,
+    PromptPool,
+    few_shot_prompt,
+    first_line,
+    lcs_length,
+    new_prompts,
+    normalize,
+    split_words,
+)
 from minisr.sampler import Completion
 
 SEEDS = ["Write a story about a sad fox at the river.", "Plan a day with the king, a drum and the beach.",
@@ -129,6 +141,67 @@ def test_similarity_is_to_any_seed_or_accepted_prompt():
     for prompt in ("fresh words never seen", *(f"w{i} x{i} y{i} new" for i in range(150)), "fresh words never known"):
         pool.try_add(prompt, finished=True)
     assert pool.accepted == ["fresh words never seen"] and pool.counts == {"accepted": 1, "similar": 151}
+
+
+def test_the_cost_of_a_comparison_goes_by_the_shorter_text():
+    class Word(str):
+        """Counts how often a word is looked at."""
+
+        looked_at = 0
+        __hash__ = str.__hash__
+
+        def __eq__(self, other):
+            Word.looked_at += 1
+            return str.__eq__(self, other)
+
+    pool = PromptPool([], set(), PromptConfig())
+    long = [Word(f"w{i}") for i in range(1500)]
+    assert not pool.is_similar([Word(f"w{i}") for i in range(9)], long) and Word.looked_at == 0
+    Word.looked_at = 0
+    assert not pool.is_similar(long, [Word(f"x{i}") for i in range(1500)])  # of the same length, without a common word
+    assert Word.looked_at < 1500
+
+
+# Words in other scripts.
+
+
+@pytest.mark.parametrize("text, words", [
+    ("Don't panic, world_1: 3.5!", ["don", "t", "panic", "world_1", "3", "5"]),
+    ("写一首关于秋天的诗。", list("写一首关于秋天的诗")),
+    ("用Python写2行代码", ["用", "python", "写", "2", "行", "代", "码"]),
+    ("東京のラーメン、人々", list("東京のラーメン人々")),
+    ("เขียน", list("เขียน")),  # vowels and tone marks count like letters
+    ("한국어 시를 써라", ["한국어", "시를", "써라"]),  # Korean has spaces
+    ("हिन्दी में कविता लिखो।", ["हिन्दी", "में", "कविता", "लिखो"]),  # vowel signs do not split words
+    ("கவிதை எழுது", ["கவிதை", "எழுது"]), ("اُكْتُبْ قصيدة؟", ["اُكْتُبْ", "قصيدة"]),
+    ("Cafe\u0301 déjà", ["café", "déjà"]), ("𠀀𠀁", ["𠀀", "𠀁"]), ("。、!? ", [])])
+def test_words_of_many_scripts(text, words):
+    assert split_words(text) == words
+
+
+@given(st.text(st.characters(max_codepoint=0x2ff)))
+def test_words_of_texts_without_marks_are_those_of_the_regular_expression(text):
+    text = unicodedata.normalize("NFC", text)
+    assert split_words(text) == re.findall(r"\w+", text.lower())
+
+
+@pytest.mark.parametrize("seed, other, near", [
+    ("写一首关于秋天的诗", "写一个关于大海的故事", "写一首关于春天的诗"),
+    ("เขียนบทกวีเกี่ยวกับทะเล", "บอกข่าววันนี้หน่อย", "เขียนบทกวีเกี่ยวกับทะเลา"),
+    ("समुद्र के बारे में एक कविता लिखो", "आज की ताज़ा ख़बर क्या है", "समुद्र के बारे में दो कविता लिखो")])
+def test_prompts_in_other_scripts_pass_and_near_copies_of_them_do_not(seed, other, near):
+    pool = PromptPool([seed], set(), PromptConfig())
+    assert pool.rejection_reason(other, True) is None
+    assert pool.rejection_reason(near, True) == "similar"
+    assert pool.rejection_reason(f"「{seed}!", True) == "exact match"
+
+
+def test_a_keyword_in_another_script_is_found():
+    pool = PromptPool([], set(), PromptConfig(keywords=("图片", "चित्र", "Graph")))
+    for text in ("给我画一张图片好吗", "एक चित्र बनाओ अभी", "用graph画出来"):
+        assert pool.rejection_reason(text, True) == "keyword"
+    for text in ("给我画一张地图好吗", "एक चित्रा बनाओ अभी", "用graphs画出来"):
+        assert pool.rejection_reason(text, True) is None
 
 
 # When to stop.
