@@ -273,9 +273,25 @@ def evaluate(options) -> None:
     if options.export:
         _export_answers(run, models, options)
         return
+    if options.judge is not None:
+        _compare_models(run, models, options.judge)
+        return
     with folder_lock(run.folder):
         print(table(evaluate(run, models, keep)))
     print(f"\n{LEGEND}")
+
+
+def _compare_models(run, models: list, command: str) -> None:
+    """Print the wins of each model over the one before it and over the SFT baseline, by an outside judge."""
+    from minisr.report.head_to_head_table import head_to_head_table
+    from minisr.runner.head_to_head import head_to_head
+    from minisr.runner.steps import keep
+    from minisr.runner.storage import folder_lock
+    Stop.on_signals()
+    with folder_lock(run.folder):
+        print(head_to_head_table(head_to_head(run, models, keep, command)))
+    print("Each prompt is judged in both orders; disagreement is a tie. In brackets: 95 % intervals. Files: "
+          f"{run.folder}/head_to_head.json, head_to_head.jsonl")
 
 
 def _export_answers(run, models: list, options) -> None:
@@ -308,11 +324,13 @@ def _add_eval(commands) -> None:
         commands, evaluate, "eval", "evaluate the models of a run and print the table of results", """\
 Every trained model answers the held-out prompts and judges the held-out
 responses, unless it has done so already. With --export, writes the models'
-answers for an external judge instead.
+answers for an external judge instead. With --judge, a program of yours compares
+the answers of each model with those of the one before and of the SFT baseline.
 
 examples:
   minisr eval runs/tiny
   minisr eval runs/tiny --export answers --prompts my_prompts.jsonl
+  minisr eval runs/tiny --judge "python my_judge.py"
 
 next:
   minisr show runs/tiny --answers 5    read the models' answers side by side
@@ -321,6 +339,9 @@ next:
     parser.add_argument("--export", type=Path, metavar="FOLDER",
                         help="write every model's answers to FOLDER/MODEL.json in AlpacaEval's format, for "
                         "an external judge")
+    parser.add_argument("--judge", metavar="COMMAND",
+                        help="a program that reads JSON lines with prompt, response_a and response_b, and writes "
+                        'one line for each, e.g. {"better": "a"}: a, b, tie or null')
     parser.add_argument("--prompts", type=Path, metavar="FILE",
                         help="with --export: answer these prompts, JSON or JSONL records with instruction or "
                         "prompt; default: the run's held-out prompts")

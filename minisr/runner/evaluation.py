@@ -13,6 +13,7 @@ from minisr import InputError
 from minisr.evaluate import bootstrap_ci, judge_metrics, mean, win_rates
 from minisr.judge import judge, reward
 from minisr.rng import derive_seed
+from minisr.runner.command import command_judgements
 from minisr.runner.files import read_json, read_jsonl, write_json
 from minisr.runner.storage import verify_checksum
 from minisr.sampler import SamplingConfig
@@ -76,11 +77,14 @@ def answer_held_out(model, prompts: list[str]) -> list[dict]:
 
 
 def judge_held_out(model, ranked: list[dict]) -> list[dict]:
-    """The model's judgements of responses that the annotator ranked."""
+    """Judgements of responses that the annotator ranked: the model's own, or those of an outside judge."""
     prompts = [record["prompt"] for record in ranked for _ in record["responses"]]
     responses = [response for record in ranked for response in record["responses"]]
-    remaining = iter(judge(model.lm, model.data.judge_template, prompts, responses, model.config.judge,
-                           model.seed("judge evaluation")))
+    if model.config.judge.by == "command":
+        remaining = iter(command_judgements(model.config, model.run.workspace, prompts, responses))
+    else:
+        remaining = iter(judge(model.lm, model.data.judge_template, prompts, responses, model.config.judge,
+                               model.seed("judge evaluation")))
     records = []
     for record in ranked:
         judgements = [next(remaining) for _ in record["responses"]]

@@ -1,6 +1,6 @@
 """What may change between two parts of one run: keys of the config that change no result, or at most its last bit.
 
-- threads, save_every, gradient_checkpointing: how the same numbers are computed and stored.
+- threads, save_every, gradient_checkpointing, timeout: how the same numbers are computed and stored.
 - rows (except those of [prompts]), micro_batch, engine, device: how many samples or examples are computed side by side,
   and by which code. A sample's random numbers do not depend on its batch, so only rounding differs, which may turn a
   sampled token.
@@ -18,7 +18,7 @@ from minisr.prompts import PromptConfig
 from minisr.runner.files import read_jsonl, write_jsonl
 
 CHANGES = "config_changes.jsonl"
-FREE = ("threads", "save_every", "gradient_checkpointing")
+FREE = ("threads", "save_every", "gradient_checkpointing", "timeout")
 FREE_WITHOUT_DROPOUT = ("micro_batch", "engine", "device")
 
 

@@ -34,7 +34,9 @@ FIRST_AFFECTED_STAGE = {
     "seed_data.reasons": "eft",  # whether they give reasons
     "judge.template": "eft",  # EFT examples contain the judge prompt
     "judge.judgements": "judge_evaluation",  # see also affected_stages()
-    "judge.by": "rewards",  # evaluation always uses the model itself as the judge
+    "judge.by": "rewards",  # the model's own judging is evaluated, whoever judges; see also affected_stages()
+    "judge.command": "judge_evaluation",  # an outside judge is evaluated in its place
+    "judge.timeout": None,
     "prompts": "prompts",  # any key of this section; the same holds for the sections below
     "responses": "responses",
     "pairs": "pairs",
@@ -77,6 +79,8 @@ def affected_stages(base: Config, config: Config) -> tuple[str, ...] | None:
         stage = FIRST_AFFECTED_STAGE[name]
         if key == "judge.judgements" and base.seed_data.eft_by == "baseline":
             stage = "eft"  # the SFT baseline writes the EFT data with as many judgements
+        if key == "judge.by" and "command" in (base.judge.by, config.judge.by):
+            stage = "judge_evaluation"
         if stage is not None:
             first = min(first, STAGES.index(stage))
     return STAGES[first:]

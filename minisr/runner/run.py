@@ -14,6 +14,7 @@ from minisr.lm import LM
 from minisr.rng import derive_seed
 from minisr.runner import seed_data
 from minisr.runner.checkpoint import SEED_MODEL, digest, load_model, model_hash
+from minisr.runner.command import command_judgements
 from minisr.runner.config import Config, differences, load_config, to_toml
 from minisr.runner.data_sets import Context, DataSet, describe
 from minisr.runner.engine import Workspace, run_lm_class
@@ -59,7 +60,8 @@ class Run:
             check_new(run.folder)
         if not (run.folder / "M0").exists():  # report errors in these before anything is written
             run.load_seed_model()
-            run.load_seed_data()
+            data, _ = run.load_seed_data()
+            check_judge(config, data["judge_evaluation"][0])
         with folder_lock(run.folder):
             if old and (changes := differences(asdict(replace(old, iterations=config.iterations)), asdict(config))):
                 record_changes(run.folder, changes)
@@ -177,6 +179,8 @@ class Run:
 def check_consistency(config: Config) -> None:
     """Raise InputError for keys that do not go together."""
     in_world = config.seed_data.source == "world"
+    if (config.judge.by == "command") != bool(config.judge.command):
+        raise InputError('judge.by = "command" and judge.command go together: set both or neither')
     if config.judge.by == "oracle" and not in_world:
         raise InputError('judge.by = "oracle" needs seed_data.source = "world": only the tiny world has an oracle')
     if config.prompts.source == "people" and not in_world:
@@ -192,6 +196,12 @@ def check_consistency(config: Config) -> None:
         raise InputError('lora.rank needs engine = "fast"')
     if config.lora.rank and "muon" in (config.sft.optimizer, config.dpo.optimizer):
         raise InputError('optimizer = "muon" trains whole matrices, not adapters: set it to "adamw", or lora.rank to 0')
+
+
+def check_judge(config: Config, ranked: dict) -> None:
+    """Ask an outside judge about one response, so that an error in it is found before anything is trained."""
+    if config.judge.by == "command":
+        command_judgements(config, Workspace(), [ranked["prompt"]], ranked["responses"][:1])
 
 
 def uses_gpu(config: Config) -> bool:

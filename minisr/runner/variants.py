@@ -13,6 +13,7 @@ from minisr.dpo import dpo_batches, dpo_loss, fit_dpo
 from minisr.judge import MAX_SCORE, Judgement, judge_responses, reward_records
 from minisr.prompts import PromptPool
 from minisr.rng import derive_seed
+from minisr.runner.command import command_judgements
 from minisr.runner.evaluation import sample_answers
 from minisr.runner.files import read_jsonl
 from minisr.worlds.tiny import corpus, oracle
@@ -55,7 +56,14 @@ def judge_at_random(model, y: list[dict]) -> list[dict]:
                               for record in y for _ in record["responses"]])
 
 
-JUDGES = {"M1": judge_by_M1, "oracle": judge_by_oracle, "random": judge_at_random}
+def judge_by_command(model, y: list[dict]) -> list[dict]:
+    """A program from outside, in place of the model: J judgements of each response."""
+    prompts = [record["prompt"] for record in y for _ in record["responses"]]
+    responses = [response for record in y for response in record["responses"]]
+    return reward_records(y, command_judgements(model.config, model.run.workspace, prompts, responses))
+
+
+JUDGES = {"M1": judge_by_M1, "oracle": judge_by_oracle, "random": judge_at_random, "command": judge_by_command}
 
 
 # Pairs: pairs.length_control, pairs.rejected_from

@@ -1,0 +1,251 @@
+"""Judges from outside: a program that scores responses, and one that compares two models."""
+
+import json
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from small_run import jsonl, minisr
+
+from minisr import InputError
+from minisr.evaluate import win_rates
+from minisr.runner.command import BATCH, Command, read_score
+from minisr.runner.engine import Workspace
+from minisr.runner.files import read_json
+from minisr.runner.journal import Journal
+
+README = Path(__file__).parents[2] / "tiny_configs" / "README.md"
+RECORDS = [{"prompt": f"Prompt {i}", "response": f"{i % 6}"} for i in range(5)]
+EACH = "import json, sys\nfor n, line in enumerate(sys.stdin, 1):\n    asked = json.loads(line)\n    "
+ECHO = EACH + "print(json.dumps({'score': int(asked['response']), 'text': asked['prompt']}))"
+ORACLE = EACH + ("from minisr.worlds.tiny import oracle; "
+                 "print(json.dumps({'score': oracle.score(asked['prompt'], asked['response'])}))")
+
+
+def python(code: str) -> str:
+    return shlex.join([sys.executable, "-c", code])
+
+
+def ask(code: str, records=RECORDS, timeout=20, workspace=None):
+    return Command(python(code), timeout=timeout).ask(records, read_score, workspace or Workspace(), "key")
+
+
+def test_every_record_gets_its_answer_in_order():
+    records = [{"prompt": f"Prompt {i} \u2028 é", "response": f"{i % 6}"} for i in range(2 * BATCH + 3)]
+    assert ask(ECHO, records) == [(i % 6, f"Prompt {i} \u2028 é") for i in range(2 * BATCH + 3)]
+
+
+def test_a_score_may_be_missing_and_a_text_too():
+    assert ask(EACH + "print('{\"score\": null}')") == [(None, "")] * 5
+    assert ask("import sys\nsys.stdin.read()\nprint('\\n'.join(['{\"score\": 2.5}'] * 5))") == [(2.5, "")] * 5
+
+
+def answers(last: str) -> str:
+    """A program that answers two records, and then writes this."""
+    return EACH + f"print('{{\"score\": 1}}' if n < 3 else {last!r})"
+
+
+FAILURES = {  # the program, and what the error says
+    "ends at once": ("raise SystemExit(3)", "exit code 3, without an answer to record 1 .*'Prompt 0'"),
+    "crashes": (EACH + "1 / 0", "exit code 1, without an answer to record 1.*ZeroDivisionError"),
+    "fails at the end": (ECHO + "\nsys.exit(4)", "exit code 4"),
+    "too few lines": (EACH + "n < 4 and print('{\"score\": 1}')",
+                      "exit code 0, without an answer to record 4 .*'Prompt 3'"),
+    "too many lines": (ECHO + "\nprint('{\"score\": 1}')", "more lines than the 5"),
+    "dies midway": (EACH + "print('{\"score\": 1}', flush=True)\n    n == 3 and __import__('os').kill("
+                    "__import__('os').getpid(), 9)", "exit code -9, without an answer to record 4"),
+    "no JSON": (answers("Score: 4"), "record 3 .*'Prompt 2'.*it wrote 'Score: 4'"),
+    "cut JSON": (answers('{"score": 4'), "record 3"),
+    "no object": (answers("[4]"), 'record 3 .*JSON object with "score"'),
+    "another key": (answers('{"rating": 4}'), 'record 3 .*JSON object with "score"'),
+    "above": (answers('{"score": 5.01}'), "record 3 .*from 0 to 5"),
+    "below": (answers('{"score": -1}'), "record 3 .*from 0 to 5"),
+    "NaN": (answers('{"score": NaN}'), "record 3 .*from 0 to 5"),
+    "infinite": (answers('{"score": Infinity}'), "record 3 .*from 0 to 5"),
+    "huge": (answers('{"score": 1' + "0" * 400 + "}"), "record 3"),
+    "a text": (answers('{"score": "4"}'), "record 3 .*from 0 to 5"),
+    "true": (answers('{"score": true}'), "record 3 .*from 0 to 5"),
+    "text of another type": (answers('{"score": 4, "text": [1]}'), "record 3 .*text must be a text"),
+    "half a character": (answers('{"score": 4, "text": "\\ud800"}'), "record 3"),
+    "deep": (answers("[" * 100_000), "record 3"),
+}
+
+
+@pytest.mark.parametrize("name", FAILURES)
+def test_a_failure_is_one_line_that_names_the_record(name):
+    code, message = FAILURES[name]
+    with pytest.raises(InputError, match=message) as error:
+        ask(code)
+    assert "\n" not in str(error.value) and str(error.value).startswith("judge.command")
+
+
+@pytest.mark.parametrize("code", [EACH + "n == 3 and __import__('time').sleep(60); print('{\"score\": 1}', flush=True)",
+                                  "import os, time; os.close(1); time.sleep(60)"])
+def test_silence_ends_at_the_timeout(code):
+    start = time.monotonic()
+    with pytest.raises(InputError, match="silent for 1 seconds, without an answer to record [13] "):
+        ask(code, timeout=1)
+    assert time.monotonic() - start < 15
+
+
+@pytest.mark.parametrize("line, message", [("no-such-program --x", "no such program"), ("python 'open", "command line"),
+                                           ("", "no such program"), ("/", "no such program")])
+def test_a_command_that_cannot_be_run_is_refused(line, message):
+    with pytest.raises(InputError, match=message):
+        Command(line).ask(RECORDS, read_score, Workspace())
+
+
+def test_no_shell_reads_the_command():
+    command = Command(python(ECHO) + " ; exit 1 > /dev/null $HOME")
+    assert command.ask(RECORDS, read_score, Workspace())[4] == (4, "Prompt 4")
+
+
+def test_finished_batches_are_kept(tmp_path):
+    records = [{"prompt": f"{i}", "response": "3"} for i in range(3 * BATCH)]
+    log, broken = tmp_path / "log", tmp_path / "broken"
+    broken.touch()
+    code = EACH + (f"import os; print(asked['prompt'], file=open({str(log)!r}, 'a'))\n"
+                   f"    if asked['prompt'] == '{BATCH + 5}' and os.path.exists({str(broken)!r}): sys.exit(1)\n"
+                   "    print(json.dumps({'score': 3, 'text': asked['prompt']}))")
+
+    def asked_again():
+        workspace = Workspace(journal=Journal(tmp_path / "journal", "inputs"))
+        return ask(code, records, workspace=workspace)
+
+    with pytest.raises(InputError, match=f"record {BATCH + 6} "):
+        asked_again()
+    broken.unlink()
+    log.unlink()
+    assert [text for _, text in asked_again()] == [f"{i}" for i in range(3 * BATCH)]
+    assert log.read_text().split() == [f"{i}" for i in range(BATCH, 3 * BATCH)]
+
+
+# A whole run
+
+def test_the_oracle_behind_a_command_gives_the_rewards_of_the_oracle(config, tmp_path):
+    command = f"judge.command={json.dumps(python(ORACLE))}"
+    runs = {"oracle": ["judge.by=oracle"], "command": ["judge.by=command", command]}
+    for name, changes in runs.items():
+        settings = [word for change in (*changes, "iterations=1") for word in ("--set", change)]
+        code, _, error = minisr("run", config, *settings, "--out", tmp_path / name)
+        assert code == 0, error
+    by_oracle, by_command = (jsonl(tmp_path / name / "M1" / "rewards.jsonl") for name in runs)
+    assert [r["rewards"] for r in by_command] == [r["rewards"] for r in by_oracle]
+    assert all(len(scores) == 2 for record in by_command for scores in record["scores"])  # J = 2
+    assert jsonl(tmp_path / "command/M1/pairs.jsonl") == jsonl(tmp_path / "oracle/M1/pairs.jsonl")
+    for model in ("SFT", "M2"):  # the judge that is measured is the command
+        judge = read_json(tmp_path / "command/metrics.json", "metrics")["models"][model]["judge"]
+        assert judge["pairwise"] == judge["exact"] == judge["parse_rate"] == 1
+
+
+@pytest.mark.parametrize("changes, message", [
+    (["judge.by=command"], "go together"), (["judge.command=python"], "go together"),
+    (["judge.by=command", "judge.command=no-such-program x.py"], "no such program"),
+    (["judge.by=command", f"judge.command={sys.executable} no_such_file.py"],
+     "exit code 2, without an answer to record 1"),
+    (["judge.by=command", f"judge.command={json.dumps(python(answers('x').replace('3', '1')))}"], "it wrote 'x'"),
+])
+def test_a_wrong_judge_is_found_before_anything_is_made(config, tmp_path, changes, message):
+    settings = [word for change in changes for word in ("--set", change)]
+    code, _, error = minisr("run", config, *settings, "--out", tmp_path / "run")
+    assert code == 2 and message in error and error.count("\n") == 1 and not (tmp_path / "run").exists()
+
+
+def test_ctrl_c_ends_the_program_and_the_run(config, tmp_path):
+    marker = tmp_path / "pid"
+    code = ("import os, sys, time\n"
+            f"first = not os.path.exists({str(marker)!r} + '.asked'); open({str(marker)!r} + '.asked', 'w')\n"
+            "if first: [print('{\"score\": 1}') for _ in sys.stdin]; sys.exit()\n"
+            f"open({str(marker)!r}, 'w').write(str(os.getpid())); time.sleep(600)")
+    run = subprocess.Popen([sys.executable, "-m", "minisr", "run", config, "--out", tmp_path / "run", "--set",
+                            "judge.by=command", "--set", f"judge.command={json.dumps(python(code))}"],
+                           stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    deadline = time.monotonic() + 120
+    while not (marker.exists() and marker.read_text()) and time.monotonic() < deadline and run.poll() is None:
+        time.sleep(0.1)
+    run.send_signal(signal.SIGINT)
+    _, error = run.communicate(timeout=30)
+    assert run.returncode == 130 and b"Traceback" not in error
+    assert subprocess.run(["ps", "-p", marker.read_text()], capture_output=True).returncode == 1
+
+
+# The examples of the README, as printed
+
+def scripts() -> list[str]:
+    chapter = README.read_text().split("## A judge of your own")[1].split("\n## ")[0]
+    return re.findall(r"```python\n(.*?)```", chapter, re.DOTALL)
+
+
+def test_the_readmes_judge_works_as_printed(config, tmp_path):
+    script = tmp_path / "my judge.py"
+    script.write_text(scripts()[0])
+    assert len(scripts()[0].splitlines()) == 5
+    command = json.dumps(shlex.join([sys.executable, str(script)]))
+    code, _, error = minisr("run", config, "--set", "judge.by=command", "--set", f"judge.command={command}", "--set",
+                            "iterations=1", "--out", tmp_path / "run")
+    assert code == 0, error
+    for y, r in zip(jsonl(tmp_path / "run/M1/responses.jsonl"), jsonl(tmp_path / "run/M1/rewards.jsonl")):
+        expected = [min(5, len(set(text.split())) / 5) if done else None
+                    for text, done in zip(y["responses"], y["finished"])]
+        assert r["rewards"] == expected
+
+
+# minisr eval RUN --judge COMMAND
+
+def compare(folder, code: str) -> tuple[str, dict]:
+    exit_code, out, error = minisr("eval", folder, "--judge", python(code))
+    assert exit_code == 0, error
+    return out, {(c["model"], c["other"]): c for c in read_json(folder / "head_to_head.json", "results")["contests"]}
+
+
+def test_the_readmes_comparison_works_as_printed(copy):
+    out, contests = compare(copy, scripts()[1])
+    assert list(contests) == [("M1", "SFT"), ("M2", "M1"), ("M2", "SFT"), ("M3", "M2"), ("M3", "SFT")]
+    for (model, other), contest in contests.items():
+        lengths = [[len(r["sampled"]) for r in jsonl(copy / name / "answers.jsonl")] for name in (model, other)]
+        expected = win_rates(*lengths)
+        assert {name: contest[name] for name in expected} == expected
+        assert contest["prompts"] == 8 and contest["unread"] == 0
+        assert re.search(rf"^{model} +{other} +{100 * expected['win']:.0f} \[", out, re.MULTILINE)
+    verdicts = jsonl(copy / "head_to_head.jsonl")
+    assert len(verdicts) == 5 * 8 and not (copy / "head_to_head.journal").exists()
+
+
+def test_a_judge_that_always_prefers_the_first_answer_sees_only_ties(copy):
+    _, contests = compare(copy, EACH + "print('{\"better\": \"a\"}')")
+    assert {contest["tie"] for contest in contests.values()} == {1}
+
+
+def test_no_verdict_is_left_out_and_counted(copy):
+    _, contests = compare(copy, EACH + "print(json.dumps({'better': None if n == 1 else 'tie'}))")
+    assert all((c["prompts"], c["unread"], c["tie"]) == (7, 1, 1) for c in contests.values())
+    out, contests = compare(copy, EACH + "print('{\"better\": null}')")
+    assert all(c["prompts"] == 0 and "win" not in c for c in contests.values()) and "  -  " in out
+
+
+@pytest.mark.parametrize("code, message", [
+    (EACH + "print('{\"better\": \"c\"}')", "--judge, record 1 .*better must be"),
+    (EACH + "print('{\"score\": 1}')", '--judge, record 1 .*"better"'),
+    ("raise SystemExit(1)", "--judge ended with exit code 1")])
+def test_a_wrong_comparison_is_one_line(finished, code, message):
+    exit_code, _, error = minisr("eval", finished, "--judge", python(code))
+    assert exit_code == 2 and re.search(message, error) and error.count("\n") == 1
+    assert not (finished / "head_to_head.json").exists()
+
+
+def test_a_comparison_goes_on_where_it_failed(copy, tmp_path):
+    log, broken = tmp_path / "log", tmp_path / "broken"
+    code = EACH + (f"import os; n == 1 and print('start', file=open({str(log)!r}, 'a'))\n"
+                   f"    if len(open({str(log)!r}).readlines()) == 3 and os.path.exists({str(broken)!r}): sys.exit(1)\n"
+                   "    print('{\"better\": \"tie\"}')")
+    broken.touch()
+    assert minisr("eval", copy, "--judge", python(code))[0] == 2
+    broken.unlink()
+    assert shutil.which("ps") and minisr("eval", copy, "--judge", python(code))[0] == 0
+    assert log.read_text().split() == ["start"] * (3 + 3)  # two of five contests were kept
