@@ -351,6 +351,26 @@ FAULTS = {
     ("runner/evaluation", "loop"): [
         ("win rates are the other model's", "win_rates(_scores(own), _scores(answers[other]))",
          "win_rates(_scores(answers[other]), _scores(own))")],
+    ("runner/evaluation", "command"): [
+        ("an outside judge is not measured", 'if model.config.judge.by == "command":', "if False:")],
+    ("runner/command", "command"): [
+        ("finished batches are forgotten", "journal.add(answers, *key, number)", "pass"),
+        ("a score of 10 is taken", "is_number and 0 <= score <= MAX_SCORE", "is_number"),
+        ("NaN is taken", "type(score) in (int, float) and math.isfinite(score)", "type(score) in (int, float)"),
+        ("lines are missing", "if code or waiting:", "if code:"),
+        ("an exit code is ignored", "if code or waiting:", "if waiting:"),
+        ("one judgement in place of J", "for x, y in zip(prompts, responses) for j in range(J)]",
+         "for x, y in zip(prompts, responses) for j in [0]]"),
+        ("the program outlives the run", "os.killpg(self.process.pid, signal.SIGKILL)", "os.getpid()")],
+    ("runner/head_to_head", "command"): [
+        ("wins and losses change places", '("a", "b"): 1, ("b", "a"): -1', '("a", "b"): -1, ("b", "a"): 1'),
+        ("one order decides", ".get((first, second), 0)", ".get((first, second), 1)"),
+        ("no verdict is a tie", "if None in (first, second):", "if False:"),
+        ("one order is asked twice", '"response_a": b, "response_b": a}]', '"response_a": a, "response_b": b}]')],
+    ("runner/judge_prompt", "judge_template"): [
+        ("a scale of 10 is accepted", "!= MAX_SCORE:", "== 99:"),
+        ("a template without a score line is accepted", "if not SCORE_LINE.search(template):", "if False:"),
+        ("JSON is accepted", "if JSON_SCORE.search(template):", "if False:")],
     ("runner/seed_data", "own_data"): [
         ("one pair in order is enough for EFT", "if correct and all(correct):", "if correct and any(correct):"),
         ("a round that ranks nothing agrees", "if correct and all(correct):", "if all(correct):"),

@@ -117,6 +117,8 @@ def base_run(folder, config, changes=()):
     (("responses.candidates=8",), upto("M1/responses.jsonl")),
     (("prompts.source=people",), upto("M1/prompts.jsonl")),
     (("judge.judgements=8",), upto("SFT/judge_evaluation.jsonl")),
+    (("judge.by=command", "judge.command=python"), upto("SFT/judge_evaluation.jsonl")),
+    (("judge.timeout=9", "dpo.beta=0.5"), upto("M2/meta.json")),
     (("seed_data.reasons=false",), upto("seed/eft.jsonl")),
     (("judge.template=x.txt", "seed_data.reasons=false"), upto("seed/eft.jsonl")),
     (("iterations=8",), upto("M3/meta.json") | {"M3/meta.json"}),
