@@ -179,8 +179,8 @@ SAVED = [lambda text: b"\xef\xbb\xbf" + text.encode(), lambda text: text.encode(
 def test_configs_and_templates_are_read_whoever_saved_them(saved, tmp_path):
     (tmp_path / "a.toml").write_bytes(saved('seed = 3\nchat = "Maß"\n[seed_data]\nift = 7\n'))
     assert load_config(tmp_path / "a.toml") == Config(seed=3, chat="Maß", seed_data=SeedConfig(ift=7))
-    (tmp_path / "judge.txt").write_bytes(saved("Rate {prompt}\nand {response}\nMaß:\n"))
-    assert load_template(tmp_path / "judge.txt") == "Rate {prompt}\nand {response}\nMaß:"
+    (tmp_path / "judge.txt").write_bytes(saved("Rate {prompt}\nand {response}\nMaß, Score:\n"))
+    assert load_template(tmp_path / "judge.txt") == "Rate {prompt}\nand {response}\nMaß, Score:"
     (tmp_path / "chat.txt").write_bytes(saved("<s>\n{prompt}\n{response}</s>\n"))
     assert chat_template(str(tmp_path / "chat.txt")) == "<s>\n{prompt}\n{response}</s>"
 
