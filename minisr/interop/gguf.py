@@ -17,7 +17,7 @@ from minisr.interop.chat_templates import choose_chat_template
 from minisr.interop.end_tokens import ids_in_gguf
 from minisr.interop.jinja_templates import JinjaTemplate
 from minisr.interop.names import weights_from
-from minisr.interop.shape import fused_weight_sizes, model_config
+from minisr.interop.shape import check_downloaded, fused_weight_sizes, model_config
 from minisr.interop.tokenizer_json import TokenizerJSON
 from minisr.model import Decoder, ModelConfig, rope_frequencies
 from minisr.runner.checkpoint import build_decoder, check_vocab_size
@@ -122,6 +122,7 @@ def read_file(gguf, path: Path) -> tuple[dict, dict]:
     """The metadata and the tensors of one file."""
     if not path.is_file():
         raise InputError(f"{path} is missing: a split file needs all of its parts in one folder; download it")
+    check_downloaded(path)
     try:
         reader = gguf.GGUFReader(path)
         metadata = {name: field.contents() for name, field in reader.fields.items()}

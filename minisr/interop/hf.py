@@ -16,6 +16,7 @@ from minisr.interop.chat_templates import choose_chat_template, to_jinja
 from minisr.interop.end_tokens import ids_in_folder, read_settings, special_tokens
 from minisr.interop.jinja_templates import JinjaTemplate
 from minisr.interop.sentencepiece_json import has_dummy_prefix, to_tokenizer_json
+from minisr.interop.shape import check_downloaded
 from minisr.interop.tokenizer_json import TokenizerJSON
 from minisr.model import Decoder, ModelConfig
 from minisr.runner.checkpoint import build_decoder, check_vocab_size, tokenizer_files
@@ -35,6 +36,9 @@ def load(folder: Path, device: str = "cpu", template: str = "") -> tuple[Decoder
     if (folder / ADAPTER).exists():
         raise InputError(f"{folder} holds an adapter ({ADAPTER}), which changes the weights; merge it into them with "
                          "peft's merge_and_unload and save the result")
+    for path in [*weight_files(folder), folder / SentencePiece.FILE, folder / TokenizerJSON.FILE]:
+        if path.exists():
+            check_downloaded(path)
     hf_config = read_object(folder / CONFIG)
     config = names.config_from_hf(hf_config, folder / CONFIG)
     tokenizer = load_tokenizer(folder, template)

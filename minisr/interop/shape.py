@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import fields
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -9,6 +10,7 @@ from torch import Tensor
 from minisr import InputError
 from minisr.model import ModelConfig
 
+GIT_LFS_POINTER = b"version https://git-lfs.github.com/"
 MAX_SIZE = 2**24  # of any dimension: a larger one is an error, not a model
 MODEL_KEYS_RENAMED = {
     "width": "dim", "layers": "n_layers", "heads": "n_heads", "kv_heads": "n_kv_heads", "hidden": "ffn_dim",
@@ -51,6 +53,13 @@ def check_value(field, value) -> None:
         raise ValueError(f"{field.name} must be true or false, not {value!r}")
     if field.type is float and not (type(value) in (int, float) and 0 <= value < math.inf):
         raise ValueError(f"{field.name} must be a number of at least 0, not {value!r}")
+
+
+def check_downloaded(path: Path) -> None:
+    """Raise InputError for what git leaves in place of a large file if Git LFS is not installed."""
+    with open(path, "rb") as file:
+        if file.read(len(GIT_LFS_POINTER)) == GIT_LFS_POINTER:
+            raise InputError(f"{path} is a pointer of Git LFS, not the file itself; run git lfs pull in its folder")
 
 
 def check_weight(name: str, weight: Tensor, where) -> None:

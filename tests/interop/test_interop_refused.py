@@ -356,6 +356,26 @@ def a_tokenizer_config_that_is_a_list(folder):
     (folder / "tokenizer_config.json").write_text("[]")
 
 
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a21\nsize 4976698672\n"
+
+
+@damage("model.safetensors", "pointer of Git LFS", "git lfs pull")
+def weights_that_are_a_pointer(folder):
+    (folder / "model.safetensors").write_text(POINTER)
+
+
+@damage("tokenizer.model", "pointer of Git LFS", "git lfs pull")
+def a_tokenizer_that_is_a_pointer(folder):
+    (folder / "tokenizer.model").write_text(POINTER)
+
+
+@damage("x.gguf", "pointer of Git LFS", "git lfs pull")
+def a_gguf_that_is_a_pointer(folder):
+    pytest.importorskip("gguf")
+    (folder / "x.gguf").write_text(POINTER)
+    return folder / "x.gguf"
+
+
 @damage("pytorch_model.bin")
 def weights_that_would_execute_code(folder):
     bin_of(folder, {"a": Evil(folder.parent / "executed")})
