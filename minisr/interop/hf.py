@@ -149,18 +149,19 @@ def load_tokenizer(folder: Path, template: str = "") -> Tokenizer:
         raise InputError(f"{folder} has neither {SentencePiece.FILE} nor {TokenizerJSON.FILE}")
     exported_by_minisr = has_model and (folder / "chat.txt").exists()
     kind = TokenizerJSON if has_json and not exported_by_minisr else SentencePiece
-    content = read_bytes(folder / kind.FILE)
+    path = folder / kind.FILE
+    content = read_text(path, "tokenizer").encode() if kind is TokenizerJSON else read_bytes(path)
     try:
         vocabulary = kind(content)
     except InputError:
         raise
     except (RuntimeError, ValueError) as error:
-        raise InputError(f"{folder / kind.FILE} cannot be read: {short_reason(error)}") from error
+        raise InputError(f"{path} cannot be read: {short_reason(error)}") from error
     if kind is SentencePiece and not exported_by_minisr:
         vocabulary = with_prefix_of_transformers(folder, vocabulary)
     stop_ids = ids_in_folder(folder, vocabulary.specials)
     if (folder / "chat.txt").exists() and not template:
-        return Tokenizer(vocabulary, read_bytes(folder / "chat.txt").decode(), stop_ids)
+        return Tokenizer(vocabulary, read_text(folder / "chat.txt", "chat template"), stop_ids)
     template = choose_chat_template(folder, vocabulary, read_jinja(folder), stop_ids, template)
     return Tokenizer(vocabulary, template, stop_ids)
 
@@ -188,7 +189,7 @@ def read_jinja(folder: Path) -> JinjaTemplate:
     if isinstance(jinja, list):  # several templates by name
         jinja = next((entry.get("template") for entry in jinja if entry.get("name") == "default"), None)
     if (folder / "chat_template.jinja").exists():
-        jinja = read_bytes(folder / "chat_template.jinja").decode()
+        jinja = read_text(folder / "chat_template.jinja", "chat template")
     has_defaults = is_llama_tokenizer(settings) or not (folder / TokenizerJSON.FILE).exists()
     defaults = {"bos_token": "<s>", "eos_token": "</s>"} if has_defaults else {}
     return JinjaTemplate(jinja, defaults | special_tokens(folder))

@@ -430,6 +430,42 @@ def test_an_embedding_padded_beyond_the_vocabulary_is_imported_and_exported(rows
     assert_same_logits(again[0], transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "a"), length=32)
 
 
+CHATML_JINJA = """{% for m in messages %}<|im_start|>{{ m['role'] }}
+{{ m['content'] }}<|im_end|>
+{% endfor %}"""
+TEXT_FILES = ("config.json", "model.safetensors.index.json", "tokenizer.json", "tokenizer_config.json",
+              "generation_config.json", "chat_template.jinja", "chat.txt")
+
+
+@pytest.mark.parametrize("encoding, newline", [("utf-8-sig", "\n"), ("utf-8", "\r\n"), ("utf-16", "\r\n")])
+@pytest.mark.parametrize("name", TEXT_FILES)
+def test_a_text_file_of_a_model_is_read_as_an_editor_leaves_it(name, encoding, newline, tmp_path):
+    vocabulary = TokenizerJSON(byte_level_json("<|im_start|>", "<|im_end|>", "<|endoftext|>").encode())
+    hf.export(tiny_model(len(vocabulary)), Tokenizer(vocabulary, chat_template("chatml")), tmp_path)
+    (tmp_path / "model.safetensors").rename(tmp_path / "model-1.safetensors")
+    index(tmp_path / "model.safetensors.index.json", {"a": "model-1.safetensors"})
+    (tmp_path / "chat_template.jinja").write_text(CHATML_JINJA)
+    if name != "chat.txt":
+        (tmp_path / "chat.txt").unlink()
+    model, tokenizer = load_source(str(tmp_path))
+    text = (tmp_path / name).read_text()
+    (tmp_path / name).write_bytes(text.replace("\n", newline).encode(encoding))
+    again, its_tokenizer = load_source(str(tmp_path))
+    assert again.config == model.config and torch.equal(again.embed.weight, model.embed.weight)
+    assert (its_tokenizer.template, its_tokenizer.stop_ids) == (tokenizer.template, tokenizer.stop_ids)
+    assert its_tokenizer.encode_prompt("a fox\n") == tokenizer.encode_prompt("a fox\n")
+
+
+def test_a_text_file_in_another_encoding_is_rejected_by_its_name(tmp_path):
+    hf.export(tiny_model(), tiny_tokenizer(), tmp_path)
+    for name in ("config.json", "tokenizer_config.json", "chat.txt"):
+        content = (tmp_path / name).read_bytes()
+        (tmp_path / name).write_bytes(content + b"\xe9")  # an e with an acute accent in Latin-1
+        code, out, err = in_process(["import", tmp_path, "--out", tmp_path / "new"])
+        assert code == 2 and name in err and "not UTF-8 text" in err and err.count("\n") == 1
+        (tmp_path / name).write_bytes(content)
+
+
 def test_the_import_command_makes_a_model_folder_of_the_same_weights(tmp_path):
     source = as_folder(random_llama(), tmp_path / "theirs")
     code, out, err = in_process(["import", source, "--out", tmp_path / "M0", "--chat", "llama2"])
