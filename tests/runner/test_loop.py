@@ -8,6 +8,7 @@ import sys
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import replace
 from math import log
+from pathlib import Path
 from statistics import mean
 
 import pytest
@@ -330,6 +331,18 @@ def test_every_metric_is_there_with_its_interval(finished):
     pairs = {name: len(jsonl(finished / name / "pairs.jsonl")) for name in ("M1", "M2")}
     assert {name: m["pairs"] for name, m in models.items()} == {
         "SFT": 0, "M1": 0, "M2": pairs["M1"], "M3": pairs["M2"]}
+
+
+def test_the_readme_names_every_file_of_a_run_and_every_key_of_its_metrics(finished):
+    text = (Path(__file__).parents[2] / "minisr/README.md").read_text()
+    tables = text[text.index("## The run folder"):text.index("## For other implementations")]
+    named = set(re.findall(r"[`/]([\w.]+)`", tables))
+    made = {path.name for path in finished.rglob("*") if path.is_file()}
+    assert {name for name in made if not name.endswith(".counts.json")} - named == set()
+    keys = set()
+    for metrics in read_json(finished / "metrics.json", "metrics")["models"].values():
+        keys |= {*metrics, *metrics["judge"]}
+    assert {key.removesuffix("_ci95") for key in keys} - named == set()
 
 
 def test_scores_and_wins_are_the_oracles_of_the_answers_on_disk(finished):
