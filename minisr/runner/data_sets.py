@@ -150,6 +150,8 @@ def describe(sets: dict[str, DataSet]) -> str:
     """The table of what was read, what is used, and what was left out and why."""
     rows = [("seed data", "file", "records", "read as", "used", "left out", "why, and where")]
     for name, data in sets.items():
+        if not data.path and not data.total:  # no judged file, and none needed
+            continue
         read_as = ", ".join(f"{name} {count}" for name, count in data.formats.most_common()) or "-"
         cells = (name, data.path.name if data.path else "-", str(data.total), read_as, str(data.used))
         reasons = [(str(len(places)), f"{reason}: {shorten(places)}") for reason, places in data.left_out.items()]

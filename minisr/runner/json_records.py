@@ -22,7 +22,8 @@ def read_records(path: Path, what: str) -> list[tuple[str, object]]:
     lines = [(number, line) for number, line in lines if line]
     if not lines:
         return []
-    if len(lines) > 1 and all(line[0] in '{"' for _, line in lines):  # no line closes a bracket: JSON Lines
+    # JSON Lines: each line is an object or a text. Indented JSON has lines of other kinds, such as "key": value.
+    if len(lines) > 1 and all(line[0] == "{" or line[0] == line[-1] == '"' for _, line in lines):
         return [(f"line {number}", parse_line(line, where, number)) for number, line in lines]
     start = SPACES.match(text).end()
     if text[start] == "[":
@@ -30,6 +31,9 @@ def read_records(path: Path, what: str) -> list[tuple[str, object]]:
         return [(f"record {number} (line {line})", value) for number, (line, value) in items]
     value, end = decode(text, start, where)
     check_end(text, end, where)
+    if has_columns(value):
+        raise InputError(f"{where} holds columns, not records; write one record a line (pandas: orient=\"records\", "
+                         "lines=True)")
     return [(f"record {number}", record) for number, record in enumerate(unwrap(value), 1)]
 
 
@@ -63,6 +67,16 @@ def unwrap(value) -> list:
     """The records of an object that holds a list of them, or the value itself as the only record."""
     lists = [value[key] for key in WRAPPERS if isinstance(value, dict) and isinstance(value.get(key), list)]
     return lists[0] if lists else [value]
+
+
+def has_columns(value) -> bool:
+    """Whether an object is a table by columns: {"prompt": {"0": text, ...}, ...} or {"prompt": [text, ...], ...}."""
+    def is_column(cells) -> bool:
+        if isinstance(cells, dict):
+            return bool(cells) and all(key.isdecimal() for key in cells)
+        return isinstance(cells, list) and any(isinstance(c, str) for c in cells)
+
+    return isinstance(value, dict) and len(value) > 1 and all(map(is_column, value.values()))
 
 
 def decode(text: str, position: int, where: str, first_line: int = 1) -> tuple[object, int]:

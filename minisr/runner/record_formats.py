@@ -146,15 +146,15 @@ def text_of(value) -> str:
         return ""
     if isinstance(value, str):
         return value
-    if not isinstance(value, list):
+    if not isinstance(value, list) or not all(isinstance(part, dict) for part in value):
         raise LeftOut(f"{KINDS[type(value)]} where a text should be")
-    texts = [part.get("text") if isinstance(part, dict) else part for part in value]
+    texts = [part.get("text") for part in value]
     if not all(isinstance(text, str) for text in texts):
         raise LeftOut("a part that is not text, such as an image")
     return "".join(texts)
 
 
-KINDS = {dict: "an object", int: "a number", float: "a number", bool: "true or false"}
+KINDS = {dict: "an object", list: "a list", int: "a number", float: "a number", bool: "true or false"}
 
 
 def merge_turns(turns: list[tuple[str, str]]) -> list[tuple[str, str]]:

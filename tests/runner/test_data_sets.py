@@ -241,6 +241,7 @@ def test_a_run_on_one_file_in_a_common_format(name, tmp_path):
     assert table < training and f"{name} 24" in out[:training] and f"{reason}: record 1 (line 1)" in out[:training]
     assert jsonl(tmp_path / "run/seed/ift.jsonl") == PEOPLES[:16]  # the same in every format
     assert [r["prompt"] for r in jsonl(tmp_path / "run/seed/evaluation.jsonl")] == [r["prompt"] for r in PEOPLES[-4:]]
+    assert "judged" not in out[table:training].split("\n\n")[0]
     counts = json.loads((tmp_path / "run/seed/counts.json").read_text())["ift"]
     assert counts["left_out"][reason] == {"count": 1, "where": ["record 1 (line 1)"]}
     metrics = json.loads((tmp_path / "run/metrics.json").read_text())["models"]

@@ -161,6 +161,8 @@ def test_a_tab_and_a_line_break_inside_a_text_are_read(tmp_path):
     (f'[{LINES[0]},\n\n{{"prompt": "a", "response": "c", "response": "d"}}]'.encode(),
      "line 3 cannot be read: the key 'response' comes twice"),
     (f"{LINES[0]}\n{'[' * 100_000}".encode(), "line [12] "),
+    (b'{"prompt": {"0": "a", "1": "b"}, "response": {"0": "c", "1": "d"}}', "holds columns, not records"),  # of pandas
+    (b'{"prompt": ["a", "b"],\n "response": ["c", null]}', "holds columns, not records; write one record a line"),
     (f"{LINES[0]}\n{{\"a\": {'1' * 5000}}}".encode(), "line 2 cannot"),
 ], ids=lambda value: str(value)[:50])
 def test_what_is_not_json_is_named_by_file_and_line(content, message, tmp_path):

@@ -6,11 +6,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from generated import for_all, one_of
+from hypothesis import strategies as st
 from tiny import tiny_lm, tiny_model, tiny_tokenizer
 
 from minisr import InputError
 from minisr.judge import JudgeConfig, Judgement, parse_score
-from minisr.runner import seed_data
+from minisr.runner import record_formats, seed_data
 from minisr.runner.checkpoint import save_model
 from minisr.runner.config import Config, SeedConfig, load_config
 from minisr.runner.data_sets import Unlimited
@@ -101,6 +103,30 @@ def test_the_first_exchange_is_read_from_every_common_format(record, prompt, for
     assert read_instructions(path)[0] == {"prompt": prompt, "response": "Blue."}
 
 
+KEYS = [*record_formats.CHAT_KEYS, *record_formats.SYSTEM_KEYS, *record_formats.PROMPT_KEYS, "input", "context",
+        "output", "response", "completion", "chosen", "rejected", "label", "history", "role", "from", "content", "value",
+        "text", "replies", "rank", "deleted", "message_id", "parent_id"]
+SCALARS = one_of(None, True, False, 0, 1.5, "", " ", "a", "user", "assistant", "system", "gpt", "human", "\ud800")
+ANYTHING = st.recursive(SCALARS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(
+    st.sampled_from(KEYS), inner, max_size=4), max_leaves=8)
+RECORDS = st.lists(st.dictionaries(st.sampled_from(KEYS), ANYTHING, max_size=4) | ANYTHING, max_size=3)
+
+
+@for_all(records=RECORDS)
+def test_any_record_is_read_or_left_out(records):
+    places = [(f"line {number}", record) for number, record in enumerate(records, 1)]
+    for _, record in record_formats.join_oasst_rows(places):
+        for parse in (record_formats.parse_exchange, record_formats.parse_instruction):
+            try:
+                exchange = parse(record)
+            except record_formats.LeftOut as reason:
+                assert str(reason)
+            else:
+                assert exchange.prompt.strip() and exchange.prompt.encode() and exchange.later_turns >= 0
+                assert not exchange.prompt.startswith("\n\n")
+                assert exchange.response is None or parse is record_formats.parse_exchange or exchange.response.strip()
+
+
 NO_TEXT = {"role": "user", "content": [text_part("What is this?"), {"type": "image_url", "image_url": {"url": "x"}}]}
 
 
@@ -117,6 +143,7 @@ NO_TEXT = {"role": "user", "content": [text_part("What is this?"), {"type": "ima
     ({"prompt": 3, "response": "b"}, "a number where a text should be"),
     (ALPACA | {"output": {"a": "b"}}, "an object where a text should be"),
     (ALPACA | {"output": True}, "true or false where a text should be"),
+    (ALPACA | {"output": ["Blue.", "Red."]}, "a list where a text should be"),
     ({"messages": [NO_TEXT, ANSWER]}, "a part that is not text, such as an image"),
     ({"messages": [ANSWER, USER]}, "no user's turn at the beginning"),
     ({"messages": [USER, {"role": "tool", "content": "c"}, ANSWER]}, "a turn of another role before the answer"),
