@@ -104,8 +104,8 @@ def test_the_first_exchange_is_read_from_every_common_format(record, prompt, for
 
 
 KEYS = [*record_formats.CHAT_KEYS, *record_formats.SYSTEM_KEYS, *record_formats.PROMPT_KEYS, "input", "context",
-        "output", "response", "completion", "chosen", "rejected", "label", "history", "role", "from", "content", "value",
-        "text", "replies", "rank", "deleted", "message_id", "parent_id"]
+        "output", "response", "completion", "chosen", "rejected", "label", "history", "role", "from", "content",
+        "value", "text", "replies", "rank", "deleted", "message_id", "parent_id"]
 SCALARS = one_of(None, True, False, 0, 1.5, "", " ", "a", "user", "assistant", "system", "gpt", "human", "\ud800")
 ANYTHING = st.recursive(SCALARS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(
     st.sampled_from(KEYS), inner, max_size=4), max_leaves=8)
