@@ -128,15 +128,15 @@ def accepted(lm, encoded):
 
 def test_an_instruction_fits_exactly_if_training_and_prompt_generation_accept_it():
     lm, context = contexts()
-    for prompt, response in (("a ", "b"), ("a", "b "), ("a ", "b ")):
-        records = [{"prompt": prompt * n, "response": response * n} for n in LENGTHS]
+    for long in (("prompt",), ("response",), ("prompt", "response")):
+        records = [{"prompt": "a", "response": "b"} | {name: "a " * n for name in long} for n in LENGTHS]
         trained = [passes(encode_examples, lm, [record]) for record in records]
         shots = [few_shot_prompt(lm.tokenizer, [record["prompt"]], [], PromptConfig(max_new_tokens=1), Random(0), 0)
                  for record in records]
         shown = accepted(lm, [[*lm.tokenizer.bos_ids, *lm.tokenizer.encode(text)] for text in shots])
         expected = [a and b for a, b in zip(trained, shown)]
         assert kept(context, context.instruction_length, records) == expected
-        assert {*expected} == {True, False}
+        assert {*expected} == {True, False} and (expected != trained) == (long == ("prompt",))
 
 
 def test_an_evaluation_prompt_fits_exactly_if_sampling_accepts_it():
