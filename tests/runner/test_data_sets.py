@@ -82,7 +82,7 @@ def test_too_long_records_are_refused_where_the_config_says_so_all_at_once(folde
 
 
 def test_a_judge_prompt_that_fills_the_context_is_an_error_before_anything_is_made(folder, tmp_path):
-    (tmp_path / "judge.txt").write_text(f"{LONG}{{prompt}} {{response}}")
+    (tmp_path / "judge.txt").write_text(f"{LONG}{{prompt}} {{response}} Score: <total>")
     config = config_for(folder)
     with pytest.raises(InputError, match=r"the judge prompt alone has \d+ tokens, and the model's context is 256"):
         Run.open(tmp_path / "run", Config(threads=1, judge=type(config.judge)(template=str(tmp_path / "judge.txt")),
