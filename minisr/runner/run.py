@@ -61,7 +61,7 @@ class Run:
         if not (run.folder / "M0").exists():  # report errors in these before anything is written
             run.load_seed_model()
             data, _ = run.load_seed_data()
-            check_judge(config, data["judge_evaluation"][0])
+            check_judge(config, data["ift"][0])
         with folder_lock(run.folder):
             if old and (changes := differences(asdict(replace(old, iterations=config.iterations)), asdict(config))):
                 record_changes(run.folder, changes)
@@ -198,10 +198,10 @@ def check_consistency(config: Config) -> None:
         raise InputError('optimizer = "muon" trains whole matrices, not adapters: set it to "adamw", or lora.rank to 0')
 
 
-def check_judge(config: Config, ranked: dict) -> None:
+def check_judge(config: Config, example: dict) -> None:
     """Ask an outside judge about one response, so that an error in it is found before anything is trained."""
     if config.judge.by == "command":
-        command_judgements(config, Workspace(), [ranked["prompt"]], ranked["responses"][:1])
+        command_judgements(config, Workspace(), [example["prompt"]], [example["response"]])
 
 
 def uses_gpu(config: Config) -> bool:
