@@ -15,6 +15,8 @@ from minisr.runner.pretrain import train_tokenizer
 from minisr.tokenizer import Tokenizer
 from minisr.worlds.tiny.corpus import document
 
+# Nine tokens in parts, for a cache: every split in two, all at once, one by one, and uneven ones.
+SPLITS_OF_NINE = [*([n, 9 - n] for n in range(1, 9)), [9], [1] * 9, [3, 1, 4, 1]]
 ENGINES = {"plain": LM}  # by name; a test of an operation runs on each
 try:
     from minisr.fast import FastLM
@@ -28,6 +30,12 @@ EXAMPLES = [{"prompt": "Write a story.", "response": "Once there was a fox. The 
 PAIRS = [{"prompt": "Write a story.", "chosen": "Once there was a fox.", "rejected": "No."},
          {"prompt": "News?", "chosen": "Today we saw a bear.", "rejected": "Today we saw. The end. The end."},
          {"prompt": "Plan a day with the king.", "chosen": "Have fun.", "rejected": "It felt sad."}]
+
+
+def random_ids(rows: int, length: int, seed: int) -> torch.Tensor:
+    """Ids (rows, length) from 1 on: 0 is the padding token of the Llama of as_llama, which has no gradient there."""
+    return torch.randint(1, 60, (rows, length), generator=torch.Generator().manual_seed(seed))
+
 
 
 @cache

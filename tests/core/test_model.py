@@ -5,7 +5,7 @@ import cmath
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny import as_llama, llama_weights
+from tiny import SPLITS_OF_NINE, as_llama, llama_weights, random_ids
 
 from minisr.model import FeedForward, KVCache, ModelConfig, RMSNorm, apply_rope, rope_cos_sin
 
@@ -17,11 +17,6 @@ SHAPES = {
     "deep": dict(n_layers=5, dim=24, n_heads=6, n_kv_heads=3, ffn_dim=40),
     "other constants": dict(rope_theta=300.0, norm_eps=1e-2),
 }
-
-
-def random_ids(rows, length, seed):
-    # Not 0, for which the Llama of as_llama has no gradient: its padding token.
-    return torch.randint(1, 60, (rows, length), generator=torch.Generator().manual_seed(seed))
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
@@ -166,8 +161,7 @@ def test_rope_rotates_each_pair_by_position_times_its_own_frequency():
 def test_forward_with_cache_equals_forward_without_for_every_split(random_decoder, n_kv_heads):
     model, ids = random_decoder(n_kv_heads=n_kv_heads), random_ids(2, 9, seed=2)
     expected = model(ids)
-    every_token_alone = [1] * 9
-    for parts in [[split, 9 - split] for split in range(1, 9)] + [[9], every_token_alone, [3, 1, 4, 1]]:
+    for parts in SPLITS_OF_NINE:
         cache = KVCache(model, batch_size=2, max_len=9)
         cached = torch.cat([model(part, cache) for part in ids.split(parts, dim=1)], dim=1)
         torch.testing.assert_close(cached, expected, atol=2e-5, rtol=1e-5)

@@ -2,16 +2,13 @@
 
 import pytest
 import torch
+from tiny import random_ids
 
 from minisr.fast import decode_step
 from minisr.fast.cache import PrefixCache
 from minisr.fast.decode_step import DecodeStep, FastLinear
 from minisr.fast.sampler import decode_with_modules, extend
 from minisr.model import KVCache
-
-
-def random_ids(rows, length, seed):
-    return torch.randint(60, (rows, length), generator=torch.Generator().manual_seed(seed))
 
 
 def decode(model, ids, prefill, forward):

@@ -3,14 +3,11 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from tiny import SPLITS_OF_NINE, random_ids
 
 from minisr.fast.cache import PrefixCache
 from minisr.fast.decode_step import DecodeStep
 from minisr.fast.sampler import extend
-
-
-def random_ids(rows, length, seed):
-    return torch.randint(60, (rows, length), generator=torch.Generator().manual_seed(seed))
 
 
 def append(model, ids, cache):
@@ -24,8 +21,7 @@ def append(model, ids, cache):
 def test_forward_with_cache_equals_forward_without_for_every_split(random_decoder, n_kv_heads):
     model, ids = random_decoder(n_kv_heads=n_kv_heads), random_ids(2, 9, seed=2)
     expected = model(ids)
-    every_token_alone = [1] * 9
-    for parts in [[split, 9 - split] for split in range(1, 9)] + [[9], every_token_alone, [3, 1, 4, 1]]:
+    for parts in SPLITS_OF_NINE:
         cache = PrefixCache(model.config, 2, 9, model.embed.weight)
         cached = torch.cat([append(model, part, cache) for part in ids.split(parts, dim=1)], dim=1)
         torch.testing.assert_close(cached, expected, atol=2e-5, rtol=1e-5)
