@@ -58,6 +58,20 @@ def special_tokens(folder: Path) -> dict[str, str]:
     return tokens
 
 
+def special_names(folder: Path) -> set[str]:
+    """All tokens that the tokenizer's settings name as special, whatever tokenizer.json says of them."""
+    names = set(special_tokens(folder).values())
+    for file in SETTINGS:
+        settings = read_settings(folder / file)
+        added = settings.get("added_tokens_decoder") or {}
+        found = [token for token in added.values() if isinstance(token, dict) and token.get("special")]
+        for key in ("additional_special_tokens", "extra_special_tokens"):
+            more = settings.get(key) or []
+            found += more.values() if isinstance(more, dict) else more
+        names |= {token.get("content") if isinstance(token, dict) else token for token in found}
+    return names
+
+
 def read_settings(path: Path) -> dict:
     """The object in a JSON file; {} if there is no such file."""
     settings = parse_json(read_text(path, "file"), f"file {path}") if path.exists() else {}

@@ -13,11 +13,11 @@ import torch
 from minisr import InputError
 from minisr.interop import names
 from minisr.interop.chat_templates import choose_chat_template, to_jinja
-from minisr.interop.end_tokens import ids_in_folder, read_settings, special_tokens
+from minisr.interop.end_tokens import ids_in_folder, read_settings, special_names, special_tokens
 from minisr.interop.jinja_templates import JinjaTemplate
 from minisr.interop.sentencepiece_json import has_dummy_prefix, to_tokenizer_json
 from minisr.interop.shape import check_downloaded
-from minisr.interop.tokenizer_json import TokenizerJSON
+from minisr.interop.tokenizer_json import TokenizerJSON, with_special_tokens
 from minisr.model import Decoder, ModelConfig
 from minisr.runner.checkpoint import build_decoder, check_vocab_size, tokenizer_files
 from minisr.runner.files import need, parse_json, read_bytes, read_text, short_reason, write_bytes, write_json
@@ -152,6 +152,8 @@ def load_tokenizer(folder: Path, template: str = "") -> Tokenizer:
     path = folder / kind.FILE
     content = read_text(path, "tokenizer").encode() if kind is TokenizerJSON else read_bytes(path)
     try:
+        if kind is TokenizerJSON:
+            content = with_special_tokens(content, special_names(folder))
         vocabulary = kind(content)
     except InputError:
         raise

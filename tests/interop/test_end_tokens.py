@@ -156,3 +156,34 @@ def test_a_gguf_file_says_whether_a_text_begins_with_bos(adds, tmp_path):
 def test_config_json_of_llama_declares_its_default(tmp_path):
     assert json.loads((as_folder(random_llama(), tmp_path) / "config.json").read_text())["eos_token_id"] == 2
     assert load_source(str(tmp_path))[1].stop_ids == (2,)
+
+
+# ---- special tokens that only the settings name
+
+NAMED = {
+    "eos_token": {"eos_token": "<|im_end|>"},
+    "eos_token as an added token": {"eos_token": {"__type": "AddedToken", "content": "<|im_end|>"}},
+    "additional_special_tokens": {"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]},
+    "added_tokens_decoder": {"added_tokens_decoder": {
+        "1": {"content": "<|im_end|>", "special": True, "lstrip": False, "rstrip": False, "normalized": False,
+              "single_word": False}}},
+}
+
+
+@pytest.mark.parametrize("settings", NAMED.values(), ids=NAMED)
+def test_a_token_that_the_settings_name_as_special_ends_a_response_and_no_text_spells_it(settings, tmp_path):
+    # Fine-tuned models often have ChatML's tokens with "special": false in tokenizer.json.
+    folder_of(tmp_path)
+    content = json.loads((tmp_path / "tokenizer.json").read_text())
+    for token in content["added_tokens"]:
+        token["special"] = False
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(InputError, match="special token"):
+        load_source(str(tmp_path), chat="chatml")
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(
+        {"tokenizer_class": "PreTrainedTokenizerFast", **settings}))
+    tokenizer = load_source(str(tmp_path), chat="chatml")[1]
+    assert tokenizer.eos_id == 1 and 1 not in tokenizer.encode("a<|im_end|>b")
+    if "additional_special_tokens" not in settings:  # transformers 5 lets texts spell these
+        auto = transformers.AutoTokenizer.from_pretrained(tmp_path)
+        assert auto.encode("a<|im_end|>b", split_special_tokens=True) == tokenizer.encode("a<|im_end|>b")
