@@ -191,5 +191,8 @@ def test_ids_are_those_of_transformers_and_trl(kind, name, default, tmp_path, ca
         assert set(auto.decode(whole[len(ours):])) <= {"\n"}  # ChatML's line break, which is never generated
         start = mask.index(True)
         assert (ours[:start], ours[start:]) == (ids, tokenizer.encode_response(response))
+        # An answer that is read from its ids gives the same ids in training.
+        text = tokenizer.decode_response(ours[start:])
+        assert text.strip(" ") == response.strip(" ") and tokenizer.encode_response(text) == ours[start:]
         assert trained in (None, ((ids, whole[len(ids):]),) * 2)
     assert compared >= 5 or (kind, name) == ("byte level", "llama3")  # GPT-2 splits "\n\n" if a word follows
