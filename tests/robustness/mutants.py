@@ -251,6 +251,17 @@ FAULTS = {
         ("log p continues after the end", "torch.where(alive, token_logps, 0.0)", "token_logps"),
         ("log p at the temperature", "upcast(logits).logsumexp(1)", "(upcast(logits) / how.temperature).logsumexp(1)"),
         ("a row takes another's room", "len(prompts[row // n])", "len(prompts[row % len(prompts)])")],
+    ("fast/cuda_graphs", "cuda_graphs"): [
+        ("log p goes on after the end", "logps.masked_fill(batch.alive.logical_not(), 0.0)", "logps"),
+        ("no second attempt", "for number in numbers[1:]:", "for number in numbers[:0]:"),
+        ("rows move without their keys", "layer[:fewer, :, :columns] = layer[order, :, :columns]", "pass"),
+        ("rows move without their prefixes", "            prefix.compact(order)", "            pass"),
+        ("a batch begins with the last one's columns", "for x in (self.n_columns, self.logps,",
+         "for x in (self.logps,"),
+        ("a batch begins with the last one's log p", "for x in (self.n_columns, self.logps,",
+         "for x in (self.n_columns,"),
+        ("the last batch's prefixes are seen", "self.bias.fill_(-torch.inf)[:A, :, :, :S] = prefix.bias",
+         "self.bias[:A, :, :, :S] = prefix.bias")],
     ("fast/rng", "fast_rng"): [
         ("the shift of a negative number keeps its sign", "(x >> bits) & (2 ** (64 - bits) - 1)", "x >> bits"),
         ("first numbers of steps overlap", "(64 * step + 1) * GOLDEN_GAMMA", "(step + 1) * GOLDEN_GAMMA")],
