@@ -50,15 +50,13 @@ def load_source(source: str, device: str = "cpu", chat: str = "") -> tuple[Decod
 def load_path(path: Path, device: str, template: str) -> tuple[Decoder, Tokenizer]:
     if path.is_file():
         if not gguf.is_gguf(path):
-            raise InputError(f"{path} is not a GGUF file; name the folder of a model, or a GGUF file")
+            raise InputError(f"{path} is a file, but not a GGUF file; name the folder of a model, or a .gguf file")
         return gguf.load(path, device, template)
     if (path / hf.CONFIG).exists():
         return hf.load(path, device, template)
     if not path.exists():
         raise InputError(f"there is no model {path}; a model is a folder of minisr or Hugging Face, a .gguf file, or "
                          "package:NAME")
-    if path.is_file():
-        raise InputError(f"{path} is a file; of files, minisr reads models only from .gguf")
     if path.is_dir() and not (path / "meta.json").exists() and not (path / "config.toml").exists():
         ggufs = sorted(file for file in path.iterdir() if file.suffix.lower() == ".gguf")
         raise InputError(f"{path} has neither {hf.CONFIG} (a Hugging Face folder) nor meta.json (a minisr "

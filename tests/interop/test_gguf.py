@@ -605,7 +605,7 @@ def test_a_folder_of_a_gguf_file_is_rejected_with_the_name_of_the_file(tmp_path)
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors", "notes"])
 def test_a_file_of_another_format_is_rejected(name, tmp_path):
     (tmp_path / name).write_bytes(b"lmgg" + bytes(100))
-    refused(tmp_path / name, "is not a GGUF file", "name the folder")
+    refused(tmp_path / name, "is a file, but not a GGUF file", "name the folder")
 
 
 def test_a_truncated_file_is_rejected_wherever_it_ends(tmp_path):

@@ -49,6 +49,25 @@ FAULTS = {
         ("Llama 3 scaling keeps the slow, slows the fast",
          "(smooth + (1 - smooth) / factor)", "(1 - smooth + smooth / factor)"),
         ("linear scaling speeds up", "frequencies / config.rope_scaling[0]", "frequencies * config.rope_scaling[0]")],
+    ("interop/hf", "interop"): [
+        ("shards before a single file", '("model.safetensors", "model.safetensors.index.json",',
+         '("model.safetensors.index.json", "model.safetensors",'),
+        ("a tied head may differ", "    stored[HEAD] = head\n    return replace(config, tie_embeddings=False)",
+         "    return config"),
+        ("a head that equals the embedding is untied", "if same_values(head, stored.setdefault(EMBEDDING, head)):",
+         "if stored.setdefault(EMBEDDING, head) is head:")],
+    ("interop/names", "interop"): [
+        ("rope_parameters before rope_scaling", 'dict(get("rope_scaling") or get("rope_parameters") or {})',
+         'dict(get("rope_parameters") or get("rope_scaling") or {})'),
+        ("theta outside before theta inside", 'if rope.get("rope_theta") is None:',
+         'if rope.get("rope_theta") is None or get("rope_theta"):'),
+        ("a Mistral has Llama's defaults", "hf_config = MISTRAL_DEFAULTS | hf_config", "pass")],
+    ("interop/gguf", "gguf"): [
+        ("no scaling by the older key", 'keys.get("rope.scale_linear", 0)', "0"),
+        ("scaling of type none scales", 'keys.get("rope.scaling.type") == "none" or ', ""),
+        ("unknown keys are ignored", "if keys[name])", "if False)"),
+        ("a text has a BOS token although the file says no",
+         'if metadata.get("tokenizer.ggml.add_bos_token", True) else trainer.unk_id', "if True else trainer.unk_id")],
     ("model", "dpo"): [
         ("tied head is a copy, without the embedding's gradient", "self.head.weight = self.embed.weight",
          "self.head.weight = nn.Parameter(self.embed.weight.detach().clone())")],
