@@ -6,7 +6,6 @@ stored in the journal of the step, like the model's own judgements.
 
 import contextlib
 import json
-import math
 import os
 import queue
 import shlex
@@ -73,7 +72,7 @@ class Command:
                                      f"{label(len(records) - 1)}; it must write one line for each")
                 try:
                     answers.append(read_answer(json.loads(line)))
-                except (ValueError, OverflowError, RecursionError) as error:
+                except (ValueError, RecursionError) as error:
                     raise InputError(f"{self.name}, {label(len(answers))}: {error}; it wrote {line[:80]!r}") from error
             waiting = f", without an answer to {label(len(answers))}" if len(answers) < len(records) else ""
             code = program.exit_code()
@@ -176,7 +175,7 @@ def read_score(answer: dict) -> tuple[float | None, str]:
     if not isinstance(answer, dict) or "score" not in answer:
         raise ValueError('expected a JSON object with "score"')
     score = answer["score"]
-    is_number = type(score) in (int, float) and math.isfinite(score)
+    is_number = type(score) in (int, float)  # neither true nor a text; NaN lies in no range
     if score is not None and not (is_number and 0 <= score <= MAX_SCORE):
         raise ValueError(f"score must be a number from 0 to {MAX_SCORE} or null")
     return score, read_text_of(answer)

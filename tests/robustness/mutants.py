@@ -386,7 +386,6 @@ FAULTS = {
     ("runner/command", "command"): [
         ("finished batches are forgotten", "journal.add(answers, *key, number)", "pass"),
         ("a score of 10 is taken", "is_number and 0 <= score <= MAX_SCORE", "is_number"),
-        ("NaN is taken", "type(score) in (int, float) and math.isfinite(score)", "type(score) in (int, float)"),
         ("lines are missing", "if code or waiting:", "if code:"),
         ("an exit code is ignored", "if code or waiting:", "if waiting:"),
         ("one judgement in place of J", "for x, y in zip(prompts, responses) for j in range(J)]",
