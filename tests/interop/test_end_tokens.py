@@ -41,6 +41,7 @@ def test_ends_in_config_json_count_and_survive_export_and_a_model_folder(tmp_pat
     assert stops(folder) == (1, 3, 5)
     code, _, err = in_process(["import", folder, "--out", tmp_path / "M0", "--chat", "chatml"])
     assert (code, err) == (0, "") and load_model(tmp_path / "M0")[1].stop_ids == (1, 3, 5)
+    assert stops(tmp_path / "M0") == (1, 3, 5)  # with a template of one's own
     code, _, err = in_process(["export", tmp_path / "M0", "--out", tmp_path / "back"])
     assert (code, err) == (0, "")
     assert transformers.GenerationConfig.from_pretrained(tmp_path / "back").eos_token_id == [1, 3, 5]
