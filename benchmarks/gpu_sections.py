@@ -8,7 +8,7 @@ import warnings
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from importlib.util import find_spec
 from pathlib import Path
 from random import Random
@@ -260,10 +260,12 @@ class Sections(Side):
         trainer, pairs = bench.Trainer(lm, config), self.pairs(size, *((8, 24) if self.is_small else (100, 300)))
         examples = [pair.example(pair.chosen) for pair in pairs]
 
+        def pair_loss(part):
+            chosen, rejected = lm.pair_logps(part)
+            return dpo_loss(chosen, rejected, chosen.detach(), rejected.detach(), 0.1)[0].sum() / size, {}
+
         def dpo_losses():
-            for part in (pairs[:size // 2], pairs[size // 2:]):
-                chosen, rejected = lm.pair_logps(part)
-                yield dpo_loss(chosen, rejected, chosen.detach(), rejected.detach(), 0.1)[0].sum() / size
+            return [partial(pair_loss, part) for part in (pairs[:size // 2], pairs[size // 2:])]
         prompts, chosen, rejected = (sum(map(len, side)) for side in zip(*pairs))
         works = {"dpo": (dpo_losses, prompts, chosen + rejected),
                  "sft": (lambda: mean_target_losses(lm, examples, config), prompts, chosen)}

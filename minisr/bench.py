@@ -65,7 +65,7 @@ class Trainer:
     def step(self, losses) -> float:
         """One step on the losses of its micro-batches; returns their sum."""
         self.lm.model.train()
-        metrics = accumulate_gradients((loss, {}) for loss in losses)
+        metrics = accumulate_gradients(losses)
         optimizer_step(self.optimizer, 0.0, self.config.max_grad_norm)
         self.lm.model.eval()
         return metrics["loss"]
@@ -109,9 +109,9 @@ def training_works(lm: LM, data: dict, template: str, size: int) -> dict[str, tu
     def score_reference():
         return [lm.pair_logps(pairs[i:i + size]) for i in range(0, len(pairs), size)]
 
-    def dpo_losses():
+    def pair_loss():
         chosen, rejected = lm.pair_logps(pairs[:size])
-        yield dpo_loss(chosen, rejected, chosen.detach(), rejected.detach(), 0.1)[0].mean()
+        return dpo_loss(chosen, rejected, chosen.detach(), rejected.detach(), 0.1)[0].mean(), {}
 
     def pair_cost(pairs, batches, training):
         computed = sum(len(part) for pair in pairs for part in pair)
@@ -125,7 +125,7 @@ def training_works(lm: LM, data: dict, template: str, size: int) -> dict[str, tu
 
     return {
         "reference": (score_reference, lambda _: pair_cost(pairs, 2, training=False)),
-        "dpo": (lambda: trainer.step(dpo_losses()), lambda _: pair_cost(pairs[:size], 1, training=True)),
+        "dpo": (lambda: trainer.step([pair_loss]), lambda _: pair_cost(pairs[:size], 1, training=True)),
         "sft": (lambda: trainer.step(mean_target_losses(lm, examples, trainer.config)), example_cost)}
 
 

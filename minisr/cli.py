@@ -10,6 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from minisr import InputError, __version__
+from minisr.runner import launcher, processes
 from minisr.runner.stop import Stop
 
 MODEL_SOURCES = ("a Hugging Face folder, a .gguf file, or package:NAME for the .gguf file in an installed "
@@ -39,12 +40,17 @@ def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")  # for a terminal that is not UTF-8
+    options.arguments = sys.argv[1:] if arguments is None else arguments
     try:
         for name, value in vars(options).items():
             if isinstance(value, Path) or name in MODEL_OPTIONS and value:
                 setattr(options, name, type(value)(os.path.expanduser(value)))
-        options.command(options)
-        return 0
+        return options.command(options) or 0
+    except processes.ProcessLost:
+        if not launcher.is_worker():  # its launcher says which process ended
+            print(f"minisr: process {processes.rank()} of {processes.size()} lost the connection to another; run the "
+                  "same command again to resume", file=sys.stderr)
+        return processes.LOST
     except InputError as error:
         print(f"minisr: {error}", file=sys.stderr)
         return 2
@@ -94,7 +100,11 @@ def _add_set_option(parser) -> None:
 
 def run(options) -> None:
     """Train and evaluate SFT, M1, M2, ... and print the table."""
+    if options.processes and not launcher.is_worker():
+        return _launch(options)
     Stop.on_signals()
+    launcher.end_with_launcher()
+    processes.start()
     from minisr.report.show import show_answers
     from minisr.report.table import LEGEND, line, table
     from minisr.runner.evaluation import evaluated_models
@@ -108,6 +118,9 @@ def run(options) -> None:
     warn_of_slow_bfloat16(run.dtype, run.device)
     with folder_lock(run.folder):
         metrics = run_loop(run, None if was_finished else lambda so_far: print(line(so_far), flush=True))
+    processes.finish()
+    if not processes.is_main():
+        return
     print(f"\n{table(metrics)}\n\n{LEGEND}")
     print(f"Files: {run.folder}/ (metrics.json; M1/prompts.jsonl, responses.jsonl, rewards.jsonl, "
           "pairs.jsonl)")
@@ -118,6 +131,17 @@ def run(options) -> None:
         print("\nThis data has no oracle, so answers are not scored. Read them (more with minisr show "
               f"{run.folder} --answers 9) or have them judged (minisr eval {run.folder} --export FOLDER).\n")
         show_answers(run.folder, 2)
+
+
+def _launch(options) -> int:
+    """Run the same command in several processes."""
+    from minisr.runner.config import load_config
+    config = load_config(options.config, overrides=tuple(options.set))
+    n = launcher.number_of_processes(options.processes, config.device)
+    if n * config.threads > launcher.available_cores() and config.threads > 1:
+        print(f"minisr: {n} processes of {config.threads} threads each share {launcher.available_cores()} cores; "
+              "--set threads=1 is faster", file=sys.stderr)
+    return launcher.launch(options.arguments, n)
 
 
 def _open_run(options):
@@ -147,6 +171,8 @@ next:
 """)
     parser.add_argument("config", type=Path, help="a TOML file, e.g. tiny_configs/tiny.toml")
     parser.add_argument("--out", type=Path, help="the run's folder; default runs/NAME_OF_CONFIG")
+    parser.add_argument("--processes", metavar="N", help='share the work among N processes; "auto": one a GPU, or one '
+                        "a core. The results are the same, bit for bit, for any number. On several machines: torchrun")
     _add_set_option(parser)
 
 

@@ -1,6 +1,7 @@
 """M_t -> M_{t+1}: direct preference optimization on the model's own pairs (section 2.3; Rafailov et al., 2023)."""
 
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -72,32 +73,32 @@ def fit_dpo(policy, reference, batches: list[tuple], config: DPOConfig, preferen
 
     A control may replace the loss."""
 
+    def pair_loss(part: list[EncodedPair], batch_size: int):
+        chosen, rejected = policy.pair_logps(part)  # (b,) each
+        with torch.no_grad():
+            reference_chosen, reference_rejected = reference.pair_logps(part)
+        losses, reward_w, reward_l = preference_loss(  # implicit rewards, not the judge's
+            chosen, rejected, reference_chosen, reference_rejected, config.beta)
+        nll = -chosen / torch.tensor([len(pair.chosen) for pair in part], device=chosen.device)  # (b,)
+        metrics = {"dpo_loss": losses, "margin": reward_w - reward_l, "accuracy": (reward_w > reward_l).float(),
+                   "chosen_logp": chosen, "rejected_logp": rejected}
+        return ((losses + config.nll_weight * nll).sum() / batch_size,
+                {name: values.sum().item() / batch_size for name, values in metrics.items()})
+
     def loss_fn(batch: tuple, config: DPOConfig):
         pairs, replayed = batch
-        for part in micro_batches(pairs, config):
-            chosen, rejected = policy.pair_logps(part)  # (b,) each
-            with torch.no_grad():
-                reference_chosen, reference_rejected = reference.pair_logps(part)
-            losses, reward_w, reward_l = preference_loss(  # implicit rewards, not the judge's
-                chosen, rejected, reference_chosen, reference_rejected, config.beta)
-            nll = -chosen / torch.tensor([len(pair.chosen) for pair in part], device=chosen.device)  # (b,)
-            metrics = {"dpo_loss": losses, "margin": reward_w - reward_l, "accuracy": (reward_w > reward_l).float(),
-                       "chosen_logp": chosen, "rejected_logp": rejected}
-            yield ((losses + config.nll_weight * nll).sum() / len(pairs),
-                   {name: values.sum().item() / len(pairs) for name, values in metrics.items()})
-        if replayed:
-            for loss in mean_target_losses(policy, replayed, config):
-                yield config.replay_weight * loss, {}
+        pair_losses = [partial(pair_loss, part, len(pairs)) for part in micro_batches(pairs, config)]
+        return pair_losses + mean_target_losses(policy, replayed, config, config.replay_weight)
 
     policy.fit(batches, loss_fn, config)
 
 
 def dpo_batches(lm, pairs: list[dict], eft: list[dict], config: DPOConfig, seed: int) -> list[tuple]:
-    """One (encoded pairs, EFT examples to replay or None) per optimizer step."""
+    """One (encoded pairs, EFT examples to replay) per optimizer step."""
     encoded = encode_pairs(lm, pairs)
     order = make_batches([sum(map(len, pair)) for pair in encoded], config, seed)
     pair_batches = [[encoded[i] for i in batch] for batch in order]
-    replay_batches = [None] * len(pair_batches)
+    replay_batches = [[] for _ in pair_batches]
     if config.replay_weight and eft:
         examples = encode_examples(lm, eft)
         epochs = 1 + len(pair_batches) * config.batch_size // len(examples)  # enough for one batch per step

@@ -1,15 +1,11 @@
 """Evaluation: win rates between models, and the judge's agreement with human rankings (sections 3.1.2 to 3.3).
 
-A run calls these functions after each model, for reporting only. TIE_RULE is printed beside the numbers.
+A run calls these functions after each model, for reporting only.
 """
 
 import numpy as np
 
 from minisr.judge import MAX_SCORE
-
-TIE_RULE = ("pairs that the annotator scored equally are left out; a pair that the model scores equally, or with an "
-            "unparsed judgement, counts as wrong; Spearman and Kendall (tau-b) are means over instructions, without "
-            "unparsed responses, and 0 where all scores are the same")
 
 RESAMPLES = 2000  # of every bootstrap
 

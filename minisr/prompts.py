@@ -27,6 +27,7 @@ class PromptConfig(SamplingConfig):
     temperature: float = 0.6
     max_new_tokens: int = 40
     count: int = 1500  # new prompts an iteration
+    round_size: int = 512  # candidates sampled before the next examples are drawn, which may show accepted ones
     seed_shots: int = 6
     generated_shots: int = 2
     max_attempts_factor: float = 3.0  # give up after count * max_attempts_factor generations
@@ -42,14 +43,14 @@ def new_prompts(lm: LM, seed_prompts: list[str], held_out: set[str], config: Pro
     """Up to config.count new prompts, and how many candidates were accepted or rejected, by reason.
 
     The seed prompts are shown as examples. Neither they nor a held-out prompt is ever returned. In each round,
-    config.rows candidates are sampled as plain text: the chat template would ask for an answer instead of a prompt."""
+    config.round_size candidates are sampled as plain text: the chat template would ask for an answer, not a prompt."""
     pool = PromptPool(seed_prompts, held_out, config)
     stop_ids = (*lm.tokenizer.newline_ids, *lm.tokenizer.stop_ids)  # one line of the list is one prompt
     max_tokens = lm.max_seq_len - config.max_new_tokens - len(lm.tokenizer.bos_ids)
     attempts = int(config.count * config.max_attempts_factor)
-    for round_, start in enumerate(tqdm(range(0, attempts, config.rows), "prompts", leave=False, disable=None)):
+    for round_, start in enumerate(tqdm(range(0, attempts, config.round_size), "prompts", leave=False, disable=None)):
         rng, encoded = Random(derive_seed(seed, round_)), []
-        for _ in range(min(config.rows, attempts - start)):
+        for _ in range(min(config.round_size, attempts - start)):
             text = few_shot_prompt(lm.tokenizer, seed_prompts, pool.accepted, config, rng, max_tokens)
             encoded.append([*lm.tokenizer.bos_ids, *lm.tokenizer.encode(text)])
         for [completion] in lm.sample(encoded, 1, config, derive_seed(seed, round_, "draw"), stop_ids):

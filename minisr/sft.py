@@ -1,5 +1,6 @@
 """M0 -> SFT baseline and M1: supervised fine-tuning, with the loss on target tokens only (section 3.1.3)."""
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -20,15 +21,11 @@ class Example(NamedTuple):
 def train_sft(lm, examples: list[dict], config: TrainConfig, seed: int):
     """A copy of lm, fine-tuned on {"prompt", "response"} records."""
     encoded = encode_examples(lm, examples)
-    batches = make_batches([len(example.ids) for example in encoded], config, seed)
+    order = make_batches([len(example.ids) for example in encoded], config, seed)
+    batches = [[encoded[i] for i in batch] for batch in order]
     torch.manual_seed(derive_seed(seed, "dropout"))  # dropout draws from PyTorch's global stream
     trained = lm.copy()
-
-    def loss_fn(batch: list[int], config: TrainConfig):
-        for loss in mean_target_losses(trained, [encoded[i] for i in batch], config):
-            yield loss, {}
-
-    trained.fit(batches, loss_fn, config)
+    trained.fit(batches, partial(mean_target_losses, trained), config)
     return trained
 
 
@@ -45,11 +42,14 @@ def check_length(lm, name: str, length: int) -> None:
         raise InputError(f"{name} has {length} tokens; max_seq_len is {lm.max_seq_len}: shorten it or leave it out")
 
 
-def mean_target_losses(lm, batch: list[Example], config: TrainConfig):
-    """Yield, for each micro-batch, its summed loss over the number of target tokens in the whole batch."""
+def mean_target_losses(lm, batch: list[Example], config: TrainConfig, weight: float = 1.0) -> list:
+    """One function per micro-batch, as in train.fit: its summed loss over the number of targets of the whole batch."""
     targets = sum(sum(example.mask[1:]) for example in batch)  # the first token has nothing to predict it from
-    for part in micro_batches(batch, config):
-        yield lm.target_loss(part) / targets
+
+    def loss(part: list[Example]):
+        return weight * (lm.target_loss(part) / targets), {}
+
+    return [partial(loss, part) for part in micro_batches(batch, config)]
 
 
 def right_pad(examples: list[Example], device) -> tuple[Tensor, Tensor]:

@@ -28,9 +28,9 @@ class TrainConfig:
 def fit(model: nn.Module, optimizer, batches: list, loss_fn, config: TrainConfig) -> list[dict]:
     """Train the model in place, one optimizer step per batch; return one log record per step.
 
-    loss_fn(batch, config) is a generator that yields (loss, metrics) for each micro-batch, divided by the size of the
-    whole batch, so that they add up. Each micro-batch's graph is freed before the next one is built. The config is an
-    argument because a run may lower micro_batch when memory runs out."""
+    loss_fn(batch, config) returns one function per micro-batch, which computes (loss, metrics) divided by the size of
+    the whole batch, so that they add up. Each micro-batch's graph is freed before the next one is built. The config is
+    an argument because a run may lower micro_batch when memory runs out."""
     log = []
     for step, batch in enumerate(tqdm(batches, "train", leave=False, disable=None)):
         metrics = accumulate_gradients(loss_fn(batch, config))
@@ -44,7 +44,8 @@ def fit(model: nn.Module, optimizer, batches: list, loss_fn, config: TrainConfig
 def accumulate_gradients(losses) -> Counter:
     """Add up the gradients of all micro-batches of a batch; return the batch's metrics."""
     metrics = Counter()
-    for loss, values in losses:
+    for compute in losses:
+        loss, values = compute()
         loss.backward()
         metrics.update({"loss": loss.item(), **values})  # Counter.update adds
     return metrics
@@ -101,7 +102,7 @@ def make_batches(lengths: list[int], config: TrainConfig, seed: int, epochs: int
 
 def micro_batches(batch: list, config: TrainConfig) -> list[list]:
     """Split a batch into micro-batches."""
-    size = config.micro_batch or len(batch)
+    size = config.micro_batch or max(1, len(batch))
     return [batch[i:i + size] for i in range(0, len(batch), size)]
 
 

@@ -27,13 +27,14 @@ ORDER = """
     rng model tokenizer sampler train sft dpo lm prompts judge pairs evaluate loop
     fast.rng fast.forward fast.cache fast.decode_step fast.sampler fast.cuda_graphs fast.losses
     fast.master_weights fast.lm fast
-    runner runner.files worlds worlds.tiny worlds.tiny.words worlds.tiny.oracle worlds.tiny.writers worlds.tiny.corpus
+    runner runner.processes runner.launcher runner.files
+    worlds worlds.tiny worlds.tiny.words worlds.tiny.oracle worlds.tiny.writers worlds.tiny.corpus
     interop interop.shape interop.end_tokens interop.jinja_templates interop.chat_templates interop.tokenizer_json
     interop.sentencepiece_json interop.names
     runner.judge_prompt runner.checkpoint interop.hf interop.gguf interop.source
-    runner.stop runner.storage runner.journal runner.muon runner.lora runner.resumable runner.engine runner.command
-    runner.config runner.json_records runner.record_formats runner.data_sets runner.seed_data runner.pretrain
-    runner.run runner.evaluation runner.variants runner.steps runner.head_to_head runner.reuse runner.experiment_plan
+    runner.stop runner.storage runner.journal runner.muon runner.lora runner.resumable runner.gradients runner.engine
+    runner.command runner.config runner.json_records runner.record_formats runner.data_sets
+    runner.seed_data runner.pretrain runner.run runner.evaluation runner.variants runner.steps runner.head_to_head runner.reuse runner.experiment_plan
     runner.experiment
     report report.table report.head_to_head_table report.show report.chat report.seed_statistics report.experiment_table
     report.figures report.markup report.chart_data report.run_files report.run_charts report.transcripts report.page

@@ -85,11 +85,20 @@ class FastLM(LM):
             return losses.pair_logps(self.model, pairs, self.gradient_checkpointing)
         missing = [pair for pair in pairs if None in self.lookup(pair)]
         if missing:  # the weights never change, so each pair is computed at most once
-            for pair, *logps in zip(missing, *(x.tolist() for x in losses.pair_logps(self.model, missing))):
-                self.record(pair.prompt, pair.chosen, logps[0])
-                self.record(pair.prompt, pair.rejected, logps[1])
+            self.record_pairs(missing, self.compute_logps(missing))
         dtype = upcast(self.model.embed.weight[:0]).dtype
         return torch.tensor([self.lookup(pair) for pair in pairs], dtype=dtype, device=self.model.device).unbind(1)
+
+    @torch.no_grad()
+    def compute_logps(self, pairs: list[EncodedPair]) -> list[list[float]]:
+        """[log p(y_w | x), log p(y_l | x)] of each pair."""
+        chosen, rejected = losses.pair_logps(self.model, pairs)
+        return torch.stack([chosen, rejected], 1).tolist()
+
+    def record_pairs(self, pairs: list[EncodedPair], logps: list[list[float]]) -> None:
+        for pair, (chosen, rejected) in zip(pairs, logps):
+            self.record(pair.prompt, pair.chosen, chosen)
+            self.record(pair.prompt, pair.rejected, rejected)
 
     def lookup(self, pair: EncodedPair) -> tuple[float | None, float | None]:
         """The recorded log p of the chosen and of the rejected response."""

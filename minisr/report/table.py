@@ -3,10 +3,12 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from minisr.evaluate import TIE_RULE
 from minisr.runner.experiment import lookup
 
 NOT_MEASURED = "-"
+TIE_RULE = ("pairs that the annotator scored equally are left out; a pair that the model scores equally, or with an "
+            "unparsed judgement, counts as wrong; Spearman and Kendall (tau-b) are means over instructions, without "
+            "unparsed responses, and 0 where all scores are the same")
 LEGEND = f"Judge metrics: {TIE_RULE}."
 
 

@@ -19,6 +19,7 @@ from minisr.interop.end_tokens import declared_ids, ids_by_name, read_settings
 from minisr.interop.shape import MODEL_KEYS_RENAMED, check_weight, model_config
 from minisr.interop.tokenizer_json import TokenizerJSON
 from minisr.model import Decoder, ModelConfig
+from minisr.runner import processes
 from minisr.runner.files import (
     file_digest,
     json_bytes,
@@ -39,7 +40,11 @@ MODEL_KEYS_REMOVED = ("dropout",)  # keys in model.pt files of older versions; i
 
 
 def save_model(folder: Path, model: Decoder, tokenizer: Tokenizer, meta: dict) -> None:
-    """Write a model folder. meta.json is written last, so a folder that has it is complete."""
+    """Write a model folder. meta.json is written last, so a folder that has it is complete.
+
+    Of several processes with the same model, process 0 writes it."""
+    if not processes.is_main():
+        return
     weights = {name: tensor.cpu() for name, tensor in model.state_dict().items()}
     if model.config.tie_embeddings:
         del weights["head.weight"]

@@ -1,7 +1,7 @@
-"""The LM of a run: the plain or the fast engine, with batches journaled, trainings resumable, memory recovered.
+"""The LM of a run: the plain or the fast engine, with work shared by processes, journaled, and resumable.
 
-Batches do not depend on who computes them, so storing finished ones, resuming, and splitting one where memory runs out
-are a single mechanism here, outside the sampler.
+Batches do not depend on who computes them, so dealing them to processes, storing finished ones, resuming, and splitting
+one where memory runs out are a single mechanism here, outside the sampler.
 """
 
 import contextlib
@@ -13,14 +13,21 @@ import torch
 from tqdm import tqdm
 
 from minisr import InputError, train
+from minisr.dpo import encode_pairs
 from minisr.lm import LM
+from minisr.rng import derive_seed
+from minisr.runner import processes
 from minisr.runner.files import write_jsonl
+from minisr.runner.gradients import GradientSum
 from minisr.runner.journal import Journal, TrainingState
 from minisr.runner.lora import LoRAConfig, LoRATraining
 from minisr.runner.muon import make_muon
 from minisr.runner.resumable import deciding_values
 from minisr.runner.stop import Stop
 from minisr.sampler import Completion
+
+REFERENCE_BATCH = 16  # pairs
+SHARES = 4  # micro-batches of a batch by default, so that up to four processes can share them
 
 
 @dataclass
@@ -49,31 +56,47 @@ class RunLM:
     workspace: Workspace
 
     def map_batches(self, compute, batches: list[list[int]], seed: int) -> list[list[Completion]]:
-        """Replaces LM.map_batches: finished batches are stored in the journal and taken from it."""
-        journal, results = self.workspace.journal, []
-        for number, batch in enumerate(tqdm(batches, self.workspace.title, leave=False, disable=None)):
-            stored = journal.get(seed, number) if journal else None
-            if stored is None:
-                completions = compute_within_memory(compute, batch)
+        """Replaces LM.map_batches: see share_batches."""
+        def compute_values(batch: list[int]) -> list:
+            return [[astuple(completion) for completion in row] for row in compute(batch)]
+
+        rows = self.share_batches(compute_values, batches, seed)
+        return [[Completion(*values) for values in row] for row in rows]
+
+    def share_batches(self, compute, batches: list[list], *key) -> list:
+        """compute(batch) for each batch, concatenated. Its results are lists of what JSON can hold.
+
+        Batches are dealt to the processes in turn. Finished ones are stored in the journal under the key and their
+        number, and taken from it."""
+        journal, results = self.workspace.journal, {}
+        dealt = range(processes.rank(), len(batches), processes.size())
+        for number in tqdm(dealt, self.workspace.title, leave=False, disable=None):
+            results[number] = journal.get(*key, number) if journal else None
+            if results[number] is None:
+                results[number] = compute_within_memory(compute, batches[number])
                 if journal:
-                    journal.add([[astuple(c) for c in row] for row in completions], seed, number)
-                Stop.check()
-            else:
-                completions = [[Completion(*values) for values in row] for row in stored]
-            results += completions
-        return results
+                    journal.add(results[number], *key, number)
+                if Stop.requested:
+                    break
+        gathered = processes.gather(results)
+        Stop.check()
+        everything = {number: values for part in gathered for number, values in part.items()}
+        return [value for number in range(len(batches)) for value in everything[number]]
 
     def fit(self, batches: list, loss_fn, config) -> list[dict]:
         """Replaces LM.fit: the state is stored every save_every steps and when a signal asks to stop."""
         work = self.workspace
         if work.training_folder is None:
             return super().fit(batches, loss_fn, config)
+        config = replace(config, micro_batch=config.micro_batch or -(-config.batch_size // SHARES))
+        dropout_seed = torch.initial_seed()
         optimizer = self.prepare_training(config)
         state = TrainingState(work.training_folder, work.training_made_from, batches, deciding_values(config))
         log = state.restore(self.model, optimizer)
         bar = tqdm(batches, work.title, leave=False, initial=len(log), disable=None)
         for step in range(len(log), len(batches)):
-            metrics, config = self.gradients_within_memory(optimizer, loss_fn, batches[step], config)
+            metrics, config = self.gradients_within_memory(
+                optimizer, loss_fn, batches[step], config, derive_seed(dropout_seed, step))
             rate = train.learning_rate(step, len(batches), config)
             try:
                 grad_norm = train.optimizer_step(optimizer, rate, config.max_grad_norm)
@@ -82,31 +105,32 @@ class RunLM:
                                  "learning_rate") from error
             log.append({"step": step, **metrics, "grad_norm": grad_norm, "learning_rate": rate})
             bar.update()
-            if Stop.requested or len(log) % config.save_every == 0:
+            stop = processes.any_true(Stop.requested)
+            if stop or len(log) % config.save_every == 0:
                 state.save(log, self.model, optimizer)
-            Stop.check()
+            if stop:
+                raise KeyboardInterrupt
         self.model.eval()
         write_jsonl(work.training_folder / "train_log.jsonl", log)
         return log
 
-    def gradients_within_memory(self, optimizer, loss_fn, batch, config) -> tuple[Counter, train.TrainConfig]:
-        """train.accumulate_gradients; where memory runs out, the micro-batch is halved from here on: the same sum in
-        more parts. Returns the metrics and the config that worked."""
-        random = torch.get_rng_state()
+    def gradients_within_memory(self, optimizer, loss_fn, batch, config, seed) -> tuple[Counter, train.TrainConfig]:
+        """Replaces train.accumulate_gradients: the processes share the micro-batches, and where memory runs out, their
+        size is halved from here on. Returns the metrics and the config that worked."""
         while True:
-            try:
-                return train.accumulate_gradients(loss_fn(batch, config)), config
-            except (MemoryError, RuntimeError) as error:
-                if not is_out_of_memory(error):
-                    raise
-                size = (config.micro_batch or config.batch_size) // 2
-                if size < 1:
-                    raise InputError("not enough memory to train on one example at a time; try a new run with "
-                                     "gradient_checkpointing = true or a smaller model") from error
-            config = replace(config, micro_batch=size)
+            gradient = GradientSum(optimizer, loss_fn(batch, config), seed)
+            gradient.compute()
+            if gradient.error and not is_out_of_memory(gradient.error):
+                raise gradient.error
+            gathered = processes.gather((gradient.metrics, gradient.error is not None))
+            if not any(failed for _, failed in gathered):
+                return gradient.total_metrics([metrics for metrics, _ in gathered]), config
+            if config.micro_batch == 1:
+                raise InputError("not enough memory to train on one example at a time; try a new run with "
+                                 "gradient_checkpointing = true or a smaller model")
+            config = replace(config, micro_batch=config.micro_batch // 2)
             optimizer.zero_grad()
             self.model.zero_grad()
-            torch.set_rng_state(random)
 
     def prepare_training(self, config):
         optimizer = super().prepare_training(config)
@@ -158,6 +182,15 @@ def run_lm_class(engine: str, lora_config: LoRAConfig | None = None) -> type[LM]
 
     class FastRunLM(RunLM, FastLM):
         """engine = "fast"."""
+
+        def record_reference(self, pairs: list[dict]) -> None:
+            """Record the log-probabilities that sampling did not, before training reads them.
+
+            Computed in training, they would depend on which process met a pair before."""
+            missing = [pair for pair in encode_pairs(self, pairs) if None in self.lookup(pair)]
+            batches = [missing[i:i + REFERENCE_BATCH] for i in range(0, len(missing), REFERENCE_BATCH)]
+            self.record_pairs(missing, self.share_batches(self.compute_logps, batches, "reference"))
+
     if lora_config is None or lora_config.rank == 0:
         return FastRunLM
 

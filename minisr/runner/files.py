@@ -4,12 +4,14 @@ import codecs
 import contextlib
 import hashlib
 import importlib
+import io
 import json
 import os
 import unicodedata
 from pathlib import Path
 
 from minisr import InputError
+from minisr.runner import processes
 
 # Unicode's bidirectional controls, which change the direction of the text after them.
 BIDI_CONTROLS = ("LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI")
@@ -31,7 +33,11 @@ def need(module: str, extra: str):
 def writing(path: Path):
     """Open a file for writing that appears under its name only when it is complete.
 
-    It is written to a temporary file in the same folder, flushed to disk, and renamed at the end."""
+    It is written to a temporary file in the same folder, flushed to disk, and renamed at the end. Of several
+    processes only process 0 writes."""
+    if not processes.is_main():
+        yield io.BytesIO()
+        return
     path = Path(path)
     temporary = path.with_name(path.name + ".part")
     try:

@@ -12,18 +12,25 @@ from pathlib import Path
 import torch
 
 from minisr import InputError
+from minisr.runner import processes
 from minisr.runner.files import file_digest, read_json, write_json, writing
 
 
 class Journal:
     """The finished batches of a step: one line a batch, flushed to disk, each with its hash.
 
-    A line that was cut short or damaged is ignored."""
+    A line that was cut short or damaged is ignored. Each process writes a journal of its own and reads all of them,
+    so that a run can be resumed with another number of processes."""
 
     def __init__(self, path: Path, *made_from):
-        self.path, self.fingerprint = path, fingerprint(made_from)
+        self.path = path if processes.is_main() else path.with_name(f"{path.name}.{processes.rank()}")
+        self.fingerprint = fingerprint(made_from)
         self.entries: dict[str, list] = {}
-        for line in path.read_bytes().split(b"\n") if path.exists() else ():
+        for written in journal_files(path):
+            self.read(written)
+
+    def read(self, path: Path) -> None:
+        for line in path.read_bytes().split(b"\n"):
             with contextlib.suppress(ValueError, TypeError, UnicodeDecodeError):
                 stored, content = json.loads(line)
                 if stored == self._hash(content):
@@ -51,6 +58,17 @@ class Journal:
                              "command again to resume") from error
 
 
+def journal_files(path: Path) -> list[Path]:
+    """The journals that the processes of this run or an interrupted one have written: PATH, PATH.1, PATH.2, ..."""
+    return [written for written in (path, *path.parent.glob(f"{path.name}.*")) if written.exists()]
+
+
+def remove_journals(path: Path) -> None:
+    if processes.is_main():
+        for written in journal_files(path):
+            written.unlink(missing_ok=True)
+
+
 class TrainingState:
     """An unfinished training: weights, optimizer, random state in FOLDER/training-STEP.pt; log in training.json."""
 
@@ -59,7 +77,11 @@ class TrainingState:
         self.index = self.folder / "training.json"
 
     def save(self, log: list[dict], model, optimizer) -> None:
-        """Save after len(log) steps. The previous state is removed when this one is complete."""
+        """Save after len(log) steps. The previous state is removed when this one is complete.
+
+        All processes hold the same state, and process 0 saves it."""
+        if not processes.is_main():
+            return
         step = len(log)
         path = self.folder / f"training-{step}.pt"
         previous = [old for old in self.folder.glob("training-*.pt") if old != path]
@@ -95,6 +117,8 @@ class TrainingState:
 
     @staticmethod
     def remove(folder: Path) -> None:
+        if not processes.is_main():
+            return
         for pattern in ("training-*.pt*", "training.json*"):  # also what a kill left half-written
             for path in Path(folder).glob(pattern):
                 path.unlink()

@@ -106,7 +106,6 @@ def train(lm: LM, documents: list[Example], config: PretrainConfig) -> None:
     batches = make_batches(lengths, config.train, derive_seed(config.seed, "order"))
 
     def loss_fn(batch, train_config):
-        for loss in mean_target_losses(lm, [documents[i] for i in batch], train_config):
-            yield loss, {}
+        return mean_target_losses(lm, [documents[i] for i in batch], train_config)
 
     lm.fit(batches, loss_fn, config.train)

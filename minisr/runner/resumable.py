@@ -1,12 +1,11 @@
 """What may change between two parts of one run: keys of the config that change no result, or at most its last bit.
 
 - threads, save_every, gradient_checkpointing, timeout: how the same numbers are computed and stored.
-- rows (except those of [prompts]), micro_batch, engine, device: how many samples or examples are computed side by side,
+- rows, micro_batch, engine, device: how many samples or examples are computed side by side,
   and by which code. A sample's random numbers do not depend on its batch, so only rounding differs, which may turn a
   sampled token.
 
-With dropout, micro_batch, engine and device decide which units are dropped, so they may not change. Nor may
-prompts.rows: it decides how many prompts are written before the accepted ones are shown as examples.
+With dropout, micro_batch, engine and device decide which units are dropped, so they may not change.
 """
 
 import dataclasses
@@ -14,11 +13,10 @@ from pathlib import Path
 
 import torch
 
-from minisr.prompts import PromptConfig
 from minisr.runner.files import read_jsonl, write_jsonl
 
 CHANGES = "config_changes.jsonl"
-FREE = ("threads", "save_every", "gradient_checkpointing", "timeout")
+FREE = ("threads", "save_every", "gradient_checkpointing", "rows", "timeout")
 FREE_WITHOUT_DROPOUT = ("micro_batch", "engine", "device")
 
 
@@ -38,8 +36,6 @@ def deciding_values(config) -> dict:
 
 def is_free(section, name: str) -> bool:
     """Whether a key of a section may change between two parts of a run."""
-    if name == "rows":
-        return not isinstance(section, PromptConfig)
     return name in FREE or name in FREE_WITHOUT_DROPOUT and not uses_dropout(section)
 
 

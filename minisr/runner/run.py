@@ -12,14 +12,14 @@ from minisr import InputError, __version__
 from minisr.interop.source import load_source
 from minisr.lm import LM
 from minisr.rng import derive_seed
-from minisr.runner import seed_data
+from minisr.runner import processes, seed_data
 from minisr.runner.checkpoint import SEED_MODEL, digest, load_model, model_hash
 from minisr.runner.command import command_judgements
 from minisr.runner.config import Config, differences, load_config, to_toml
 from minisr.runner.data_sets import Context, DataSet, describe
 from minisr.runner.engine import Workspace, run_lm_class
 from minisr.runner.files import json_bytes, jsonl_bytes, read_jsonl, read_text, write_bytes
-from minisr.runner.journal import Journal
+from minisr.runner.journal import Journal, remove_journals
 from minisr.runner.judge_prompt import check_judge_prompt
 from minisr.runner.resumable import deciding_values, dtype_name, record_changes
 from minisr.runner.storage import folder_lock, verify_checksum, write_with_checksum
@@ -67,6 +67,7 @@ class Run:
                 record_changes(run.folder, changes)
             write_bytes(stored, to_toml(config).encode())
             write_with_checksum(run.folder / "judge.txt", f"{run.judge_template}\n".encode())
+        processes.wait_for_all()
         return run
 
     def load_seed_model(self):
@@ -120,13 +121,14 @@ class Run:
     def read_seed_file(self, name: str, texts: tuple[str, ...] = ("prompt",)) -> list[dict]:
         """One of the data sets; all are made together when the first is needed."""
         path = self.folder / "seed" / f"{name}.jsonl"
-        if not path.exists():
+        if not processes.agree(path.exists()):
             data, sets = self.load_seed_data()
             if self.data_table:
                 counts = {other: data_set.counts() for other, data_set in sets.items()}
                 write_with_checksum(self.folder / "seed" / "counts.json", json_bytes(counts))
             for other, records in data.items():
                 write_with_checksum(self.folder / "seed" / f"{other}.jsonl", jsonl_bytes(records))
+        processes.wait_for_all()
         verify_checksum(path)
         return read_jsonl(path, "seed data", texts)
 
@@ -152,10 +154,11 @@ class Run:
     def eft(self) -> list[dict]:
         """EFT records: by the annotator, or written by the SFT baseline and selected by the paper's rule, or none."""
         path = self.folder / "seed" / "eft.jsonl"
-        if not path.exists():
+        if not processes.agree(path.exists()):
             records = seed_data.balance_scores(self.make_eft(), self.seed("thin"))
             write_with_checksum(path, jsonl_bytes(records))
-        (self.folder / "SFT" / "eft.journal").unlink(missing_ok=True)
+        processes.wait_for_all()
+        remove_journals(self.folder / "SFT" / "eft.journal")
         verify_checksum(path)
         return read_jsonl(path, "EFT data", ("prompt", "response"))
 

@@ -14,11 +14,11 @@ import torch
 from minisr import InputError, __version__
 from minisr.interop.source import source_digest
 from minisr.loop import SelfRewardingModel, self_rewarding_training
-from minisr.runner import variants
+from minisr.runner import processes, variants
 from minisr.runner.checkpoint import SEED_MODEL, check_model_files, model_hash, save_model
 from minisr.runner.evaluation import answer_held_out, evaluate, histogram, judge_held_out
 from minisr.runner.files import json_bytes, jsonl_bytes, read_json, read_jsonl, write_json
-from minisr.runner.journal import Journal, TrainingState
+from minisr.runner.journal import Journal, TrainingState, remove_journals
 from minisr.runner.run import Run
 from minisr.runner.stop import Stop
 from minisr.runner.storage import verify_checksum, write_with_checksum
@@ -56,12 +56,13 @@ class StoredModel(SelfRewardingModel):
 
     def copy_seed_model(self) -> "StoredModel":
         """Make this M0: a copy in the run's folder, so that the run does not depend on other files."""
-        if (self.folder / "meta.json").exists():
+        if processes.agree((self.folder / "meta.json").exists()):
             check_model_files(self.folder)
         else:
             source = source_digest(self.config.seed_model or str(SEED_MODEL))
             save_model(self.folder, *self.run.load_seed_model(), {"made_by": "copy", "from": source})
             self.run._seed_model = None
+        processes.wait_for_all()
         return self
 
     def journal(self, name: str, *inputs) -> Journal:
@@ -96,7 +97,7 @@ class StoredModel(SelfRewardingModel):
         return variants.add_agreement(pairs, y, r)
 
     def train_dpo(self, pairs: list[dict]) -> "StoredModel":
-        variants.restore_recorded_logps(self)
+        variants.restore_recorded_logps(self, pairs)
         variant = variants.dpo_variant(self)
         return variant(self, pairs) if variant else super().train_dpo(pairs)
 
@@ -117,10 +118,10 @@ def keep(step, *inputs):
 
 
 def keep_records(step, *inputs) -> list:
-    """A step whose result is a list of records."""
+    """A step whose result is a list of records. Process 0 writes it, and all processes read it."""
     model, name = step.__self__, FILES[step.__name__]
     path, counts_path = model.folder / f"{name}.jsonl", model.folder / f"{name}.counts.json"
-    if not (path.exists() and counts_path.exists()):
+    if not processes.agree(path.exists() and counts_path.exists()):
         Stop.check()
         with model.clock(name), model.run.workspace.step(title=f"{model.name} {name}",
                                                          journal=model.journal(name, *inputs)):
@@ -130,7 +131,8 @@ def keep_records(step, *inputs) -> list:
             records = [{"prompt": prompt} for prompt in records]
         write_with_checksum(counts_path, json_bytes(counts))
         write_with_checksum(path, jsonl_bytes(records))  # last: a step whose records exist is finished
-    (model.folder / f"{name}.journal").unlink(missing_ok=True)
+    processes.wait_for_all()
+    remove_journals(model.folder / f"{name}.journal")
     verify_checksum(counts_path)
     verify_checksum(path)
     records = read_jsonl(path, name)
@@ -157,7 +159,7 @@ def keep_model(step, *inputs) -> StoredModel:
     name = inputs[0] if step.__name__ == "train_sft" else model.next_name
     parent = model if step.__name__ == "train_sft" or not by_sft else StoredModel(model.run, "M0")
     trained = StoredModel(model.run, name)
-    if (trained.folder / "meta.json").exists():
+    if processes.agree((trained.folder / "meta.json").exists()):
         check_model_files(trained.folder)
     else:
         made_from = (model.run.fingerprint, model_hash(parent.folder), inputs)
@@ -169,6 +171,7 @@ def keep_model(step, *inputs) -> StoredModel:
                 "config_hash": model.run.fingerprint, "seed": model.config.seed,
                 "minisr": __version__, "torch": torch.__version__})
             trained.lm = lm
+    processes.wait_for_all()
     if model_hash(trained.folder, "parent_hash") != model_hash(parent.folder):
         raise InputError(f"{trained.folder} was trained from another {parent.name} than the present one; remove its "
                          "meta.json, and it is trained again")

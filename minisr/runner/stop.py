@@ -6,6 +6,8 @@ Imported before anything heavy, so that a signal during start-up is handled too.
 import signal
 import sys
 
+from minisr.runner import processes
+
 
 class Stop:
     """Whether a signal asked the process to stop. Long loops call check() at points where everything is saved."""
@@ -22,9 +24,11 @@ class Stop:
         if cls.requested:
             raise KeyboardInterrupt
         cls.requested = True
-        print("\nminisr: stopping after this step; send the signal again to stop at once", file=sys.stderr)
+        if processes.is_main():
+            print("\nminisr: stopping after this step; send the signal again to stop at once", file=sys.stderr)
 
     @classmethod
     def check(cls) -> None:
-        if cls.requested:
+        """Raise KeyboardInterrupt in all processes of the run if one of them was asked to stop."""
+        if processes.any_true(cls.requested):
             raise KeyboardInterrupt

@@ -5,6 +5,7 @@ import hashlib
 from pathlib import Path
 
 from minisr import InputError
+from minisr.runner import processes
 from minisr.runner.files import file_digest, read_json, write_bytes, write_failure, write_json
 
 
@@ -23,7 +24,10 @@ def check_run(folder: Path) -> None:
 
 @contextlib.contextmanager
 def folder_lock(folder: Path):
-    """Only one process at a time works in a folder. The lock ends with its process, however that ends."""
+    """Only one run at a time works in a folder. Process 0 holds the lock, which ends with it, however it ends."""
+    if not processes.is_main():
+        yield
+        return
     try:
         import fcntl
     except ImportError:  # Windows has no such lock

@@ -203,7 +203,11 @@ def train_on_positives(model, pairs: list[dict]):
 def train_dpo_variant(model, pairs: list[dict]):
     """DPO with M1 as the reference of every iteration, or with labels smoothed by the judge's inconsistency."""
     config, name = model.config.dpo, model.next_name
-    reference_lm = type(model)(model.run, "M1").lm if config.reference == "M1" else model.lm
+    reference_lm = model.lm
+    if config.reference == "M1":
+        reference_lm = type(model)(model.run, "M1").lm
+        if hasattr(reference_lm, "record_reference"):
+            reference_lm.record_reference(pairs)
     loss = smoothed_dpo_loss(1 - sum(p["agreement"] for p in pairs) / len(pairs)) if config.consistency and pairs \
         else dpo_loss
     seed = derive_seed(model.config.seed, name, "DPO")
@@ -223,12 +227,14 @@ def smoothed_dpo_loss(smoothing: float):
     return loss
 
 
-def restore_recorded_logps(model) -> None:
-    """Give the engine the log-probabilities that it recorded while M_t sampled its responses."""
-    if not hasattr(model.lm, "record"):
+def restore_recorded_logps(model, pairs: list[dict]) -> None:
+    """Give the fast engine the log-probabilities of M_t that the frozen reference reads."""
+    if not hasattr(model.lm, "record_reference"):
         return
     for record in read_jsonl(model.folder / "responses.jsonl", "responses"):
         prompt = model.lm.tokenizer.encode_prompt(record["prompt"])
         for text, logp in zip(record["responses"], record["logps"]):
             if logp is not None:
                 model.lm.record(prompt, model.lm.tokenizer.encode_response(text), logp)
+    if not model.config.dpo.positives_only and model.config.dpo.reference == "previous":
+        model.lm.record_reference(pairs)

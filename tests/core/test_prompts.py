@@ -59,14 +59,14 @@ VARIANTS = [lambda x: x, str.upper, lambda x: x.replace(".", "!").replace(",", "
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_seed_prompts_are_rejected(variant):
-    x, counts = make(ScriptedLM([variant(seed) for seed in SEEDS]), count=5, rows=4, max_attempts_factor=10)
+    x, counts = make(ScriptedLM([variant(seed) for seed in SEEDS]), count=5, round_size=4, max_attempts_factor=10)
     assert counts["exact match"] == len(SEEDS)
     assert len(x) == 5 and not {*map(normalize, x)} & {*map(normalize, SEEDS)}
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_evaluation_prompts_are_rejected(variant):
-    x, counts = make(ScriptedLM([variant(HELD_OUT)] * 3), count=5, rows=4, max_attempts_factor=10)
+    x, counts = make(ScriptedLM([variant(HELD_OUT)] * 3), count=5, round_size=4, max_attempts_factor=10)
     assert counts["evaluation prompt"] == 3
     assert len(x) == 5 and normalize(HELD_OUT) not in map(normalize, x)
 
@@ -79,7 +79,7 @@ def test_each_rejection_is_counted_by_its_reason():
         HELD_OUT, SEEDS[1], fresh, fresh.lower(),
         "Knit seven warm mittens before summer.",  # 2 * 5 / 12 = 0.83 of the one before
     ])
-    x, counts = make(lm, count=1000, rows=8, max_attempts_factor=0.008, max_words=13)
+    x, counts = make(lm, count=1000, round_size=8, max_attempts_factor=0.008, max_words=13)
     assert x == [fresh]
     assert counts == {"accepted": 1, "length": 2, "keyword": 1, "evaluation prompt": 1, "exact match": 2,
                       "similar": 1}
@@ -108,7 +108,7 @@ def test_the_rouge_threshold_decides_what_is_similar(max_rouge_l, accepted):
 
 def test_an_accepted_prompt_is_not_accepted_again_in_a_later_round():
     lm = ScriptedLM(["Knit seven warm mittens before winter."] * 6)
-    assert make(lm, count=6, rows=2, max_attempts_factor=1)[1] == {"accepted": 1, "exact match": 5}
+    assert make(lm, count=6, round_size=2, max_attempts_factor=1)[1] == {"accepted": 1, "exact match": 5}
 
 
 # Similarity.
@@ -209,19 +209,19 @@ def test_a_keyword_in_another_script_is_found():
 
 def test_it_stops_when_there_are_enough_prompts():
     lm = ScriptedLM()
-    x, counts = make(lm, count=5, rows=3, max_attempts_factor=10)
+    x, counts = make(lm, count=5, round_size=3, max_attempts_factor=10)
     assert len(x) == len(set(x)) == counts["accepted"] == counts.total() == 5
     assert len(lm.shown) == 6  # two rounds of three
 
 
 def test_it_gives_up_when_the_model_never_writes_an_acceptable_prompt():
     lm = ScriptedLM(["No."] * 1000)
-    assert make(lm, count=7, rows=4, max_attempts_factor=3) == ([], Counter(accepted=0, length=21))
+    assert make(lm, count=7, round_size=4, max_attempts_factor=3) == ([], Counter(accepted=0, length=21))
     assert len(lm.shown) == 21
 
 
 def test_it_gives_up_with_a_random_model_too(engine):
-    config = PromptConfig(count=4, rows=5, max_attempts_factor=2, max_new_tokens=6)
+    config = PromptConfig(count=4, round_size=5, max_attempts_factor=2, max_new_tokens=6)
     x, counts = new_prompts(tiny_lm(engine, context=512), SEEDS, set(), config, seed=0)
     assert counts.total() == 8 and counts["accepted"] == len(x)
 
@@ -245,7 +245,7 @@ def test_long_examples_leave_room_for_the_new_prompt():
     tokenizer, long = tiny_tokenizer(), [f"{number} " + "news of the river " * 10 for number in range(9)]
     max_seq_len = 2 * len(tokenizer.encode(long[0])) + 60
     lm = ScriptedLM(["Tell us about the long winter."], max_seq_len=max_seq_len)
-    x, _ = new_prompts(lm, long, set(), PromptConfig(count=1, rows=1), seed=0)
+    x, _ = new_prompts(lm, long, set(), PromptConfig(count=1, round_size=1), seed=0)
     assert x == ["Tell us about the long winter."] and lm.shown[0].count("river") in (10, 20)
     assert len(tokenizer.encode(lm.shown[0])) + PromptConfig().max_new_tokens < max_seq_len
 
@@ -253,7 +253,7 @@ def test_long_examples_leave_room_for_the_new_prompt():
 def test_the_model_is_shown_seeds_first_and_generated_prompts_once_there_are_some():
     generated = ["Knit seven warm mittens before winter.", "Count all stars above our roof tonight."]
     lm = ScriptedLM(generated)
-    make(lm, count=4, rows=2, max_attempts_factor=10)
+    make(lm, count=4, round_size=2, max_attempts_factor=10)
     listed = [[line.split(". ", 1)[1] for line in text.split("\n")[1:-1]] for text in lm.shown]
     assert all(len(set(shots)) == 8 and set(shots) <= set(SEEDS) for shots in listed[:2])  # the first round
     assert all(set(generated) < set(shots) and len(set(shots) & set(SEEDS)) == 6 for shots in listed[2:4])

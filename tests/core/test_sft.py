@@ -19,9 +19,11 @@ def test_the_loss_is_the_cross_entropy_of_the_targets_by_hand(engine):
                 Example([2, 1, 0], [False, True, False])]  # 1 after 2
     by_hand = -(log(1 / 3) + log(4 / 8) + log(2 / 6))
     assert lm.target_loss(examples).item() == pytest.approx(by_hand, abs=1e-5)
-    [mean] = mean_target_losses(lm, examples, TrainConfig())
-    assert mean.item() == pytest.approx(by_hand / 3, abs=1e-5)
-    parts = [loss.item() for loss in mean_target_losses(lm, examples, TrainConfig(micro_batch=1))]
+    [mean] = loss_values(lm, examples, TrainConfig())
+    assert mean == pytest.approx(by_hand / 3, abs=1e-5)
+    [weighted] = loss_values(lm, examples, TrainConfig(), 0.25)
+    assert weighted == pytest.approx(by_hand / 12, abs=1e-5)
+    parts = loss_values(lm, examples, TrainConfig(micro_batch=1))
     assert parts == pytest.approx([-(log(1 / 3) + log(4 / 8)) / 3, -log(2 / 6) / 3], abs=1e-5)
 
 
@@ -29,8 +31,11 @@ def test_the_first_token_is_never_a_target(engine):
     lm = tiny_lm(engine)
     first_too, without = Example([1, 2, 3], [True, True, True]), Example([1, 2, 3], [False, True, True])
     assert lm.target_loss([first_too]).item() == lm.target_loss([without]).item()
-    assert [loss.item() for loss in mean_target_losses(lm, [first_too], TrainConfig())] == [
-        loss.item() for loss in mean_target_losses(lm, [without], TrainConfig())]
+    assert loss_values(lm, [first_too], TrainConfig()) == loss_values(lm, [without], TrainConfig())
+
+
+def loss_values(*arguments):
+    return [compute()[0].item() for compute in mean_target_losses(*arguments)]
 
 
 def test_prompt_and_padding_bear_no_loss_and_the_end_token_does(engine):

@@ -113,7 +113,7 @@ def steps(monkeypatch):
 def fit_model(model, factors, config):
     """Train on the loss `factor * mean(logits^2)`; each factor is a batch."""
     def loss_fn(factor, config):
-        yield factor * model(torch.tensor([[1, 2]])).square().mean(), {}
+        return [lambda: (factor * model(torch.tensor([[1, 2]])).square().mean(), {})]
     return fit(model, make_optimizer(model.named_parameters(), config), factors, loss_fn, config)
 
 
@@ -142,7 +142,7 @@ def test_a_loss_that_is_not_finite_stops_the_training_and_changes_no_weight(bad)
 
     def loss_fn(factor, config):
         before.append(model.embed.weight.detach().clone())
-        yield model(torch.tensor([[1, 2]])).square().mean() * factor, {}
+        return [lambda: (model(torch.tensor([[1, 2]])).square().mean() * factor, {})]
 
     optimizer = make_optimizer(model.named_parameters(), TrainConfig())
     with pytest.raises(FloatingPointError, match="not finite"):
@@ -159,7 +159,7 @@ def test_dropout_is_on_during_training_and_off_after_it(engine):
 
     def loss_fn(batch, config):
         seen.extend((m.training, m.p) for m in lm.model.modules() if isinstance(m, torch.nn.Dropout))
-        yield lm.model(torch.tensor([[1, 2]])).square().mean(), {}
+        return [lambda: (lm.model(torch.tensor([[1, 2]])).square().mean(), {})]
 
     lm.fit([0], loss_fn, TrainConfig(dropout=0.3))
     assert set(seen) == {(True, 0.3)} and not any(m.training for m in lm.model.modules())

@@ -1,9 +1,10 @@
 """Kill a small run at random instants, resume it, and compare its files with those of an uninterrupted run.
 
-    python tests/robustness/kills.py [--kills 60] [--signal 9] [--seed 0] [--folder FOLDER]
+    python tests/robustness/kills.py [--kills 60] [--signal 9] [--seed 0] [--folder FOLDER] [--processes 1 2 4]
 
-Each process resumes where the one before it was killed, until the run is complete; then the next run begins. Ends with
-exit code 1 if a file differs, if a process prints "Traceback", or if a process ends with an unexpected exit code.
+Each process resumes where the one before it was killed, until the run is complete; then the next run begins. With
+--processes, each time with one of these numbers of processes, and either one of them is killed or their launcher.
+Ends with exit code 1 if a file differs, if a process prints "Traceback", or if it ends with an unexpected exit code.
 Linux only: /proc says whether a process has a signal handler.
 """
 
@@ -24,7 +25,7 @@ device = "cpu"
 threads = 1
 seed_data = {ift = 48, ranked = 32, judge_evaluation = 8, evaluation = 24}
 sft = {batch_size = 8, epochs = 1, save_every = 2}
-prompts = {count = 24, max_rouge_l = 1.0, rows = 8}
+prompts = {count = 24, max_rouge_l = 1.0, rows = 8, round_size = 16}
 responses = {rows = 16, temperature = 1.0}
 judge = {rows = 48, judgements = 2}
 evaluate = {rows = 8}
@@ -46,14 +47,17 @@ def main() -> int:
     while kills < options.kills:
         shutil.rmtree(folder / "killed", ignore_errors=True)
         while True:  # until this run is complete
-            process, handled = start_run(folder, "killed"), True
+            process, handled = start_run(folder, "killed", rng.choice(options.processes)), True
             try:
                 process.wait(rng.uniform(0.02, 0.6) * seconds)
             except subprocess.TimeoutExpired:
-                handled = handles(process.pid, options.signal)
-                process.send_signal(options.signal)
+                target = rng.choice([process.pid, *children(process.pid)])
+                handled = target != process.pid or handles(process.pid, options.signal)
+                os.kill(target, options.signal)
                 kills += 1
             code, message = finish(process)
+            if code < 0:
+                time.sleep(0.3)  # the processes end when they notice that their launcher has
             where = newest(folder / "killed")
             stages[where] = stages.get(where, 0) + 1
             # Without minisr's handler, at start-up and at shut-down, a signal ends the process at once.
@@ -77,11 +81,15 @@ def _options():
     parser.add_argument("--signal", type=int, default=9, help="9 (default) or 15")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", help="folder of the runs; default a new temporary one")
+    parser.add_argument("--processes", type=int, nargs="+", default=[1], metavar="N",
+                        help="numbers of processes to choose from; default 1")
     return parser.parse_args()
 
 
-def start_run(folder: Path, name: str) -> subprocess.Popen:
+def start_run(folder: Path, name: str, processes: int = 1) -> subprocess.Popen:
     command = [sys.executable, "-m", "minisr", "run", folder / "config.toml", "--out", folder / name]
+    if processes > 1:
+        command += ["--processes", str(processes)]
     return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
                             env=os.environ | {"TQDM_DISABLE": "1"})
 
@@ -90,6 +98,11 @@ def finish(process: subprocess.Popen) -> tuple[int, str]:
     """Exit code and stderr."""
     message = process.communicate()[1]
     return process.returncode, message
+
+
+def children(pid: int) -> list[int]:
+    """The processes that a process has started."""
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
 def handles(pid: int, number: int) -> bool:

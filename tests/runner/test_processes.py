@@ -1,0 +1,223 @@
+"""Several processes do what one does: the same files, bit for bit, whatever ends and is resumed in between."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import kills
+import pytest
+import torch
+
+from minisr import InputError
+from minisr.runner import launcher, processes
+from minisr.runner.engine import SHARES
+from minisr.runner.gradients import GradientSum
+
+# Uneven numbers of batches, micro-batches that do not divide, dropout, and a judge that writes the EFT data.
+CONFIG = """
+iterations = 1
+device = "cpu"
+threads = 1
+seed_data = {ift = 18, ranked = 12, judge_evaluation = 4, evaluation = 7}
+sft = {batch_size = 7, epochs = 1, learning_rate = 3e-3, dropout = 0.1, save_every = 2}
+prompts = {count = 9, max_rouge_l = 0.95, rows = 4, round_size = 10, max_new_tokens = 24}
+responses = {candidates = 3, temperature = 1.0, top_p = 1.0, rows = 6, max_new_tokens = 40}
+judge = {judgements = 2, rows = 10, max_new_tokens = 60}
+evaluate = {rows = 2, max_new_tokens = 40}
+dpo = {batch_size = 4, learning_rate = 3e-4, replay_weight = 0.5, dropout = 0.1, epochs = 2, save_every = 1}
+"""
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
+RUN = [sys.executable, "-m", "minisr", "run"]
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="signals")
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    path = tmp_path_factory.mktemp("config") / "small.toml"
+    path.write_text(CONFIG)
+    return path
+
+
+@pytest.fixture(scope="module")
+def expected(config):
+    """The files of a run in one process."""
+    out = config.parent / "one"
+    done = run(config, out)
+    assert done.returncode == 0, done.stderr
+    return kills.files(out)
+
+
+def run(config, out, *options, command=RUN):
+    return subprocess.run([*command, config, "--out", out, *options], capture_output=True, text=True, env=ENVIRONMENT)
+
+
+def start(config, out, n):
+    return subprocess.Popen([*RUN, config, "--out", out, "--processes", str(n)], env=ENVIRONMENT, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def wait_for(path: Path) -> None:
+    deadline = time.monotonic() + 120
+    while not path.exists():
+        assert time.monotonic() < deadline, path
+        time.sleep(0.01)
+
+
+def workers_of(process) -> list[int]:
+    return kills.children(process.pid)
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().split(") ")[1][0] != "Z"
+    except OSError:
+        return False
+
+
+# Whole runs.
+
+
+@pytest.mark.parametrize("n", [2, 3])
+def test_any_number_of_processes_writes_the_same_files(config, expected, n, tmp_path):
+    done = run(config, tmp_path / "run", "--processes", str(n))
+    assert done.returncode == 0 and done.stderr == ""
+    assert kills.differences(kills.files(tmp_path / "run"), expected) == []
+    assert done.stdout.count("Judge metrics") == 1 and done.stdout.count("\nM2 ") == 2  # as it grows, and in the table
+
+
+def test_torchrun_does_the_same(config, expected, tmp_path):
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "minisr",
+                "run"]
+    done = run(config, tmp_path / "run", command=torchrun)
+    assert done.returncode == 0, done.stderr
+    assert kills.differences(kills.files(tmp_path / "run"), expected) == []
+    assert done.stdout.count("Judge metrics") == 1
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_killed_process_ends_the_run_with_one_line_that_names_it(config, expected, victim, tmp_path):
+    process = start(config, tmp_path / "run", 3)
+    wait_for(tmp_path / "run" / "SFT" / "meta.json")
+    workers = workers_of(process)
+    os.kill(workers[victim], signal.SIGKILL)
+    _, errors = process.communicate(timeout=60)
+    assert errors == f"minisr: process {victim} of 3 was killed by signal 9; run the same command again to resume\n"
+    assert process.returncode == 130 and not any(map(alive, workers))
+    assert run(config, tmp_path / "run", "--processes", "2").returncode == 0  # another number goes on
+    assert kills.differences(kills.files(tmp_path / "run"), expected) == []
+
+
+def test_ctrl_c_stops_all_processes_and_saves_their_work(config, expected, tmp_path):
+    process = start(config, tmp_path / "run", 2)
+    wait_for(tmp_path / "run" / "SFT" / "meta.json")
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "interrupted; to resume, run the same command again" in errors and "Traceback" not in errors
+    assert run(config, tmp_path / "run").returncode == 0
+    assert kills.differences(kills.files(tmp_path / "run"), expected) == []
+
+
+def test_the_processes_end_with_their_launcher(config, tmp_path):
+    process = start(config, tmp_path / "run", 2)
+    wait_for(tmp_path / "run" / "config.toml")
+    workers = workers_of(process)
+    process.kill()
+    process.wait()
+    deadline = time.monotonic() + 20
+    while any(map(alive, workers)):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.communicate()
+
+
+@pytest.mark.slow
+def test_killed_at_random_instants_and_resumed_with_other_numbers_of_processes(tmp_path):
+    options = ["--kills", "20", "--processes", "1", "2", "4", "--folder", tmp_path]
+    command = [sys.executable, kills.__file__, *options]
+    done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT)
+    assert done.returncode == 0 and "same files, bit for bit" in done.stdout, done.stdout + done.stderr
+
+
+# Errors.
+
+
+@pytest.mark.parametrize("changes", ["nonsense=1", "seed_model=/nowhere"])
+def test_wrong_input_is_one_line_in_several_processes_too(config, changes, tmp_path):
+    alone = run(config, tmp_path / "run", "--set", changes)
+    together = run(config, tmp_path / "run", "--set", changes, "--processes", "2")
+    assert alone.returncode == together.returncode == 2
+    assert together.stderr == alone.stderr and together.stderr.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("n", ["0", "-1", "two", "1.5", "5000"])
+def test_a_wrong_number_of_processes_is_refused(config, n, tmp_path):
+    done = run(config, tmp_path / "run", f"--processes={n}")
+    assert done.returncode == 2
+    assert re.fullmatch(r"minisr: --processes must be a number from 1 to 1024 .*\n", done.stderr)
+
+
+def test_auto_means_one_process_a_core_without_a_gpu():
+    assert launcher.number_of_processes("auto", "cpu") == launcher.available_cores() >= 1
+    assert launcher.number_of_processes("3", "auto") == 3
+    with pytest.raises(InputError, match="not 'many'"):
+        launcher.number_of_processes("many", "cpu")
+
+
+# The sum of gradients.
+
+
+def quadratic_losses(parameters, coefficients):
+    def loss(c):
+        return sum((c * p.square()).sum() for p in parameters), {"count": 1}
+    return [partial(loss, c) for c in coefficients]
+
+
+@pytest.mark.parametrize("count", range(1, 10))
+def test_the_gradient_is_the_sum_over_all_losses(count):
+    parameters = [torch.randn(shape, dtype=torch.float64).requires_grad_() for shape in [(3, 2), (5,)]]
+    coefficients = torch.rand(count, dtype=torch.float64)
+    gradient = GradientSum(torch.optim.SGD(parameters), quadratic_losses(parameters, coefficients), seed=0)
+    gradient.compute()
+    for p in parameters:  # the derivative of c x^2 is 2 c x
+        torch.testing.assert_close(p.grad, 2 * coefficients.sum() * p.detach(), rtol=1e-12, atol=1e-12)
+    metrics = gradient.total_metrics([gradient.metrics])
+    assert metrics["count"] == count and sorted(gradient.order) == list(range(count))
+    squares = sum(p.detach().square().sum() for p in parameters)
+    assert metrics["loss"] == pytest.approx((coefficients.sum() * squares).item())
+
+
+def test_the_order_of_the_sum_is_fixed():
+    # In float32, (big + 1) - big is 0 and (big - big) + 1 is 1: four losses are summed as (0 + 2) + (1 + 3), since the
+    # second half, the replayed examples, is interleaved with the first.
+    p, big = torch.ones(1, requires_grad=True), 2.0**26
+
+    def total(*coefficients):
+        gradient = GradientSum(torch.optim.SGD([p]), quadratic_losses([p], [c / 2 for c in coefficients]), seed=0)
+        gradient.compute()
+        return p.grad.item()
+    assert total(big, 1.0, -big, 1.0) == 2.0
+    assert total(big, -big, 1.0, 1.0) == 0.0
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 8, 11])
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 7, 8])
+def test_every_loss_has_one_owner_and_the_work_is_even(size, count, monkeypatch):
+    monkeypatch.setattr(processes, "size", lambda: size)
+    gradient = GradientSum(torch.optim.SGD([torch.ones(1)]), [None] * count, seed=0)
+    owners = [gradient.owner(position) for position in range(count)]
+    shares = [owners.count(rank) for rank in range(size)]
+    assert sum(shares) == count and owners == sorted(owners) and owners[0] == 0
+    assert max(shares) - min(shares) <= 1
+
+
+def test_pairs_and_replayed_examples_are_both_dealt_to_all():
+    gradient = GradientSum(torch.optim.SGD([torch.ones(1)]), [None] * (2 * SHARES), seed=0)
+    first_half = gradient.order[:SHARES]  # of the first of two processes
+    assert sum(index < SHARES for index in first_half) == SHARES / 2
