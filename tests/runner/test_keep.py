@@ -16,7 +16,8 @@ from minisr.runner.steps import FILES, StoredModel, keep, run_loop
 from minisr.runner.stop import Stop
 from minisr.runner.storage import write_with_checksum
 
-SMALL_BATCHES = ("prompts.rows=4", "prompts.count=10", "responses.rows=8", "judge.rows=8", "evaluate.rows=3")
+SMALL_BATCHES = ("prompts.rows=4", "prompts.round_size=4", "prompts.count=10", "responses.rows=8", "judge.rows=8",
+                 "evaluate.rows=3")
 STEPS = [*FILES, "train_dpo"]
 SAMPLING_STEPS = [step for step in FILES if step != "select_pairs"]
 

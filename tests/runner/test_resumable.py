@@ -14,7 +14,7 @@ from minisr.runner.stop import Stop
 
 FREE = ("threads=3", "device=cpu", "engine=plain", "responses.rows=8", "judge.rows=8", "evaluate.rows=3",
         "sft.micro_batch=2", "dpo.micro_batch=2", "sft.save_every=7", "dpo.save_every=7")
-DECIDING = ("seed=1", "dtype=float64", "prompts.rows=8", "responses.candidates=3", "sft.batch_size=4",
+DECIDING = ("seed=1", "dtype=float64", "prompts.round_size=8", "responses.candidates=3", "sft.batch_size=4",
             "dpo.dropout=0.1", "responses.max_new_tokens=9", "sft.optimizer=muon", "chat=tiny")
 NOT_WITH_DROPOUT = ("engine=plain", "sft.micro_batch=2", "device=cpu")
 
