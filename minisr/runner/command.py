@@ -16,8 +16,6 @@ import threading
 import time
 from dataclasses import dataclass
 
-from tqdm import tqdm
-
 from minisr import InputError
 from minisr.judge import MAX_SCORE, Judgement
 from minisr.runner.stop import Stop
@@ -48,16 +46,10 @@ class Command:
         """read_answer(answer, label) of the program's answer to each record; see the module's docstring.
 
         read_answer takes a JSON object, and returns what JSON can hold or raises ValueError."""
-        journal, results = workspace.journal, []
-        for number, batch in enumerate(tqdm(groups(records, BATCH), workspace.title, leave=False, disable=None)):
-            answers = journal.get(*key, number) if journal else None
-            if answers is None:
-                answers = self.ask_batch(batch, number * BATCH + 1, read_answer)
-                if journal:
-                    journal.add(answers, *key, number)
-                Stop.check()
-            results += answers
-        return results
+        def ask_batch(numbered: list[tuple[int, dict]]) -> list:
+            return self.ask_batch([record for _, record in numbered], numbered[0][0], read_answer)
+
+        return workspace.share(ask_batch, groups(list(enumerate(records, 1)), BATCH), *key)
 
     def ask_batch(self, records: list[dict], first: int, read_answer) -> list:
         """The answers to one batch, whose first record has the number `first`."""
@@ -133,7 +125,8 @@ class Program:
             try:
                 line = self.output.get(timeout=0.1)
             except queue.Empty:
-                Stop.check()
+                if Stop.requested:
+                    raise KeyboardInterrupt from None
                 self.hung = time.monotonic() > deadline
                 if self.hung:
                     return

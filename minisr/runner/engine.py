@@ -7,6 +7,7 @@ one where memory runs out are a single mechanism here, outside the sampler.
 import contextlib
 from collections import Counter
 from dataclasses import astuple, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -49,6 +50,26 @@ class Workspace:
         finally:
             vars(self).update(before)
 
+    def share(self, compute, batches: list[list], *key) -> list:
+        """compute(batch) for each batch, concatenated. Its results are lists of what JSON can hold.
+
+        Batches are dealt to the processes in turn. Finished ones are stored in the journal under the key and their
+        number, and taken from it."""
+        results = {}
+        dealt = range(processes.rank(), len(batches), processes.size())
+        for number in tqdm(dealt, self.title, leave=False, disable=None):
+            results[number] = self.journal.get(*key, number) if self.journal else None
+            if results[number] is None:
+                results[number] = compute(batches[number])
+                if self.journal:
+                    self.journal.add(results[number], *key, number)
+                if Stop.requested:
+                    break
+        gathered = processes.gather(results)
+        Stop.check()
+        everything = {number: values for part in gathered for number, values in part.items()}
+        return [value for number in range(len(batches)) for value in everything[number]]
+
 
 class RunLM:
     """Overrides of LM's loops over batches, for either engine."""
@@ -56,7 +77,7 @@ class RunLM:
     workspace: Workspace
 
     def map_batches(self, compute, batches: list[list[int]], seed: int) -> list[list[Completion]]:
-        """Replaces LM.map_batches: see share_batches."""
+        """Replaces LM.map_batches: see Workspace.share."""
         def compute_values(batch: list[int]) -> list:
             return [[astuple(completion) for completion in row] for row in compute(batch)]
 
@@ -64,24 +85,8 @@ class RunLM:
         return [[Completion(*values) for values in row] for row in rows]
 
     def share_batches(self, compute, batches: list[list], *key) -> list:
-        """compute(batch) for each batch, concatenated. Its results are lists of what JSON can hold.
-
-        Batches are dealt to the processes in turn. Finished ones are stored in the journal under the key and their
-        number, and taken from it."""
-        journal, results = self.workspace.journal, {}
-        dealt = range(processes.rank(), len(batches), processes.size())
-        for number in tqdm(dealt, self.workspace.title, leave=False, disable=None):
-            results[number] = journal.get(*key, number) if journal else None
-            if results[number] is None:
-                results[number] = compute_within_memory(compute, batches[number])
-                if journal:
-                    journal.add(results[number], *key, number)
-                if Stop.requested:
-                    break
-        gathered = processes.gather(results)
-        Stop.check()
-        everything = {number: values for part in gathered for number, values in part.items()}
-        return [value for number in range(len(batches)) for value in everything[number]]
+        """Workspace.share; where memory runs out, a batch is split."""
+        return self.workspace.share(partial(compute_within_memory, compute), batches, *key)
 
     def fit(self, batches: list, loss_fn, config) -> list[dict]:
         """Replaces LM.fit: the state is stored every save_every steps and when a signal asks to stop."""
