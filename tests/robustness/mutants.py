@@ -405,7 +405,8 @@ FAULTS = {
         ("a round that ranks nothing agrees", "if correct and all(correct):", "if all(correct):"),
         ("EFT takes the last round in order", "for one_round in zip(*judgements):",
          "for one_round in reversed([*zip(*judgements)]):"),
-        ("held-out judgements are trained on", "judged[:n_train][:config.ranked]", "judged[:config.ranked]")],
+        ("the judgements of training are held out", "judge_evaluation = fitting[n_train:]",
+         "judge_evaluation = fitting[:n_train]")],
     ("runner/reuse", "experiment"): [
         ("another judge keeps the rewards", '"judge.by": "rewards"', '"judge.by": "pairs"')],
     ("runner/muon", "muon"): [
