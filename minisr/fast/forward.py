@@ -31,7 +31,13 @@ def final_hidden(model: Decoder, ids: Tensor, positions: Tensor, attention_fn, s
     return rms_norm(model.norm, x)
 
 
-def run_block(block: Block, x: Tensor, cos: Tensor, sin: Tensor, attention_fn, select: Tensor | None) -> Tensor:
+def run_block(block: Block, *inputs) -> Tensor:
+    """block_forward, through the hooks of FSDP if it has sharded the block: see runner/sharding.py."""
+    call = getattr(block, "call", None)
+    return call(block_forward, block, *inputs) if call else block_forward(block, *inputs)
+
+
+def block_forward(block: Block, x: Tensor, cos: Tensor, sin: Tensor, attention_fn, select: Tensor | None) -> Tensor:
     """Block.forward with another attention; after it, only the selected tokens continue."""
     attention, (B, T, _) = block.attention, x.shape
     H, G, D = attention.config.n_heads, attention.config.n_kv_heads, attention.config.head_dim

@@ -88,6 +88,7 @@ class Config(LoopConfig):
     device: str = "auto"  # a GPU if there is one, else the CPU
     threads: int = 2  # of the CPU; another number may change the last bit of a result
     engine: str = "fast"  # "plain": the readable engine of the core
+    sharded: bool = False  # several processes: each keeps a part of what the optimizer needs (FSDP2)
     dtype: str = "auto"  # bfloat16 on a GPU, else float32; "float64" for comparisons
     seed_model: str = ""  # M0: a model folder, a .gguf file, package:NAME; "": the one that ships with minisr
     chat: str = ""  # chat template of M0, a name or a file; "": its own

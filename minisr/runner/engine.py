@@ -75,6 +75,7 @@ class RunLM:
     """Overrides of LM's loops over batches, for either engine."""
 
     workspace: Workspace
+    training_state = TrainingState
 
     def map_batches(self, compute, batches: list[list[int]], seed: int) -> list[list[Completion]]:
         """Replaces LM.map_batches: see Workspace.share."""
@@ -96,7 +97,7 @@ class RunLM:
         config = replace(config, micro_batch=config.micro_batch or -(-config.batch_size // SHARES))
         dropout_seed = torch.initial_seed()
         optimizer = self.prepare_training(config)
-        state = TrainingState(work.training_folder, work.training_made_from, batches, deciding_values(config))
+        state = self.training_state(work.training_folder, work.training_made_from, batches, deciding_values(config))
         log = state.restore(self.model, optimizer)
         bar = tqdm(batches, work.title, leave=False, initial=len(log), disable=None)
         for step in range(len(log), len(batches)):
@@ -175,8 +176,8 @@ class PlainRunLM(RunLM, LM):
     """engine = "plain"."""
 
 
-def run_lm_class(engine: str, lora_config: LoRAConfig | None = None) -> type[LM]:
-    """The class for a config's engine, which trains adapters if the config says so."""
+def run_lm_class(engine: str, lora_config: LoRAConfig | None = None, sharded: bool = False) -> type[LM]:
+    """The class for a config's engine. It trains adapters, or shards of the weights, if the config says so."""
     if engine == "plain":
         return PlainRunLM
     try:
@@ -196,6 +197,12 @@ def run_lm_class(engine: str, lora_config: LoRAConfig | None = None) -> type[LM]
             batches = [missing[i:i + REFERENCE_BATCH] for i in range(0, len(missing), REFERENCE_BATCH)]
             self.record_pairs(missing, self.share_batches(self.compute_logps, batches, "reference"))
 
+    if sharded and processes.size() > 1:
+        from minisr.runner.sharding import ShardedTraining  # imports much of torch.distributed
+
+        class ShardedRunLM(ShardedTraining, FastRunLM):
+            """engine = "fast" with sharded = true."""
+        return ShardedRunLM
     if lora_config is None or lora_config.rank == 0:
         return FastRunLM
 

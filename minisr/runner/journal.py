@@ -7,6 +7,7 @@ import contextlib
 import hashlib
 import json
 import os
+import shutil
 from pathlib import Path
 
 import torch
@@ -122,6 +123,8 @@ class TrainingState:
         for pattern in ("training-*.pt*", "training.json*"):  # also what a kill left half-written
             for path in Path(folder).glob(pattern):
                 path.unlink()
+        for path in Path(folder).glob("training-*.sharded"):
+            shutil.rmtree(path)
 
 
 def trained_tensors(optimizer) -> list[torch.Tensor]:

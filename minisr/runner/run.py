@@ -39,7 +39,7 @@ class Run:
         self.device = "cuda" if uses_gpu(config) else "cpu"
         self.dtype = choose_dtype(config)
         avoid_cudnn_attention()
-        self.lm_class = run_lm_class(config.engine, config.lora)
+        self.lm_class = run_lm_class(config.engine, config.lora, config.sharded)
         self.has_oracle = config.seed_data.source == "world"
         stored = self.folder / "judge.txt"  # the template that the run began with
         if stored.exists():
@@ -199,6 +199,12 @@ def check_consistency(config: Config) -> None:
         raise InputError('lora.rank needs engine = "fast"')
     if config.lora.rank and "muon" in (config.sft.optimizer, config.dpo.optimizer):
         raise InputError('optimizer = "muon" trains whole matrices, not adapters: set it to "adamw", or lora.rank to 0')
+    if config.sharded and config.engine == "plain":
+        raise InputError('sharded = true needs engine = "fast"')
+    if config.sharded and config.lora.rank:
+        raise InputError("sharded = true does not go together with lora.rank: adapters need little optimizer state")
+    if config.sharded and "muon" in (config.sft.optimizer, config.dpo.optimizer):
+        raise InputError('optimizer = "muon" needs whole matrices: set it to "adamw", or sharded to false')
 
 
 def check_judge(config: Config, example: dict) -> None:
