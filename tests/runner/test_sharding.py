@@ -152,8 +152,11 @@ def test_smollm2(tmp_path):
                for file in ("whole/held-0", "whole/held-1", "alone/held-0")]
     for first, second, whole in zip(*squares, strict=True):
         assert (first + second) ** 0.5 == pytest.approx(whole**0.5, rel=1e-5)
+    # AdamW moves even a weight whose gradient is mere rounding, in either direction: by the learning rates at most.
+    moved = sum(record["learning_rate"] for record in jsonl(tmp_path / "whole/train_log.jsonl"))
     for key, weight in weights(tmp_path / "whole").items():
-        torch.testing.assert_close(weight, expected[key], atol=5e-5, rtol=0)
+        difference = (weight - expected[key]).abs()
+        assert difference.mean() < 1e-8 and difference.max() < moved < 2e-4, key
 
 
 def test_a_process_alone_shards_nothing():
