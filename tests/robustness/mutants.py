@@ -130,8 +130,8 @@ FAULTS = {
         ("a response keeps the template's text", ".removesuffix(self._after_response)", "")],
     ("sft", "sft"): [
         ("padding is trained", "example.mask + [False] *", "example.mask + [True] *"),
-        ("micro-batches count alike, whatever their tokens", "yield lm.target_loss(part) / targets",
-         "yield lm.target_loss(part) / sum(sum(e.mask[1:]) for e in part) * len(part) / len(batch)"),
+        ("micro-batches count alike, whatever their tokens", "lm.target_loss(part) / targets",
+         "lm.target_loss(part) / sum(sum(e.mask[1:]) for e in part) * len(part) / len(batch)"),
         ("M0 itself is trained", "trained = lm.copy()", "trained = lm")],
     ("train", "train"): [
         ("warm-up begins at 0", "(step + 1) / warmup", "step / warmup"),
@@ -164,8 +164,8 @@ FAULTS = {
          "reference_rejected, reference_chosen = reference"),
         ("NLL of the whole response, not per token",
          "nll = -chosen / torch.tensor([len(pair.chosen) for pair in part], device=chosen.device)", "nll = -chosen"),
-        ("replay in full, whatever its weight", "yield config.replay_weight * loss", "yield loss"),
-        ("micro-batches of pairs count in full", "nll).sum() / len(pairs)", "nll).sum() / len(part)")],
+        ("replay in full, whatever its weight", "replayed, config, config.replay_weight)", "replayed, config)"),
+        ("micro-batches of pairs count in full", "nll).sum() / batch_size,", "nll).sum() / len(part),")],
     ("dpo", "variants"): [
         ("another loss is ignored", "reward_w, reward_l = preference_loss(", "reward_w, reward_l = dpo_loss(")],
     ("judge", "judge"): [
@@ -298,8 +298,8 @@ FAULTS = {
         ("copies share their records", "dict(self.recorded), None", "self.recorded, None"),
         ("a frozen copy computes what is recorded", "clone.frozen, clone.graphs = True, None",
          "clone.frozen, clone.graphs = False, None"),
-        ("the rejected has the chosen's record", "self.record(pair.prompt, pair.rejected, logps[1])",
-         "self.record(pair.prompt, pair.rejected, logps[0])"),
+        ("the rejected has the chosen's record", "self.record(pair.prompt, pair.rejected, rejected)",
+         "self.record(pair.prompt, pair.rejected, chosen)"),
         ("judgements are recorded", "isinstance(config, ResponseConfig) and is_exact", "is_exact"),
         ("bfloat16 is recorded", "isinstance(config, ResponseConfig) and is_exact",
          "isinstance(config, ResponseConfig)")],
@@ -310,18 +310,62 @@ FAULTS = {
         ("updates do not reach the model", "p.copy_(masters[name])", "pass"),
         ("masters are bfloat16", "p.detach().float()", "p.detach().clone()")],
     ("runner/engine", "resume"): [
-        ("every batch is stored as the first", "for row in completions], seed, number)",
-         "for row in completions], seed, 0)"),
-        ("every batch is restored from the first", "journal.get(seed, number)", "journal.get(seed, 0)"),
+        ("every batch is stored as the first", "journal.add(results[number], *key, number)",
+         "journal.add(results[number], *key, 0)"),
+        ("every batch is restored from the first", "journal.get(*key, number)", "journal.get(*key, 0)"),
         ("a step is skipped on resuming",
          "range(len(log), len(batches))", "range(len(log) + bool(log), len(batches))"),
         ("what failed in a lack of memory is added",
          "            optimizer.zero_grad()\n            self.model.zero_grad()\n",
          ""),
-        ("dropout differs after a lack of memory", "            torch.set_rng_state(random)\n", ""),
+        ("every step drops the same units", "derive_seed(dropout_seed, step))", "dropout_seed)"),
         ("another micro-batch loses the state", "batches, deciding_values(config))", "batches, config)"),
         ("a halved batch loses a prompt", "compute_within_memory(compute, batch[middle:])",
          "compute_within_memory(compute, batch[middle + 1:])")],
+    ("runner/engine", "shared_work"): [
+        ("every process computes every batch", "range(processes.rank(), len(batches), processes.size())",
+         "range(len(batches))"),
+        ("a batch is dealt twice", "range(processes.rank(), len(batches), processes.size())",
+         "range(processes.rank(), len(batches), max(1, processes.size() - 1))"),
+        ("the last batch is never dealt", "range(processes.rank(), len(batches), processes.size())",
+         "range(processes.rank(), len(batches) - 1, processes.size())"),
+        ("a finished batch is computed again", "if results[number] is None:", "if True:"),
+        ("metrics of the other processes are dropped", "total_metrics([metrics for metrics, _ in gathered])",
+         "total_metrics([gradient.metrics])"),
+        ("one process alone halves the micro-batch", "if not any(failed for _, failed in gathered):",
+         "if gradient.error is None:")],
+    ("runner/gradients", "resume"): [
+        ("dropout differs after a lack of memory", "torch.manual_seed(derive_seed(self.seed, index))", "pass"),
+        ("every micro-batch drops the same units", "derive_seed(self.seed, index)", "derive_seed(self.seed)")],
+    ("runner/gradients", "shared_work"): [
+        ("of two losses one is left out", "if last - first == 1:", "if last - first <= 2:"),
+        ("the tree divides where the processes do", "middle = (first + last) // 2",
+         "middle = next((i for i in range(first, last) if self.owner(i) > self.owner(first)), (first + last) // 2)"),
+        ("a partial sum is not added", "right = processes.receive(torch.empty_like(left), right_owner)",
+         "right = torch.zeros_like(left)"),
+        ("process 0 keeps the total", "processes.broadcast(total)", "pass"),
+        ("a micro-batch begins with the last one's gradient", "        self.optimizer.zero_grad()\n", ""),
+        ("metrics add up in the order of the processes", "for index in range(len(self.losses)):",
+         "for index in by_index:")],
+    ("runner/journal", "shared_work"): [
+        ("a process reads its own journal alone", "for written in journal_files(path):\n            self.read(written)",
+         "for written in [self.path] * self.path.exists():\n            self.read(written)"),
+        ("all processes write one journal", 'path if processes.is_main() else path.with_name(f"{path.name}.{'
+         'processes.rank()}")', "path"),
+        ("the journals of other processes stay",
+         "in journal_files(path):\n            written.unlink", "in [path]:\n            written.unlink")],
+    ("runner/processes", "shared_work"): [
+        ("a signal stops one process alone", "any(gather(flag))", "flag"),
+        ("every process is the main one", "return rank() == 0", "return True")],
+    ("runner/files", "shared_work"): [
+        ("process 1 writes too", "if not processes.is_main():", "if False:")],
+    ("runner/launcher", "launcher"): [
+        ("the exit code is lost", "        return report(failed, workers, interrupted=bool(stop_signals))",
+         "        report(failed, workers, interrupted=bool(stop_signals))\n        return 0"),
+        ("the others are not ended", "self.process.kill()", "pass"),
+        ("who lost another process is to blame", "(worker.process.returncode == LOST, worker.rank)", "worker.rank"),
+        ("a signal reaches process 0 alone", "received.append(number)\n        for worker in workers:",
+         "received.append(number)\n        for worker in workers[:1]:")],
     ("runner/journal", "resume"): [
         ("the random state is not restored", 'torch.set_rng_state(stored["random"][0])', "pass"),
         ("the optimizer begins anew", 'optimizer.load_state_dict(stored["optimizer"])', "pass"),
@@ -331,8 +375,7 @@ FAULTS = {
         ("another journal's batches are used", "digest(self.fingerprint + content)", "digest(content)")],
     ("runner/resumable", "resumable"): [
         ("any key may change", "return name in FREE or name", "return True or name"),
-        ("rows of prompts may change", "not isinstance(section, PromptConfig)", "True"),
-        ("no rows may change", "not isinstance(section, PromptConfig)", "False"),
+        ("no rows may change", '"rows", "timeout")', '"timeout")'),
         ("dropout is overlooked", 'getattr(part, "dropout", 0)', "False"),
         ("another precision is overlooked", 'values["dtype"] = dtype_name(config)', "pass"),
         ("earlier changes are forgotten", "[*records, {", "[{")],
@@ -346,12 +389,20 @@ FAULTS = {
     ("runner/storage", "resume"): [
         ("a checksum is not compared", "recorded is not None and recorded != file_digest(path)", "False")],
     ("runner/steps", "keep"): [
-        ("a finished step is taken again", "if not (path.exists() and counts_path.exists()):", "if True:"),
-        ("a finished training is repeated", 'if (trained.folder / "meta.json").exists():', "if False:"),
+        ("a finished step is taken again", "if not processes.agree(path.exists() and counts_path.exists()):",
+         "if True:"),
+        ("a finished training is repeated", 'if processes.agree((trained.folder / "meta.json").exists()):',
+         "if False:"),
         ("a journal is used for other inputs", "self.run.batch_rows, *inputs)", "self.run.batch_rows)"),
         ("a journal is used for other weights",
          'f"{name}.journal", model_hash(self.folder), *', 'f"{name}.journal", *'),
-        ("a finished step's journal stays", '(model.folder / f"{name}.journal").unlink(missing_ok=True)', "pass")],
+        ("a finished step's journal stays", 'remove_journals(model.folder / f"{name}.journal")', "pass"),
+        ("each process decides whether a step is finished",
+         "processes.agree(path.exists() and counts_path.exists())", "(path.exists() and counts_path.exists())"),
+        ("each process decides whether a training is finished",
+         'processes.agree((trained.folder / "meta.json").exists())', '(trained.folder / "meta.json").exists()'),
+        ("records are read before process 0 has written them",
+         "    processes.wait_for_all()\n    remove_journals(", "    remove_journals(")],
     ("runner/steps", "loop"): [
         ("every model is M0", "self._lm = self.run.load_lm(self.name)", 'self._lm = self.run.load_lm("M0")')],
     ("runner/steps", "variants"): [
@@ -384,7 +435,8 @@ FAULTS = {
     ("runner/evaluation", "command"): [
         ("an outside judge is not measured", 'if model.config.judge.by == "command":', "if False:")],
     ("runner/command", "command"): [
-        ("finished batches are forgotten", "journal.add(answers, *key, number)", "pass"),
+        ("finished batches are forgotten", "workspace.share(ask_batch,", "type(workspace)().share(ask_batch,"),
+        ("every batch's records are numbered from 1", "numbered[0][0], read_answer)", "1, read_answer)"),
         ("a score of 10 is taken", "is_number and 0 <= score <= MAX_SCORE", "is_number"),
         ("lines are missing", "if code or waiting:", "if code:"),
         ("an exit code is ignored", "if code or waiting:", "if waiting:"),

@@ -8,6 +8,7 @@ from small_run import files, jsonl, model_of, prompts_of
 from minisr import InputError
 from minisr.lm import ResponseConfig
 from minisr.loop import self_reward
+from minisr.runner import processes
 from minisr.runner.config import Config, load_config
 from minisr.runner.files import jsonl_bytes
 from minisr.runner.journal import Journal
@@ -59,6 +60,28 @@ def test_a_step_whose_file_exists_is_not_taken_again_and_loads_no_weights(copy):
             assert stored and kept == ([record["prompt"] for record in stored] if step == "new_prompts" else stored)
     for name in ("SFT", "M1"):
         assert keep(FinishedModel(run, "M0").train_sft, name, run.ift).name == name
+    assert files(copy) == before
+
+
+def test_process_0_decides_whether_a_step_is_taken(copy, monkeypatch):
+    run = Run(copy, load_config(copy / "config.toml"))
+    monkeypatch.setattr(processes, "agree", lambda _: False)  # the files are there, but not yet when process 0 looked
+    for step in STEPS:
+        with pytest.raises(AssertionError, match=f"{step} was taken again"):
+            keep(getattr(FinishedModel(run, "M1"), step), *inputs_of(copy, step))
+
+
+def test_another_process_writes_nothing_and_reads_what_process_0_wrote(copy, monkeypatch):
+    run, path, before = Run(copy, load_config(copy / "config.toml")), copy / "M1/pairs.jsonl", files(copy)
+    inputs, pairs = inputs_of(copy, "select_pairs"), jsonl(path)
+    path.rename(path.with_suffix(".being-written"))
+
+    def select_pairs(*_):
+        return []
+    monkeypatch.setattr(StoredModel, "select_pairs", select_pairs)
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(processes, "wait_for_all", lambda: path.with_suffix(".being-written").rename(path))
+    assert keep(StoredModel(run, "M1").select_pairs, *inputs) == pairs
     assert files(copy) == before
 
 

@@ -297,6 +297,17 @@ def test_dropout_is_drawn_again_as_it_was_where_memory_ran_out(tmp_path):
     assert len(drawn) == 2 and drawn[0] == drawn[1]
 
 
+def test_every_micro_batch_of_every_step_draws_dropout_of_its_own(tmp_path):
+    drawn = []
+
+    def loss():
+        drawn.append(torch.rand(1).item())
+        return lm.model(torch.tensor([[1, 2]])).square().mean(), {}
+    lm = run_lm("plain", training_folder=tmp_path)
+    lm.fit([[0]] * 3, lambda *_: [loss, loss], TrainConfig())
+    assert len(set(drawn)) == len(drawn) == 6
+
+
 def test_a_max_grad_norm_of_0_leaves_the_gradient_as_it_is(tmp_path):
     def trained_with(max_grad_norm):
         lm = run_lm("plain", training_folder=tmp_path)
