@@ -344,9 +344,7 @@ FAULTS = {
         ("a partial sum is not added", "right = processes.receive(torch.empty_like(left), right_owner)",
          "right = torch.zeros_like(left)"),
         ("process 0 keeps the total", "processes.broadcast(total)", "pass"),
-        ("a micro-batch begins with the last one's gradient", "        self.optimizer.zero_grad()\n", ""),
-        ("metrics add up in the order of the processes", "for index in range(len(self.losses)):",
-         "for index in by_index:")],
+        ("a micro-batch begins with the last one's gradient", "        self.optimizer.zero_grad()\n", "")],
     ("runner/journal", "shared_work"): [
         ("a process reads its own journal alone", "for written in journal_files(path):\n            self.read(written)",
          "for written in [self.path] * self.path.exists():\n            self.read(written)"),
