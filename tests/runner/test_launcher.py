@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="shell scripts")
 def launch(tmp_path, monkeypatch, capfd):
     """Launch a script in three processes: the exit code, and what they wrote to standard error."""
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    monkeypatch.setattr(launcher, "GRACE", 0.5)
+    monkeypatch.setattr(launcher, "GRACE", 1.0)
 
     def launch(script):
         program = tmp_path / "program"
