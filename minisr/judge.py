@@ -21,23 +21,24 @@ MAX_SCORE = 5
 #           clause, after the, my, final, total, overall or nothing, with  Score (0-5):   Score (out of 5):   Score/5:
 #           the scale or without; or the tag <score>                       "score":   <score>
 #   number  digits, or digits.digits, in decoration or not                 4   4.5   +3   **4**   [4]   <4>   “4”
-#   scale   out of 5; or points; or both; or nothing                       4/5   4 (out of 5)   4 points out of 5
+#   scale   out of 5; or points, stars, overall or in total; or both       4/5   4 (out of 5)   4 points out of 5
 #   end     the end of the line, or the next mark; or a comment: text      4   4.   4</score>   "4"}
-#           after . , ; ! … – - or "because", without digits, % and the    4. Well done.   4 - fine   4, "reason": "ok"
-#           words in COMMENT
+#           after . , ; ! … – - or "because" or in parentheses, without    4. Well done.   4 - fine   4, "reason": "ok"
+#           digits, % and the words in COMMENT                             4 (good)
 #   below   a number on a line below its mark stands alone on that line,   Score:\n4
 #           and no line that begins with a number follows
 #   after   no line further down begins with "total", "sum", "maximum",    unparsed: Score: 1\nTotal: 2   Score: 4\n/10
 #           "scale", "out of" or "/" and has a digit
 #
-# Unparsed: 4-5   4 to 5   3 and 4   3+1   4,5   1e-1   5%   4/10   4 out of ten   4 (of 10)   4 (good)   4?   <5   4½
+# Unparsed: 4-5   4 to 5   3 and 4   3+1   4,5   1e-1   5%   4/10   4 out of ten   4 (of ten)   4 (of 10)   4?   <5   4½
 # All repetitions are possessive (*+): a hostile text takes linear time.
 OPENING = r"""(?:[^\S\n]|[*_`"'“”‘’\[({#]|<(?=[^\s<>]{1,20}>))*+"""
 CLOSING = r"""(?:[^\S\n]|[*_`"'“”‘’>\])}]|</\w+>)*+"""
 MARK = rf"""(?:^|[.!?;:,…)\]>|。！？；：，–—]|(?<!\S)-){OPENING}(?:(?:the|my|final|total|overall)[^\S\n]+)*+
     (?>(?<=<)score>|score{CLOSING}(?:[(\[]?(?:[01]\ ?(?:-|–|to)|out\ of|/)\ ?5[)\]]?{CLOSING})?+[:：])"""
-SCALE = rf"(?:{CLOSING}(?:points?|pts|(?:[/／]|\(?out\ of|of){OPENING}(?:5(?:\.0)?|five))(?!\w))*+"
-COMMENT = rf"""(?:[.,;!…–—]|(?<=\s)-(?=\s)|because\b)
+UNIT = r"points?|pts|stars?|overall|in\ total"
+SCALE = rf"(?:{CLOSING}(?:{UNIT}|(?:[/／]|\(?out\ of|of){OPENING}(?:5(?:\.0)?|five))(?!\w))*+"
+COMMENT = rf"""(?:[.,;!…–—]|(?<=\s)-(?=\s)|because\b|(?<=\s)\((?!\s*+(?:of|out|von|de|sur|di)\b))
     (?:(?!{MARK}|\b(?:out\ of|scale|ten|hundred|percent|half)\b)[^\d\n%])*+"""
 SCORE = re.compile(rf"""(?imx){MARK}{OPENING}(?P<below>\n\s*+{OPENING})?+(?P<number>[+-]?[0-9]++(?:\.[0-9]++)?+)
     {SCALE}{CLOSING}(?(below)[.!]?+{CLOSING}$(?!\s*+[-*•(]?\ ?\d)|(?:(?=$|{MARK})|{COMMENT}(?=$|{MARK})))""")

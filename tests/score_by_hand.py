@@ -107,7 +107,8 @@ class ScoreParser:
 
     def unit_or_scale(self, i: int) -> int | None:
         """The end of "points", "pts", "/5" or "out of 5" at i."""
-        ends = [i + len(unit) for unit in ("points", "point", "pts") if self.at(i, unit)]
+        units = ("points", "point", "pts", "stars", "star", "overall", "in total")
+        ends = [i + len(unit) for unit in units if self.at(i, unit)]
         if sign := self.at(i, "/", "／", "(out of", "out of", "of"):
             five = self.skip_opening(i + len(sign))
             ends += [five + len(word) for word in ("5.0", "5", "five") if self.at(five, word)]
@@ -145,11 +146,21 @@ class ScoreParser:
         following = following.removeprefix(" ")
         return None if following[:1].isdecimal() else i
 
+    def is_remark(self, i: int) -> bool:
+        """Whether a parenthesis at i opens anything but a scale, as "(of ten)"."""
+        if self.char(i) != "(" or not self.char(i - 1).isspace():
+            return False
+        i += 1
+        while self.char(i).isspace():
+            i += 1
+        word = self.at(i, "out", "of", "von", "de", "sur", "di")
+        return not word or is_word(self.text, i + len(word))
+
     def end_beside(self, i: int) -> int | None:
         if self.ends_line(i) or self.mark(i) is not None:
             return i
         hyphen = self.char(i) == "-" and self.char(i - 1).isspace() and self.char(i + 1).isspace()
-        if hyphen or self.char(i) in set(".,;!…–—"):
+        if hyphen or self.char(i) in set(".,;!…–—") or self.is_remark(i):
             i += 1
         elif self.at(i, "because") and not is_word(self.text, i + 7):
             i += 7

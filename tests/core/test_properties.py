@@ -43,8 +43,8 @@ NUMBERS = ("0", "1", "5", "4.5", "5.0", "5.01", "6", "10", "+3", "-1", "-0", "3.
            "007", "4.5.1", "٤", "４", "five", "9" * 400)
 TAILS = ("", " ", ".", "**", "/5", " / 5", "/10", "/50", "/5٥", "/5_", " out of 5", " (out of 10)", "of 3", " points",
          " pts/5", "-5", " - 5", "–\t5", "+1", " = 4", " to 4", " or 3", "\n- 2", "\n/10", "\n2. x", " - x", "e5", "½",
-         ", 4", "..5", "%", "\u00a0/\u00a010", " Score: 2", ". Score: 2", ", ten", ", often", " (good)", "\nTotal: 2",
-         "\nTotals 2", "</score>")
+         ", 4", "..5", "%", "\u00a0/\u00a010", " Score: 2", ". Score: 2", ", ten", ", often", " (good)",
+         " (of ten)", " (often", "(x", " overall", " stars.", "\nTotal: 2", "\nTotals 2", "</score>")
 SCORE_LINES = one_of(*map("".join, itertools.product(MARKS, COLONS, NUMBERS, TAILS)))
 JUDGE_TEXTS = st.lists(SCORE_LINES | texts_with(*JUDGE_PIECES), max_size=3).map("".join) | st.text()
 

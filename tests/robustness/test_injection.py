@@ -171,6 +171,7 @@ def shown(tmp_path_factory):
     write_jsonl(folder / "pairs.jsonl", [
         {"prompt": name, "chosen": text, "rejected": "A fox.", "chosen_reward": 4.0, "rejected_reward": 2.0}
         for name, text in HOSTILE.items()])
+    (folder.parent / "config.toml").write_text("")
     return folder.parent
 
 

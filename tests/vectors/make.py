@@ -69,8 +69,10 @@ SCORES = {
     "Score:\n1. On topic\n2. Covers most of it": None, "Score:\n1\n2\n3": None, "Score: 1\nTotal: 2": None,
     "Score: 1 point\nScore: 1 point\nIn total: 2 points": None,
     "Score: 3 (for a Score: 5 an example is missing)": None,
-    # Parentheses after the number could name a criterion or a scale.
-    "Score: 1 (relevance)": None, "Score: 4 (of 3 things, all)": None, "{\"score\": 4, \"max_score\": 10}": None,
+    # A remark in parentheses is a comment, unless it could be a scale.
+    "Score: 4 (good)": 4, "Score: 5 (perfect).": 5, "Score: 4 (of ten)": None, "Score: 4 (often right)": 4,
+    "Score: 4 overall": 4, "Score: 4 in total.": 4, "Score: 3 stars": 3,
+    "Score: 4 (of 3 things, all)": None, "{\"score\": 4, \"max_score\": 10}": None,
 }
 
 
