@@ -18,7 +18,7 @@ from minisr.report import chart_data, figures, markup, run_charts
 from minisr.report.experiment_table import COLUMNS, differences_table, results_table
 from minisr.report.page import write_page
 from minisr.report.seed_statistics import mean_and_interval, over_seeds
-from minisr.runner.config import load_config, to_toml
+from minisr.runner.config import Config, load_config, to_toml
 from minisr.runner.evaluation import answer_metrics, histogram
 from minisr.runner.files import read_json, read_jsonl, write_json
 from minisr.worlds.tiny import oracle
@@ -488,7 +488,7 @@ def test_a_folder_that_is_neither_a_run_nor_an_experiment_is_refused(no_drawing,
 @pytest.fixture
 def short_run(monkeypatch, copy):
     """minisr run on a folder in which all is made already."""
-    run = SimpleNamespace(folder=copy, has_oracle=True)
+    run = SimpleNamespace(folder=copy, has_oracle=True, config=Config())
     monkeypatch.setattr("minisr.cli._open_run", lambda options: run)
     metrics = read_json(copy / "metrics.json", "metrics")
     monkeypatch.setattr("minisr.runner.steps.run_loop", lambda run, on_evaluated: metrics)
@@ -508,7 +508,7 @@ def test_a_run_and_an_experiment_end_with_their_page(
 
 def test_a_run_without_an_oracle_ends_with_answers_to_read(
         short_run, copy, no_drawing, monkeypatch, capsys):
-    run = SimpleNamespace(folder=copy, has_oracle=False)
+    run = SimpleNamespace(folder=copy, has_oracle=False, config=Config())
     monkeypatch.setattr("minisr.cli._open_run", lambda options: run)
     assert main(short_run) == 0
     out = capsys.readouterr().out.partition("This data has no oracle, so answers are not scored.")[2]

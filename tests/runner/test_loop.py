@@ -56,7 +56,8 @@ def test_another_seed_draws_other_responses_from_the_same_model_and_prompts(copy
     assert seeds[0] == kept != seeds[1]
 
 
-@pytest.mark.parametrize("renamed", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("renamed", [True, False])
 def test_a_run_interrupted_at_every_file_and_resumed_gives_the_same_files(
         renamed, config, finished, tmp_path, monkeypatch):
     # renamed: interrupted as soon as a file that ends a step exists. Otherwise: interrupted just before any file is
@@ -187,7 +188,7 @@ def test_a_response_that_training_could_not_hold_counts_as_cut_off(copy, monkeyp
     answers = {text: [5] * length for text, length in (("fits", room), ("one more", room + 1))}
     drawn = [Completion([text], True, -1.5) for text in answers]
     monkeypatch.setattr(model.lm, "sample", lambda *_: [drawn])
-    monkeypatch.setattr(tokenizer, "decode", lambda ids: ids[0])
+    monkeypatch.setattr(tokenizer, "decode_response", lambda ids: ids[0])
     monkeypatch.setattr(tokenizer, "encode_response", answers.get)
     (copy / "M1/responses.jsonl").unlink()
     [record] = keep(model.respond, ["News?"])

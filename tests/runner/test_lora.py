@@ -284,6 +284,7 @@ def test_gradient_checkpointing_gives_the_same_adapters():
         torch.testing.assert_close(a, b, atol=1e-6, rtol=0)
 
 
+@pytest.mark.slow
 def test_a_run_with_lora_from_the_command_line_and_its_export(tmp_path):
     transformers = pytest.importorskip("transformers")
     (tmp_path / "config.toml").write_text(CONFIG)

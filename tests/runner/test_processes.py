@@ -82,7 +82,7 @@ def alive(pid: int) -> bool:
 # Whole runs.
 
 
-@pytest.mark.parametrize("n", [2, 3])
+@pytest.mark.parametrize("n", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_any_number_of_processes_writes_the_same_files(config, expected, n, tmp_path):
     done = run(config, tmp_path / "run", "--processes", str(n))
     assert done.returncode == 0 and done.stderr == ""
@@ -90,6 +90,7 @@ def test_any_number_of_processes_writes_the_same_files(config, expected, n, tmp_
     assert done.stdout.count("Judge metrics") == 1 and done.stdout.count("\nM2 ") == 2  # as it grows, and in the table
 
 
+@pytest.mark.slow
 def test_torchrun_does_the_same(config, expected, tmp_path):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "minisr",
                 "run"]
@@ -99,6 +100,7 @@ def test_torchrun_does_the_same(config, expected, tmp_path):
     assert done.stdout.count("Judge metrics") == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_killed_process_ends_the_run_with_one_line_that_names_it(config, expected, victim, tmp_path):
     process = start(config, tmp_path / "run", 3)
@@ -112,6 +114,7 @@ def test_a_killed_process_ends_the_run_with_one_line_that_names_it(config, expec
     assert kills.differences(kills.files(tmp_path / "run"), expected) == []
 
 
+@pytest.mark.slow
 def test_ctrl_c_stops_all_processes_and_saves_their_work(config, expected, tmp_path):
     process = start(config, tmp_path / "run", 2)
     wait_for(tmp_path / "run" / "SFT" / "meta.json")
@@ -147,7 +150,7 @@ def test_killed_at_random_instants_and_resumed_with_other_numbers_of_processes(t
 # Errors.
 
 
-@pytest.mark.parametrize("changes", ["nonsense=1", "seed_model=/nowhere"])
+@pytest.mark.parametrize("changes", ["nonsense=1", pytest.param("seed_model=/nowhere", marks=pytest.mark.slow)])
 def test_wrong_input_is_one_line_in_several_processes_too(config, changes, tmp_path):
     alone = run(config, tmp_path / "run", "--set", changes)
     together = run(config, tmp_path / "run", "--set", changes, "--processes", "2")

@@ -130,7 +130,7 @@ COMMANDS = {  # what is wrong: the command, and texts that the one line must con
     "pretrain into a file": (lambda at: ["pretrain", pretrain_config(at), "--out", at / "run.toml"],
                            "run.toml is a file", "--out"),
     "import into a file": (lambda at: ["import", at / "M0", "--out", at / "run.toml"], "run.toml is a file", "--out"),
-    "chat with a file": (lambda at: ["chat", at / "run.toml"], "run.toml is not a GGUF file"),
+    "chat with a file": (lambda at: ["chat", at / "run.toml"], "run.toml is a file, but not a GGUF file"),
     "pretrain config in run": (lambda at: ["run", pretrain_config(at), "--out", at / "new"],
                                "belongs to another command: minisr pretrain"),
     "pretrain config in experiment": (lambda at: ["experiment", pretrain_config(at), "--out", at / "new"],
