@@ -46,11 +46,11 @@ def main(arguments: list[str] | None = None) -> int:
             if isinstance(value, Path) or name in MODEL_OPTIONS and value:
                 setattr(options, name, type(value)(os.path.expanduser(value)))
         return options.command(options) or 0
-    except processes.ProcessLost:
-        if not launcher.is_worker():  # its launcher says which process ended
-            print(f"minisr: process {processes.rank()} of {processes.size()} lost the connection to another; run the "
-                  "same command again to resume", file=sys.stderr)
-        return processes.LOST
+    except processes.ProcessLost as error:
+        if not (launcher.is_worker() and processes.is_main()):  # its launcher says which process ended
+            print(f"minisr: process {processes.rank()} of {processes.size()} lost the connection to another ({error}); "
+                  "run the same command again to resume", file=sys.stderr)
+        return processes.EXIT_CODE_LOST
     except InputError as error:
         print(f"minisr: {error}", file=sys.stderr)
         return 2
@@ -104,7 +104,6 @@ def run(options) -> None:
         return _launch(options)
     Stop.on_signals()
     launcher.end_with_launcher()
-    processes.start()
     from minisr.report.show import show_answers
     from minisr.report.table import LEGEND, line, table
     from minisr.runner.evaluation import evaluated_models
@@ -118,8 +117,9 @@ def run(options) -> None:
     warn_of_slow_bfloat16(run.dtype, run.device)
     with folder_lock(run.folder):
         metrics = run_loop(run, None if was_finished else lambda so_far: print(line(so_far), flush=True))
+    is_main = processes.is_main()
     processes.finish()
-    if not processes.is_main():
+    if not is_main:
         return
     print(f"\n{table(metrics)}\n\n{LEGEND}")
     print(f"Files: {run.folder}/ (metrics.json; M1/prompts.jsonl, responses.jsonl, rewards.jsonl, "
@@ -137,7 +137,9 @@ def _launch(options) -> int:
     """Run the same command in several processes."""
     from minisr.runner.config import load_config
     config = load_config(options.config, overrides=tuple(options.set))
-    n = launcher.number_of_processes(options.processes, config.device)
+    if processes.planned_size() > 1:
+        raise InputError("torchrun has started several processes already; leave out --processes")
+    n = launcher.number_of_processes(options.processes, config.device, config.threads)
     if n * config.threads > launcher.available_cores() and config.threads > 1:
         print(f"minisr: {n} processes of {config.threads} threads each share {launcher.available_cores()} cores; "
               "--set threads=1 is faster", file=sys.stderr)
@@ -148,6 +150,7 @@ def _open_run(options):
     from minisr.runner.config import load_config
     from minisr.runner.run import Run
     config = load_config(options.config, overrides=tuple(options.set))
+    processes.start(config.device)
     run = Run.open(options.out or Path("runs") / options.config.stem, config)
     if run.data_table:
         print(f"{run.data_table}\n", flush=True)
@@ -171,8 +174,9 @@ next:
 """)
     parser.add_argument("config", type=Path, help="a TOML file, e.g. tiny_configs/tiny.toml")
     parser.add_argument("--out", type=Path, help="the run's folder; default runs/NAME_OF_CONFIG")
-    parser.add_argument("--processes", metavar="N", help='share the work among N processes; "auto": one a GPU, or one '
-                        "a core. The results are the same, bit for bit, for any number. On several machines: torchrun")
+    parser.add_argument("--processes", metavar="N", help="share the work among N processes of this machine; "
+                        '"auto": one per GPU, or without GPUs one per core. The results are the same, bit for bit, for '
+                        "any number. For several machines see minisr/README.md")
     _add_set_option(parser)
 
 

@@ -28,6 +28,7 @@ from minisr.sampler import SamplingConfig
 class TrainConfig(train.TrainConfig):
     """How a model is trained."""
 
+    micro_batch: int = 0  # examples in memory at once, their gradients added up; 0: a quarter of the batch
     gradient_checkpointing: bool = False  # recompute activations in the backward pass: less memory, a third slower
     save_every: int = 50  # steps between two saved states of an unfinished training
     optimizer: str = "adamw"  # or "muon": Muon for the matrices, AdamW for the rest

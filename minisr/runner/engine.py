@@ -28,7 +28,7 @@ from minisr.runner.stop import Stop
 from minisr.sampler import Completion
 
 REFERENCE_BATCH = 16  # pairs
-SHARES = 4  # micro-batches of a batch by default, so that up to four processes can share them
+DEFAULT_MICRO_BATCHES = 4  # of a batch, so that up to four processes can share them
 
 
 @dataclass
@@ -94,11 +94,12 @@ class RunLM:
         work = self.workspace
         if work.training_folder is None:
             return super().fit(batches, loss_fn, config)
-        config = replace(config, micro_batch=config.micro_batch or -(-config.batch_size // SHARES))
+        config = replace(config, micro_batch=config.micro_batch or -(-config.batch_size // DEFAULT_MICRO_BATCHES))
         dropout_seed = torch.initial_seed()
         optimizer = self.prepare_training(config)
         state = self.training_state(work.training_folder, work.training_made_from, batches, deciding_values(config))
         log = state.restore(self.model, optimizer)
+        processes.check_same(len(log), work.training_folder)
         bar = tqdm(batches, work.title, leave=False, initial=len(log), disable=None)
         for step in range(len(log), len(batches)):
             metrics, config = self.gradients_within_memory(
@@ -115,6 +116,7 @@ class RunLM:
             if stop or len(log) % config.save_every == 0:
                 state.save(log, self.model, optimizer)
             if stop:
+                processes.wait_for_all()  # process 0 saves for all
                 raise KeyboardInterrupt
         self.model.eval()
         write_jsonl(work.training_folder / "train_log.jsonl", log)

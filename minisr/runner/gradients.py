@@ -1,8 +1,8 @@
 """The gradient of a batch, shared by the processes of a run, with the same bits for any number of them.
 
-It is the sum of its micro-batches' gradients. Floating-point sums depend on the order, so the order is fixed: the sum
-of the first half of the micro-batches plus the sum of the second half, each summed in the same way. Each process
-computes a contiguous part, and the partial sums travel along this tree to process 0, which sends the total to all.
+It is the sum of its micro-batches' gradients. Floating-point sums depend on the order, so the order is fixed: one after
+another, as in train.accumulate_gradients. Each process computes a contiguous part. Process 0 adds up its own, the next
+process adds its gradients to this sum one by one, and so on; the last one sends the total to all.
 """
 
 from collections import Counter
@@ -36,45 +36,51 @@ class GradientSum:
 
     def compute(self) -> None:
         """Set .grad of all parameters, in all processes. If self.error is set afterwards, they are meaningless."""
-        total = self.sum(0, len(self.losses))
-        total = self.collect_gradients() if total is None else total  # a vector to receive it
-        if processes.size() > 1:
-            processes.broadcast(total)
+        rank = processes.rank()
+        own = [index for position, index in enumerate(self.order) if self.owner(position) == rank]
+        if processes.size() == 1:
+            for index in own:
+                self.backward(index)
+        else:
+            self.compute_together(own, owners=sorted({self.owner(p) for p in range(len(self.order))}))
+
+    def compute_together(self, own: list[int], owners: list[int]) -> None:
+        gradients = [self.gradient(index) for index in own]
+        total = self.collect_gradients()  # (N,) zeros, N numbers are trained
+        if own:
+            position = owners.index(processes.rank())
+            if position > 0:
+                processes.receive(total, owners[position - 1])
+            for gradient in gradients:
+                total += gradient
+            if position + 1 < len(owners):
+                processes.send(total, owners[position + 1])
+        processes.broadcast(total, owners[-1])
         parts = total.split([p.numel() for p in self.parameters])
         for parameter, part in zip(self.parameters, parts):
             parameter.grad = part.view_as(parameter)
 
-    def sum(self, first: int, last: int) -> Tensor | None:
-        """The gradients at positions first to last - 1 as one vector in the process that owns the first; else None."""
-        if last - first == 1:
-            return self.gradient(self.order[first]) if self.owner(first) == processes.rank() else None
-        middle = (first + last) // 2
-        left, right = self.sum(first, middle), self.sum(middle, last)
-        left_owner, right_owner = self.owner(first), self.owner(middle)
-        if left_owner != right_owner and processes.rank() == right_owner:
-            processes.send(right, left_owner)
-        if processes.rank() != left_owner:
-            return None
-        if right_owner != left_owner:
-            right = processes.receive(torch.empty_like(left), right_owner)
-        return left.add_(right)
+    def backward(self, index: int) -> None:
+        """Add the gradient of one loss to .grad. After an error, nothing more is computed: others may wait for us."""
+        if self.error is not None:
+            return
+        try:
+            torch.manual_seed(derive_seed(self.seed, index))
+            loss, values = self.losses[index]()
+            loss.backward()
+            self.metrics[index] = Counter({"loss": loss.item(), **values})
+        except (MemoryError, RuntimeError) as error:
+            self.error = error.with_traceback(None)  # which would keep what it computed in memory
 
     def gradient(self, index: int) -> Tensor:
-        """The gradient of one loss, as a vector."""
-        if self.error is None:
-            try:
-                torch.manual_seed(derive_seed(self.seed, index))  # of dropout: the same numbers in any process
-                loss, values = self.losses[index]()
-                loss.backward()
-                self.metrics[index] = Counter({"loss": loss.item(), **values})
-            except (MemoryError, RuntimeError) as error:  # the other processes wait for a vector all the same
-                self.error = error
-        flat = self.collect_gradients()
+        """The gradient of one loss: (N,)."""
+        self.backward(index)
+        gradient = self.collect_gradients()
         self.optimizer.zero_grad()
-        return flat
+        return gradient
 
     def collect_gradients(self) -> Tensor:
-        """The present gradients of all parameters as one vector; zeros where there is none."""
+        """The present .grad of all parameters, zeros where there is none: (N,)."""
         return torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in self.parameters])
 
     def total_metrics(self, gathered: list[dict[int, Counter]]) -> Counter:

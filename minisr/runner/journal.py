@@ -71,7 +71,9 @@ def remove_journals(path: Path) -> None:
 
 
 class TrainingState:
-    """An unfinished training: weights, optimizer, random state in FOLDER/training-STEP.pt; log in training.json."""
+    """An unfinished training: weights and optimizer in FOLDER/training-STEP.pt, log in training.json.
+
+    There is no random state: GradientSum seeds each loss by its step and index."""
 
     def __init__(self, folder: Path, *made_from):
         self.folder, self.fingerprint = Path(folder), fingerprint(made_from)
@@ -86,11 +88,8 @@ class TrainingState:
         step = len(log)
         path = self.folder / f"training-{step}.pt"
         previous = [old for old in self.folder.glob("training-*.pt") if old != path]
-        random = [torch.get_rng_state()]
-        if torch.cuda.is_available():
-            random += torch.cuda.get_rng_state_all()
         with writing(path) as file:
-            torch.save({"model": model.state_dict(), "parameters": trained_tensors(optimizer), "random": random,
+            torch.save({"model": model.state_dict(), "parameters": trained_tensors(optimizer),
                         "optimizer": optimizer.state_dict()}, file)
         write_json(self.index, {"made_from": self.fingerprint, "step": step, "log": log, "hash": file_digest(path)})
         for old in previous:
@@ -111,9 +110,6 @@ class TrainingState:
             for parameter, value in zip(trained_tensors(optimizer), stored["parameters"]):
                 parameter.copy_(value)
         optimizer.load_state_dict(stored["optimizer"])
-        torch.set_rng_state(stored["random"][0])
-        if torch.cuda.is_available():
-            torch.cuda.set_rng_state_all(stored["random"][1:])
         return found["log"]
 
     @staticmethod

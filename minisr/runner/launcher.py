@@ -13,20 +13,30 @@ import time
 from pathlib import Path
 
 from minisr import InputError
-from minisr.runner.processes import LOST
+from minisr.runner.processes import EXIT_CODE_LOST
 
-GRACE = 2.0  # seconds for the other processes to report the same error, or that they lost one
+GRACE_SECONDS = 2.0  # for the other processes to report the same error, or that they lost one
+INTERRUPTED = 130
+# The network interface of processes on one machine: without it gloo looks up the machine's name, which may fail.
+LOOPBACK = {"linux": {"GLOO_SOCKET_IFNAME": "lo"}, "darwin": {"GLOO_SOCKET_IFNAME": "lo0"}}.get(sys.platform, {})
 
 
-def number_of_processes(text: str, device: str) -> int:
-    """N from the command line: a number, or "auto" for one a GPU, without GPUs one a core."""
-    if text != "auto":
-        if not text.isdecimal() or not 1 <= int(text) <= 1024:
-            raise InputError(f'--processes must be a number from 1 to 1024 or "auto", not {text!r}')
-        return int(text)
+def number_of_processes(text: str, device: str, threads: int) -> int:
+    """N from the command line: a number, or "auto" for one per GPU, or without GPUs for as many as have cores."""
+    gpus = available_gpus() if device != "cpu" else 0
+    if text == "auto":
+        return gpus or max(1, available_cores() // threads)
+    if not text.isdecimal() or not 1 <= int(text) <= 1024:
+        raise InputError(f'--processes must be a number from 1 to 1024 or "auto", not {text!r}')
+    if gpus and int(text) > gpus:
+        raise InputError(f'--processes {text}: there are {gpus} GPUs; use at most as many processes, or set device = '
+                         '"cpu"')
+    return int(text)
+
+
+def available_gpus() -> int:
     import torch
-    gpus = torch.cuda.device_count() if device != "cpu" else 0
-    return gpus or available_cores()
+    return torch.cuda.device_count()
 
 
 def available_cores() -> int:
@@ -56,9 +66,8 @@ class Worker:
     def __init__(self, arguments: list[str], rank: int, n: int, folder: Path):
         self.rank, self.n = rank, n
         self.errors = folder / f"{rank}.stderr"  # of all but process 0, which writes to the terminal
-        environment = {"GLOO_SOCKET_IFNAME": "lo0" if sys.platform == "darwin" else "lo", **os.environ,
-                       "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(n),
-                       "MINISR_RENDEZVOUS": (folder / "rendezvous").as_uri()}
+        environment = {**LOOPBACK, **os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(n),
+                       "MINISR_RENDEZVOUS": str(folder / "rendezvous")}
         with open(self.errors, "wb") as errors:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "minisr", *arguments], env=environment, stdin=subprocess.PIPE,
@@ -87,35 +96,41 @@ def forward_signals(workers: list[Worker]) -> list[int]:
 
 
 def wait(workers: list[Worker]) -> Worker | None:
-    """Wait until all processes have succeeded or one has failed; return the one that failed first."""
+    """Wait until all processes have succeeded or one has failed; return the one that failed first.
+
+    An interrupted process has not failed: the others may still be saving their work."""
     deadline = None
     while True:
         codes = [worker.process.poll() for worker in workers]
         if all(code == 0 for code in codes):
             return None
         failed = [worker for worker, code in zip(workers, codes) if code]
-        if failed and deadline is None:
-            deadline = time.monotonic() + GRACE
-        if failed and (None not in codes or time.monotonic() > deadline):
-            return min(failed, key=lambda worker: (worker.process.returncode == LOST, worker.rank))
+        if deadline is None and any(code not in (None, 0, INTERRUPTED) for code in codes):
+            deadline = time.monotonic() + GRACE_SECONDS
+        if failed and (None not in codes or deadline is not None and time.monotonic() > deadline):
+            return min(failed, key=lambda worker: (worker.process.returncode == EXIT_CODE_LOST, worker.rank))
         time.sleep(0.02)
 
 
 def report(failed: Worker, workers: list[Worker], interrupted: bool) -> int:
     """Say in one line which process failed, unless process 0 has printed the reason; return the exit code."""
     code = failed.process.returncode
-    if failed.rank == 0 and code in (1, 2, 130):
+    if workers[0].process.returncode == 0:  # its reader has gone, e.g. `minisr run ... | head`
+        return 0
+    if failed.rank == 0 and code in (1, 2, INTERRUPTED):
         return code
     if interrupted:
         print("\nminisr: interrupted; to resume, run the same command again", file=sys.stderr)
-        return 130
+        return INTERRUPTED
     errors = failed.errors.read_text(errors="replace").strip()
-    if code in (1, 2) and errors:
+    if code == EXIT_CODE_LOST:  # all have lost each other: each knows why, and process 0 leaves it to us
+        errors = max(worker.errors.read_text(errors="replace").strip() for worker in workers)
+    if code in (1, 2, EXIT_CODE_LOST) and errors:
         print(errors if code == 1 else errors.splitlines()[-1], file=sys.stderr)
-        return code
+        return INTERRUPTED if code == EXIT_CODE_LOST else code
     how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
     print(f"minisr: process {failed.rank} of {failed.n} {how}; run the same command again to resume", file=sys.stderr)
-    return 130
+    return INTERRUPTED
 
 
 def is_worker() -> bool:
@@ -131,6 +146,6 @@ def end_with_launcher() -> None:
     def watch():
         while os.read(0, 1):  # returns b"" when the launcher's end of the pipe is closed
             pass
-        os._exit(LOST)
+        os._exit(EXIT_CODE_LOST)
 
     threading.Thread(target=watch, daemon=True).start()

@@ -4,6 +4,9 @@ Every process executes the same code. They share what takes time: batches of sam
 training (gradients.py). All else each process computes by itself, with the same result. Process 0 alone writes files
 and prints; the others read what it wrote, so all need the same folder. Without torchrun there is one process, and the
 functions here return at once.
+
+Every function that communicates has to be called by all processes, in the same order. Among them are Stop.check and the
+properties of a Run that read seed data.
 """
 
 import contextlib
@@ -12,56 +15,73 @@ import os
 import sys
 from datetime import timedelta
 
-LOST = 75  # exit code of a process that lost the others
-PATIENCE = timedelta(days=7)  # one process may compute for hours while the others wait for it
+from minisr import InputError
+
+EXIT_CODE_LOST = 75  # of a process that lost the connection to another
+TIMEOUT = timedelta(days=7)  # one process may compute for hours while the others wait for it
 
 
 class ProcessLost(Exception):
-    """Another process of the run has ended."""
+    """The connection to another process of the run failed, usually because that process has ended."""
+
+
+_rank, _size = 0, 1  # until start()
 
 
 def rank() -> int:
-    return int(os.environ.get("RANK", 0))
+    return _rank
 
 
 def size() -> int:
-    return int(os.environ.get("WORLD_SIZE", 1))
+    """The number of processes."""
+    return _size
 
 
 def is_main() -> bool:
-    return rank() == 0
+    return _rank == 0
 
 
-def start() -> None:
-    """Connect the processes. Does nothing if there is only one."""
-    if size() == 1:
+def planned_size() -> int:
+    """The number of processes that torchrun or the launcher has started."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def start(device: str = "cpu") -> None:
+    """Connect the processes: by gloo, and on GPUs also by nccl. Does nothing if there is only one."""
+    global _rank, _size
+    if planned_size() == 1:
         return
     import torch
     import torch.distributed as dist
     backend = "gloo"
-    if torch.cuda.is_available():
+    if device != "cpu" and torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
         backend = "cpu:gloo,cuda:nccl"
-    rendezvous = os.environ.get("MINISR_RENDEZVOUS", "env://")
+    _rank, _size = int(os.environ["RANK"]), planned_size()
     with connected():
-        dist.init_process_group(backend, rendezvous, PATIENCE, rank=rank(), world_size=size())
+        if path := os.environ.get("MINISR_RENDEZVOUS"):
+            store = dist.FileStore(path, _size)
+            dist.init_process_group(backend, store=store, timeout=TIMEOUT, rank=_rank, world_size=_size)
+        else:
+            dist.init_process_group(backend, timeout=TIMEOUT)
     if not is_main():
         sys.stdout = open(os.devnull, "w")
-        sys.stderr = NoTerminal(open(2, "wb", closefd=False), line_buffering=True)
+        sys.stderr = NoTerminal(open(2, "wb", closefd=False), errors="backslashreplace", line_buffering=True)
 
 
 def finish() -> None:
-    """Disconnect the processes when the work is done. Process 0 then goes on alone."""
+    """Disconnect the processes when the work is done. Each then goes on alone."""
+    global _rank, _size
     if size() == 1:
         return
     import torch.distributed as dist
     wait_for_all()
     dist.destroy_process_group()
-    os.environ["WORLD_SIZE"] = "1"
+    _rank, _size = 0, 1
 
 
 class NoTerminal(io.TextIOWrapper):
-    """A stream for errors alone: progress bars appear on terminals only."""
+    """stderr of the processes other than 0: it says that it is no terminal, so that tqdm draws no bars."""
 
     def isatty(self) -> bool:
         return False
@@ -73,7 +93,7 @@ def connected():
     try:
         yield
     except RuntimeError as error:
-        raise ProcessLost from error
+        raise ProcessLost(" ".join(str(error).split())[:200]) from error
 
 
 def gather(value) -> list:
@@ -103,6 +123,14 @@ def any_true(flag: bool) -> bool:
     return any(gather(flag))
 
 
+def check_same(value, folder) -> None:
+    """Raise InputError unless all processes have the same value, e.g. of something that they read from the folder."""
+    values = gather(value)
+    if any(other != values[0] for other in values):
+        raise InputError(f"the processes of this run do not see the same files in {folder}, or are not of the same "
+                         "version; all machines need one shared folder and the same minisr and PyTorch")
+
+
 def wait_for_all() -> None:
     """Return when every process has come here, e.g. when process 0 has written what the others read next."""
     gather(None)
@@ -122,8 +150,8 @@ def receive(tensor, source: int):
     return tensor
 
 
-def broadcast(tensor) -> None:
-    """Overwrite the tensor with process 0's."""
+def broadcast(tensor, source: int) -> None:
+    """Overwrite the tensor with that of one process."""
     import torch.distributed as dist
     with connected():
-        dist.broadcast(tensor, src=0)
+        dist.broadcast(tensor, src=source)

@@ -67,7 +67,7 @@ class Run:
                 record_changes(run.folder, changes)
             write_bytes(stored, to_toml(config).encode())
             write_with_checksum(run.folder / "judge.txt", f"{run.judge_template}\n".encode())
-        processes.wait_for_all()
+        processes.check_same((stored.exists(), run.fingerprint), run.folder)
         return run
 
     def load_seed_model(self):
@@ -108,9 +108,10 @@ class Run:
         return digest(f"{config}{self.judge_template}{__version__}{torch.__version__}".encode())
 
     @property
-    def batch_rows(self) -> tuple[int, int, int]:
+    def batch_rows(self) -> tuple[int, ...]:
         """What decides the batches in journals beside the fingerprint."""
-        return self.config.responses.rows, self.config.judge.rows, self.config.evaluate.rows
+        config = self.config
+        return tuple(section.rows for section in (config.prompts, config.responses, config.judge, config.evaluate))
 
     def seed(self, *path) -> int:
         """The random seed of one purpose in this run."""

@@ -170,7 +170,7 @@ def keep_model(step, *inputs) -> StoredModel:
                 "made_by": "SFT" if by_sft else "DPO", "parent": parent.name, "parent_hash": model_hash(parent.folder),
                 "config_hash": model.run.fingerprint, "seed": model.config.seed,
                 "minisr": __version__, "torch": torch.__version__})
-            trained.lm = lm
+            trained.lm = lm if processes.is_main() else None  # the others load what process 0 saved
     processes.wait_for_all()
     if model_hash(trained.folder, "parent_hash") != model_hash(parent.folder):
         raise InputError(f"{trained.folder} was trained from another {parent.name} than the present one; remove its "

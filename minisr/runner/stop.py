@@ -3,8 +3,10 @@
 Imported before anything heavy, so that a signal during start-up is handled too.
 """
 
+import math
 import signal
 import sys
+import time
 
 from minisr.runner import processes
 
@@ -13,6 +15,7 @@ class Stop:
     """Whether a signal asked the process to stop. Long loops call check() at points where everything is saved."""
 
     requested = False
+    requested_at = -math.inf
 
     @classmethod
     def on_signals(cls) -> None:
@@ -21,9 +24,13 @@ class Stop:
 
     @classmethod
     def _request(cls, *_) -> None:
-        if cls.requested:
+        # torchrun passes on a Ctrl-C that the terminal has sent to all processes already.
+        is_repeated = processes.size() > 1 and time.monotonic() - cls.requested_at < 1
+        if cls.requested and not is_repeated:
             raise KeyboardInterrupt
-        cls.requested = True
+        cls.requested, cls.requested_at = True, time.monotonic()
+        if is_repeated:
+            return
         if processes.is_main():
             print("\nminisr: stopping after this step; send the signal again to stop at once", file=sys.stderr)
 

@@ -15,7 +15,7 @@ import torch
 
 from minisr import InputError
 from minisr.runner import launcher, processes
-from minisr.runner.engine import SHARES
+from minisr.runner.engine import DEFAULT_MICRO_BATCHES
 from minisr.runner.gradients import GradientSum
 
 # Uneven numbers of batches, micro-batches that do not divide, dropout, and a judge that writes the EFT data.
@@ -167,10 +167,19 @@ def test_a_wrong_number_of_processes_is_refused(config, n, tmp_path):
 
 
 def test_auto_means_one_process_a_core_without_a_gpu():
-    assert launcher.number_of_processes("auto", "cpu") == launcher.available_cores() >= 1
-    assert launcher.number_of_processes("3", "auto") == 3
+    assert launcher.number_of_processes("auto", "cpu", threads=1) == launcher.available_cores() >= 1
+    assert launcher.number_of_processes("auto", "cpu", threads=4096) == 1
+    assert launcher.number_of_processes("3", "cpu", threads=1) == 3
     with pytest.raises(InputError, match="not 'many'"):
-        launcher.number_of_processes("many", "cpu")
+        launcher.number_of_processes("many", "cpu", threads=1)
+
+
+def test_there_are_at_most_as_many_processes_as_gpus(monkeypatch):
+    monkeypatch.setattr(launcher, "available_gpus", lambda: 2)
+    assert launcher.number_of_processes("auto", "auto", threads=1) == 2
+    with pytest.raises(InputError, match="--processes 3: there are 2 GPUs"):
+        launcher.number_of_processes("3", "auto", threads=1)
+    assert launcher.number_of_processes("3", "cpu", threads=1) == 3
 
 
 # The sum of gradients.
@@ -197,8 +206,8 @@ def test_the_gradient_is_the_sum_over_all_losses(count):
 
 
 def test_the_order_of_the_sum_is_fixed():
-    # In float32, (big + 1) - big is 0 and (big - big) + 1 is 1: four losses are summed as (0 + 2) + (1 + 3), since the
-    # second half, the replayed examples, is interleaved with the first.
+    # In float32, (big + 1) - big is 0 and (big - big) + 1 is 1. Four losses are summed in the order 0, 2, 1, 3, since
+    # the second half, the replayed examples, is interleaved with the first.
     p, big = torch.ones(1, requires_grad=True), 2.0**26
 
     def total(*coefficients):
@@ -206,7 +215,7 @@ def test_the_order_of_the_sum_is_fixed():
         gradient.compute()
         return p.grad.item()
     assert total(big, 1.0, -big, 1.0) == 2.0
-    assert total(big, -big, 1.0, 1.0) == 0.0
+    assert total(big, -big, 1.0, 1.0) == 1.0
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 8, 11])
@@ -221,6 +230,6 @@ def test_every_loss_has_one_owner_and_the_work_is_even(size, count, monkeypatch)
 
 
 def test_pairs_and_replayed_examples_are_both_dealt_to_all():
-    gradient = GradientSum(torch.optim.SGD([torch.ones(1)]), [None] * (2 * SHARES), seed=0)
-    first_half = gradient.order[:SHARES]  # of the first of two processes
-    assert sum(index < SHARES for index in first_half) == SHARES / 2
+    gradient = GradientSum(torch.optim.SGD([torch.ones(1)]), [None] * (2 * DEFAULT_MICRO_BATCHES), seed=0)
+    first_half = gradient.order[:DEFAULT_MICRO_BATCHES]  # of the first of two processes
+    assert sum(index < DEFAULT_MICRO_BATCHES for index in first_half) == DEFAULT_MICRO_BATCHES / 2
