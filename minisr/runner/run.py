@@ -67,6 +67,7 @@ class Run:
                 record_changes(run.folder, changes)
             write_bytes(stored, to_toml(config).encode())
             write_with_checksum(run.folder / "judge.txt", f"{run.judge_template}\n".encode())
+        processes.wait_for_all()  # until process 0 has written them
         processes.check_same((stored.exists(), run.fingerprint), run.folder)
         return run
 
