@@ -447,7 +447,7 @@ FAULTS = {
         ("no verdict is a tie", "if None in (first, second):", "if False:"),
         ("one order is asked twice", '"response_a": b, "response_b": a}]', '"response_a": a, "response_b": b}]')],
     ("runner/judge_prompt", "judge_template"): [
-        ("a scale of 10 is accepted", "!= MAX_SCORE:", "== 99:"),
+        ("a scale of 10 is accepted", "> MAX_SCORE:", "== 99:"),
         ("a template without a score line is accepted", "if not SCORE_LINE.search(template):", "if False:"),
         ("JSON is accepted", "if JSON_SCORE.search(template):", "if False:")],
     ("runner/seed_data", "own_data"): [
