@@ -387,7 +387,7 @@ FAULTS = {
     ("runner/storage", "resume"): [
         ("a checksum is not compared", "recorded is not None and recorded != file_digest(path)", "False")],
     ("runner/steps", "keep"): [
-        ("a finished step is taken again", "if not processes.agree(path.exists() and counts_path.exists()):",
+        ("a finished step is taken again", "if not processes.agree(model.has_stored(name)):",
          "if True:"),
         ("a finished training is repeated", 'if processes.agree((trained.folder / "meta.json").exists()):',
          "if False:"),
@@ -396,7 +396,7 @@ FAULTS = {
          'f"{name}.journal", model_hash(self.folder), *', 'f"{name}.journal", *'),
         ("a finished step's journal stays", 'remove_journals(model.folder / f"{name}.journal")', "pass"),
         ("each process decides whether a step is finished",
-         "processes.agree(path.exists() and counts_path.exists())", "(path.exists() and counts_path.exists())"),
+         "processes.agree(model.has_stored(name))", "model.has_stored(name)"),
         ("each process decides whether a training is finished",
          'processes.agree((trained.folder / "meta.json").exists())', '(trained.folder / "meta.json").exists()'),
         ("records are read before process 0 has written them",
