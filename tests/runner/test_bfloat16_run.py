@@ -12,8 +12,8 @@ from tiny import ENGINES
 from minisr.runner import run
 
 pytestmark = pytest.mark.skipif("fast" not in ENGINES, reason="minisr/fast is not installed")
-SHORT = ("dtype=bfloat16", "iterations=1", "seed_data.evaluation=3", "seed_data.judge_evaluation=2", "prompts.count=6",
-         "evaluate.max_new_tokens=16")
+SHORT = ("dtype=bfloat16", "iterations=1", "seed_data.ift=8", "seed_data.evaluation=2", "seed_data.judge_evaluation=1",
+         "prompts.count=4", "judge.judgements=1", "evaluate.max_new_tokens=16")
 
 
 @pytest.fixture(scope="module")

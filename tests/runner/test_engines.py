@@ -22,8 +22,8 @@ SAME_FILES = ("seed/eft.jsonl", "SFT/answers.jsonl", "SFT/judge_evaluation.jsonl
               "M1/rewards.jsonl", "M1/rewards.counts.json", "M1/pairs.jsonl", "M1/pairs.counts.json",
               "M2/answers.jsonl", "M2/judge_evaluation.jsonl")
 
-SHORT = ("dtype=float64", "iterations=1", "seed_data.evaluation=3", "seed_data.judge_evaluation=2", "prompts.count=6",
-         "evaluate.max_new_tokens=16")
+SHORT = ("dtype=float64", "iterations=1", "seed_data.ift=8", "seed_data.evaluation=2", "seed_data.judge_evaluation=1",
+         "prompts.count=4", "judge.judgements=1", "evaluate.max_new_tokens=16")
 
 needs_fast = pytest.mark.skipif("fast" not in ENGINES, reason="minisr/fast is not installed")
 

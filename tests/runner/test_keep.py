@@ -125,6 +125,7 @@ def with_small_batches(run):
 def take(copy, monkeypatch):
     """Take one of M1's steps anew in small batches: the bytes of its files, and the batches that were computed."""
     inputs = {step: inputs_of(copy, step) for step in SAMPLING_STEPS}
+    inputs["judge"] = tuple(records[:4] for records in inputs["judge"])
     computed = []
 
     def add(self, value, *key, add=Journal.add):

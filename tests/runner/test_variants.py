@@ -200,6 +200,7 @@ seed_data = {ift = 8, ranked = 8, judge_evaluation = 2, evaluation = 4}
 sft = {batch_size = 8, epochs = 1}
 prompts = {count = 4, max_rouge_l = 1.0}
 judge = {judgements = 2}
+evaluate = {max_new_tokens = 16}
 dpo = {batch_size = 4}
 """
 
