@@ -289,12 +289,14 @@ def evaluate(options) -> None:
     """Evaluate the models that a run has so far, or export their answers."""
     from minisr.report.table import LEGEND, table
     from minisr.runner.config import load_config
-    from minisr.runner.evaluation import evaluate
+    from minisr.runner.evaluation import check_judged, evaluate
     from minisr.runner.run import Run
     from minisr.runner.steps import finished_models, keep
     from minisr.runner.storage import check_run, folder_lock
     if options.prompts and not options.export:
         raise InputError("--prompts needs --export FOLDER, the folder for the answers")
+    if options.judge is not None and options.export:
+        raise InputError("--judge and --export do not go together: use one at a time")
     check_run(options.run)
     run = Run(options.run, load_config(options.run / "config.toml"))
     models = finished_models(run)
@@ -306,6 +308,7 @@ def evaluate(options) -> None:
     if options.judge is not None:
         _compare_models(run, models, options.judge)
         return
+    check_judged(run.config, models)
     with folder_lock(run.folder):
         print(table(evaluate(run, models, keep)))
     print(f"\n{LEGEND}")

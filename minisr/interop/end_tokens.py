@@ -7,7 +7,7 @@ Face folder, or the keys eos, eot and eom of a GGUF file. All of them count.
 from pathlib import Path
 
 from minisr import InputError
-from minisr.runner.files import parse_json, read_text
+from minisr.runner.files import read_object
 
 CONFIGS = ("config.json", "generation_config.json")  # both have the key eos_token_id
 SETTINGS = ("tokenizer_config.json", "special_tokens_map.json")  # both have the keys bos_token, eos_token, ...
@@ -74,7 +74,4 @@ def special_names(folder: Path) -> set[str]:
 
 def read_settings(path: Path) -> dict:
     """The object in a JSON file; {} if there is no such file."""
-    settings = parse_json(read_text(path, "file"), f"file {path}") if path.exists() else {}
-    if not isinstance(settings, dict):
-        raise InputError(f"{path} is not a JSON object {{...}}")
-    return settings
+    return read_object(path) if path.exists() else {}

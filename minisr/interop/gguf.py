@@ -3,7 +3,8 @@
 The metadata mean what they mean to llama.cpp, its default values included.
 
 A GGUF file stores the rows of q and k in the order of Meta's RoPE, which rotates the pairs (2i, 2i + 1) of a
-head. minisr and Hugging Face rotate the pairs (i, i + D/2), so these rows are permuted. """
+head. minisr and Hugging Face rotate the pairs (i, i + D/2), so these rows are permuted.
+"""
 
 import json
 import re

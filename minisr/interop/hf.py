@@ -2,7 +2,8 @@
 
 Of several files of weights, transformers' choice is read. A .bin file is read with weights_only=True. minisr
 stores q, k, v in one matrix, and gate, up in one. Both formats rotate the same halves of a head in RoPE, so no
-number changes on the way in or out. """
+number changes on the way in or out.
+"""
 
 import warnings
 from dataclasses import replace
@@ -20,7 +21,7 @@ from minisr.interop.shape import check_downloaded
 from minisr.interop.tokenizer_json import TokenizerJSON, with_special_tokens
 from minisr.model import Decoder, ModelConfig
 from minisr.runner.checkpoint import build_decoder, check_vocab_size, tokenizer_files
-from minisr.runner.files import need, parse_json, read_bytes, read_text, short_reason, write_bytes, write_json
+from minisr.runner.files import need, read_bytes, read_object, read_text, short_reason, write_bytes, write_json
 from minisr.tokenizer import SentencePiece, Tokenizer
 
 CONFIG = "config.json"
@@ -195,13 +196,6 @@ def read_jinja(folder: Path) -> JinjaTemplate:
     has_defaults = is_llama_tokenizer(settings) or not (folder / TokenizerJSON.FILE).exists()
     defaults = {"bos_token": "<s>", "eos_token": "</s>"} if has_defaults else {}
     return JinjaTemplate(jinja, defaults | special_tokens(folder))
-
-
-def read_object(path: Path) -> dict:
-    value = parse_json(read_text(path, "file"), f"file {path}")
-    if not isinstance(value, dict):
-        raise InputError(f"{path} is not a JSON object {{...}}")
-    return value
 
 
 def export(model: Decoder, tokenizer: Tokenizer, folder: Path) -> None:

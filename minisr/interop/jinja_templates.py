@@ -78,7 +78,7 @@ def template_from_jinja(jinja: JinjaTemplate, specials: dict[str, int]) -> str:
     if the Jinja template does not contain both messages once."""
     text = jinja.render("{prompt}", "{response}")
     if re.findall(r"\{prompt\}|\{response\}", text) != ["{prompt}", "{response}"]:
-        raise InputError(f"of a prompt and a response it makes {text!r}")
+        raise InputError(f"for one prompt and one response it renders {text!r}")
     before, after = text.split("{response}")
     names = "|".join(map(re.escape, sorted(specials, key=len, reverse=True))) or "(?!)"
     end = re.search(names, after)
@@ -160,5 +160,5 @@ def tokenizer_end(tokenizer: Tokenizer) -> str:
 
 
 def shorten(text: str) -> str:
-    """The end of a text, in quotes: templates differ there, and where they do not, it is the system message."""
+    """The text in quotes, cut to its last 160 characters: templates usually differ there."""
     return repr(text) if len(text) <= 160 else f"...{text[-160:]!r}"

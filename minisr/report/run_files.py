@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from minisr.runner.files import read_json, read_jsonl
+from minisr.runner.files import check_object, read_json, read_jsonl
 
 
 def read_records(path: Path) -> list[dict]:
@@ -12,7 +12,7 @@ def read_records(path: Path) -> list[dict]:
 
 def read_object(path: Path) -> dict:
     """The content of a JSON file."""
-    return read_json(path, "report") if path.exists() else {}
+    return check_object(read_json(path, "report"), path) if path.exists() else {}
 
 
 def read_each(folder: Path, names: list[str], file: str) -> dict:

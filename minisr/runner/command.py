@@ -8,6 +8,7 @@ import contextlib
 import json
 import os
 import queue
+import re
 import shlex
 import shutil
 import signal
@@ -21,6 +22,9 @@ from minisr.judge import MAX_SCORE, Judgement
 from minisr.runner.stop import Stop
 
 BATCH = 64  # records for one start of the program
+# What a launcher sets for minisr's processes; a program that uses torch.distributed itself must not join them.
+LAUNCHER_VARIABLES = re.compile("(LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE)|ROLE_NAME|MASTER_.*|TORCHELASTIC_.*|"
+                                "GLOO_SOCKET_IFNAME|MINISR_RENDEZVOUS")
 
 
 @dataclass(frozen=True)
@@ -88,7 +92,7 @@ class Program:
         pipe = subprocess.PIPE
         try:
             self.process = subprocess.Popen(self.command.arguments(), stdin=pipe, stdout=pipe, stderr=pipe,
-                                            start_new_session=True)
+                                            env=environment(), start_new_session=True)
         except OSError as error:
             raise InputError(f"{self.command.name} {self.command.line!r} cannot be run: {error.strerror}") from error
         for work in (self._write, self._read, self._read_errors):
@@ -148,6 +152,12 @@ class Program:
         time.sleep(0.1)  # for the thread that reads it
         text = self.errors.decode(errors="replace")
         return f" ({text[:200]})" if text else ""
+
+
+def environment() -> dict[str, str]:
+    """The program's environment: minisr's own without its launcher's variables. Python buffers no output in it."""
+    kept = {name: value for name, value in os.environ.items() if not LAUNCHER_VARIABLES.fullmatch(name)}
+    return {**kept, "PYTHONUNBUFFERED": "1"}
 
 
 def judge_command(config) -> Command:

@@ -110,22 +110,16 @@ class Context:
         return max(self.chat_length(judge_prompt(self.template, record["prompt"], response), judgement)
                    for response, judgement in zip(record["responses"], judgements))
 
-    def reject(self, length: Callable[[dict], int]) -> Callable[[dict], tuple[str, str] | None]:
-        """A `reject` for DataSet.take, from one of the methods above."""
-        def reject(record: dict) -> tuple[str, str] | None:
-            tokens = length(record)
-            return (self.too_long, f" ({tokens} tokens)") if tokens > self.max_seq_len else None
-        return reject
 
-
-class Unlimited(Context):
-    """The context of no model: everything fits."""
-
-    def __init__(self):
-        self.max_seq_len = 0
-
-    def reject(self, length):
-        return lambda record: None
+def reject_too_long(context: Context | None,
+                    length: Callable[[Context, dict], int]) -> Callable[[dict], tuple[str, str] | None]:
+    """A `reject` for DataSet.take, from one of Context's lengths. Without a context nothing is too long."""
+    def reject(record: dict) -> tuple[str, str] | None:
+        if context is None:
+            return None
+        tokens = length(context, record)
+        return (context.too_long, f" ({tokens} tokens)") if tokens > context.max_seq_len else None
+    return reject
 
 
 def annotator_judgements(record: dict, reasons: bool) -> list[str]:

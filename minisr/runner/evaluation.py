@@ -34,6 +34,15 @@ def evaluate(run, models: list, keep) -> dict:
     return metrics
 
 
+def check_judged(config, models: list) -> None:
+    """Raise InputError if an evaluation would run the program that a run's config names as its judge."""
+    unjudged = [model.name for model in models if not model.has_stored("judge_evaluation")]
+    if config.judge.by == "command" and unjudged:
+        raise InputError(f"the held-out responses are not judged yet for {', '.join(unjudged)}, and this run's config "
+                         f"names a program as the judge: {config.judge.command!r}; minisr eval does not run it, but "
+                         "minisr run with this run's config and folder does")
+
+
 def has_more_models(path: Path, metrics: dict) -> bool:
     """Whether a metrics.json holds these models and later ones."""
     return evaluated_models(path) > set(metrics["models"])

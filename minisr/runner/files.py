@@ -15,6 +15,7 @@ from minisr.runner import processes
 
 # Unicode's bidirectional controls, which change the direction of the text after them.
 BIDI_CONTROLS = ("LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI")
+HALF_CHARACTER = "half a character (a lone surrogate, \\ud800 to \\udfff)"
 # What a text file may begin with, and its encoding. UTF-32 comes first: its mark begins like that of UTF-16.
 BYTE_ORDER_MARKS = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32",
                     codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
@@ -158,13 +159,31 @@ def parse_record(line: str, where: str, texts: tuple[str, ...]) -> dict:
     return record
 
 
+def read_object(path: Path) -> dict:
+    """The object in a JSON file of any origin."""
+    return check_object(parse_json(read_text(path, "file"), f"file {path}"), path)
+
+
+def check_object(value, path: Path) -> dict:
+    """The value that was read from a JSON file, if it is an object."""
+    if not isinstance(value, dict):
+        raise InputError(f"{path} is not a JSON object {{...}}")
+    return value
+
+
 def check_encodable(text: str, where: str) -> None:
-    """Raise InputError if a text holds half of a surrogate pair, which JSON can escape and no tokenizer encodes."""
+    """Raise InputError if a text has half a character."""
+    if has_half_character(text):
+        raise InputError(f"{where}: {HALF_CHARACTER} in the text {text[:60]!r}; remove it")
+
+
+def has_half_character(text: str) -> bool:
+    """Whether a text holds half of a surrogate pair, which JSON can escape and no tokenizer encodes."""
     try:
         text.encode()
-    except UnicodeEncodeError as error:
-        raise InputError(f"{where}: half a character (a lone surrogate, \\ud800 to \\udfff) in the text "
-                         f"{text[:60]!r}; remove it") from error
+    except UnicodeEncodeError:
+        return True
+    return False
 
 
 def file_digest(path: Path) -> str:

@@ -7,7 +7,7 @@ loses where the other one is; if the two verdicts disagree, the prompt is a tie.
 from minisr.evaluate import win_rates
 from minisr.runner.command import Command, read_text_of
 from minisr.runner.files import write_json, write_jsonl
-from minisr.runner.journal import Journal
+from minisr.runner.journal import Journal, remove_journals
 
 VERDICTS = ("a", "b", "tie", None)
 
@@ -29,7 +29,7 @@ def head_to_head(run, models: list, keep, line: str) -> dict:
     result = {"command": line, "contests": contests}
     write_jsonl(run.folder / "head_to_head.jsonl", records)
     write_json(run.folder / "head_to_head.json", result)
-    path.unlink(missing_ok=True)
+    remove_journals(path)
     return result
 
 
@@ -64,5 +64,6 @@ def outcome(first: str | None, second: str | None) -> int | None:
 def summary(outcomes: list[int | None]) -> dict:
     """Shares of the prompts with two verdicts, with intervals; "unread" counts the other prompts."""
     read = [value for value in outcomes if value is not None]
+    # The outcomes are differences already, so they are compared with zeros.
     return {"prompts": len(read), "unread": len(outcomes) - len(read),
             **(win_rates(read, [0] * len(read)) if read else {})}

@@ -13,11 +13,12 @@ from minisr.judge import MAX_SCORE
 FIELDS = ("{prompt}", "{response}")
 SCORE_LINE = re.compile(r"(?<![\w\"'])score[\s*_`)\](0-9–/-]{0,12}[:：]", re.IGNORECASE)
 JSON_SCORE = re.compile(r"""["']score["']\s*:""", re.IGNORECASE)
-# A line that speaks of scoring, and a scale in it: "from 0 to 100", "1-10", "[[1..10]]", "out of 10", "percent".
+# A line that speaks of scoring, and a scale in it: "from 0 to 100", "1-10", "[[1..10]]", "out of 10", "points in %".
 SCORING = re.compile(r"\b(?:scores?|scoring|scale|points?|rates?|rating|grades?)\b", re.IGNORECASE)
-RANGE = re.compile(r"\b[0-2]\s*(?:-|–|—|\.\.+|…|to|and|through)\s*(\d+)\b", re.IGNORECASE)
-OUT_OF = re.compile(r"\b(?:out of|maximum of|up to)\s+(\d+)\b|/\s*(\d+)\b", re.IGNORECASE)
-PERCENT = re.compile(r"%|\bpercent", re.IGNORECASE)
+PERCENT = re.compile(SCORING.pattern + r"\W{0,3}(?:(?:in|as)\s+(?:a\s+)?)?(?:%|percent)", re.IGNORECASE)
+RANGE = re.compile(r"\b[0-2]\s*(?:-|–|—|\.\.+|…|to|through)\s*(\d+)\b", re.IGNORECASE)
+BETWEEN = re.compile(r"\bbetween\s+[0-2]\s+and\s+(\d+)\b", re.IGNORECASE)
+OUT_OF = re.compile(r"\b(?:out of|maximum of|up to)\s+(\d+)\b(?!\s+words)|/\s*(\d+)\b", re.IGNORECASE)
 
 
 def check_judge_prompt(template: str, path: Path) -> None:
@@ -43,12 +44,12 @@ def check_judge_prompt(template: str, path: Path) -> None:
 
 
 def other_scale(line: str) -> str | None:
-    """The scale that a line about scoring states, if it does not end at 5."""
+    """The scale that a line about scoring states, if it goes beyond 5."""
     if not SCORING.search(line):
         return None
-    for pattern in (RANGE, OUT_OF):
+    for pattern in (RANGE, BETWEEN, OUT_OF):
         for match in pattern.finditer(line):
-            if int(next(filter(None, match.groups()))) != MAX_SCORE:
+            if int(next(filter(None, match.groups()))) > MAX_SCORE:
                 return match[0]
     match = PERCENT.search(line)
     return match[0] if match else None

@@ -6,6 +6,8 @@ reason. tiny_configs/README.md has the table of formats.
 
 from typing import NamedTuple
 
+from minisr.runner.files import HALF_CHARACTER, has_half_character
+
 ROLES = {"user": "user", "human": "user", "prompter": "user",
          "assistant": "assistant", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant",
          "bard": "assistant", "bot": "assistant", "model": "assistant",
@@ -49,7 +51,8 @@ def parse_exchange(record) -> Exchange:
         raise LeftOut("a turn of another role before the answer")
     prompt = "\n\n".join([*system, prompt])
     response = answers[0][1] if answers else None
-    check_encodable(prompt + (response or ""))
+    if has_half_character(prompt + (response or "")):
+        raise LeftOut(HALF_CHARACTER)
     return Exchange(name, prompt, response, len(answers[1:]))
 
 
@@ -193,28 +196,23 @@ def rank(reply: dict) -> float:
 
 
 def join_oasst_rows(records: list[tuple[str, object]]) -> list[tuple[str, object]]:
-    """The rows of Open Assistant's flat files, one a message, as trees, each at the place of its first message."""
+    """The rows of Open Assistant's flat files, one a message, as trees, each at the place of its first message.
+
+    Ids are compared as they print, since JSON allows a list as an id. null is no id."""
     if not all(isinstance(record, dict) and {"message_id", "parent_id", "text"} <= record.keys()
                for _, record in records):
         return records
-    known, replies, roots = {row["message_id"] for _, row in records}, {}, []
+    known = {repr(row["message_id"]) for _, row in records if row["message_id"] is not None}
+    replies, roots = {}, []
     for place, row in records:
-        if row["parent_id"] in known:
-            replies.setdefault(row["parent_id"], []).append(row)
+        if repr(row["parent_id"]) in known:
+            replies.setdefault(repr(row["parent_id"]), []).append(row)
         else:
             roots.append((place, row))
-    return [(place, {"prompt": {**row, "replies": replies.get(row["message_id"])}}) for place, row in roots]
+    return [(place, {"prompt": {**row, "replies": replies.get(repr(row["message_id"]))}}) for place, row in roots]
 
 
 def first_key(record: dict, keys: tuple[str, ...]) -> str | None:
     """The first of these keys that a record has with a value other than null, or has at all."""
     present = [key for key in keys if key in record]
     return next((key for key in present if record[key] is not None), present[0] if present else None)
-
-
-def check_encodable(text: str) -> None:
-    """JSON can escape half of a surrogate pair, which no tokenizer encodes."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise LeftOut("half a character (a lone surrogate, \\ud800 to \\udfff)") from error

@@ -25,6 +25,9 @@ STAGES = (
     "M2",  # the folder M2, and with it all later models
 )
 
+# Files about one run as a whole, which a variant's run does not take over.
+OF_ONE_RUN = ("metrics.json", "judge.txt", "head_to_head.*", "config_changes.jsonl", "report.html")
+
 FIRST_AFFECTED_STAGE = {
     "sft": "SFT",
     "engine": "SFT",  # this key and the next two change the rounding of every result
@@ -55,8 +58,9 @@ def copy_unaffected(base: Path, folder: Path, config: Config) -> None:
     unfinished = folder.with_name(folder.name + ".part")
     shutil.rmtree(unfinished, ignore_errors=True)
     shutil.copytree(base, unfinished)
-    for name in ("metrics.json", "judge.txt"):
-        (unfinished / name).unlink(missing_ok=True)
+    for pattern in OF_ONE_RUN:
+        for path in unfinished.glob(pattern):
+            path.unlink()
     for stage in stages:
         for path in stage_files(unfinished, stage):
             if path.is_dir():

@@ -44,7 +44,7 @@ class Run:
         stored = self.folder / "judge.txt"  # the template that the run began with
         if stored.exists():
             verify_checksum(stored)
-            self.judge_template = load_template(stored)
+            self.judge_template = read_template(stored)  # checked when the run began
         else:
             default = WORLD_TEMPLATE if self.has_oracle else ENGLISH_TEMPLATE
             self.judge_template = load_template(Path(config.judge.template or default))
@@ -273,6 +273,10 @@ def check_resumable(old: Config, new: Config, folder: Path) -> None:
 
 def load_template(path: Path) -> str:
     """A judge prompt from a text file: see check_judge_prompt."""
-    template = read_text(path, "judge prompt").rstrip("\n")
+    template = read_template(path)
     check_judge_prompt(template, path)
     return template
+
+
+def read_template(path: Path) -> str:
+    return read_text(path, "judge prompt").rstrip("\n")

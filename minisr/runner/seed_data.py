@@ -4,9 +4,9 @@ IFT (instruction fine-tuning) teaches the model to respond: records {prompt, res
 fine-tuning) teaches it to judge: the prompt is a judge prompt, the response a justification and a score. EFT
 is made from prompts with several ranked responses, in one of two ways:
 
-- "annotator": the annotator who scored the responses also gave the reason for each score. - "baseline": the
-SFT baseline writes the judgements. A prompt's judgements are used if they rank its responses as the annotator
-does (the paper's rule, because OASST has rankings without judgements).
+- "annotator": the annotator who scored the responses also gave the reason for each score.
+- "baseline": the SFT baseline writes the judgements. A prompt's judgements are used if they rank its responses
+  as the annotator does (the paper's rule, because OASST has rankings without judgements).
 
 In both cases, records of the most frequent score are then dropped until it is as frequent as the second.
 """
@@ -25,15 +25,15 @@ from minisr.runner.data_sets import (
     NO_REASONS,
     Context,
     DataSet,
-    Unlimited,
     annotator_judgements,
     reject_held_out,
+    reject_too_long,
     shorten,
 )
+from minisr.runner.files import HALF_CHARACTER, has_half_character
 from minisr.runner.json_records import read_records
 from minisr.runner.record_formats import (
     LeftOut,
-    check_encodable,
     join_oasst_rows,
     parse_exchange,
     parse_instruction,
@@ -45,10 +45,11 @@ ENGLISH = Path(__file__).parents[1] / "worlds" / "english"  # written for minisr
 
 def build_seed_data(config, seed: int) -> dict[str, list[dict]]:
     """The data sets that need no model: {"ift", "ranked", "judge_evaluation", "evaluation": records}."""
-    return load_seed_data(config, seed, Unlimited())[0]
+    return load_seed_data(config, seed)[0]
 
 
-def load_seed_data(config, seed: int, context: Context) -> tuple[dict[str, list[dict]], dict[str, DataSet]]:
+def load_seed_data(config, seed: int,
+                   context: Context | None = None) -> tuple[dict[str, list[dict]], dict[str, DataSet]]:
     """The data sets, without records that do not fit the context, and what became of all records of each set.
 
     Raises InputError if nothing is left of a set, or if config.too_long is "refuse" and a record does not fit."""
@@ -57,7 +58,7 @@ def load_seed_data(config, seed: int, context: Context) -> tuple[dict[str, list[
     else:
         source = ENGLISH if config.source == "english" else Path(config.source).expanduser()
         data, sets = user_sets(source, config, context)
-    if config.too_long == "refuse":
+    if context and config.too_long == "refuse":
         refuse_too_long(sets, context)
     return data, sets
 
@@ -86,14 +87,14 @@ def tiny_world_data(config, seed: int) -> dict[str, list[dict]]:
     }
 
 
-def tiny_world_sets(config, seed: int, context: Context) -> tuple[dict[str, list[dict]], dict[str, DataSet]]:
+def tiny_world_sets(config, seed: int, context: Context | None) -> tuple[dict[str, list[dict]], dict[str, DataSet]]:
     """The tiny world's records, as far as they fit the context of a seed model that the user chose."""
-    lengths = {"ift": context.instruction_length, "ranked": context.judged_length,
-               "judge_evaluation": context.judged_length, "evaluation": context.prompt_length}
+    lengths = {"ift": Context.instruction_length, "ranked": Context.judged_length,
+               "judge_evaluation": Context.judged_length, "evaluation": Context.prompt_length}
     data, sets = {}, {}
     for name, records in tiny_world_data(config, seed).items():
         sets[name] = DataSet(None, [(f"record {number}", record) for number, record in enumerate(records, 1)])
-        data[name] = sets[name].take(len(records), context.reject(lengths[name]), "")
+        data[name] = sets[name].take(len(records), reject_too_long(context, lengths[name]), "")
         if not data[name]:
             raise InputError(f"the tiny world's {name} has no record that can be used: {sets[name].problems()}")
     return data, sets
@@ -101,7 +102,7 @@ def tiny_world_sets(config, seed: int, context: Context) -> tuple[dict[str, list
 
 # Files.
 
-def user_sets(source: Path, config, context: Context) -> tuple[dict[str, list[dict]], dict[str, DataSet]]:
+def user_sets(source: Path, config, context: Context | None) -> tuple[dict[str, list[dict]], dict[str, DataSet]]:
     """From a folder with ift, judged and evaluation files, or from one file of instructions.
 
     The last judged prompts are held out to measure the judge. Without an evaluation file, the prompts of the last
@@ -113,10 +114,10 @@ def user_sets(source: Path, config, context: Context) -> tuple[dict[str, list[di
         evaluation = copy_set(ift, ift.records[::-1])  # from the last one on
     judged = read_judged(source, config)
     surplus = f"beyond seed_data.evaluation = {config.evaluation}" if path else "left for training"
-    prompts = evaluation.take(config.evaluation, context.reject(context.prompt_length), surplus)
+    prompts = evaluation.take(config.evaluation, reject_too_long(context, Context.prompt_length), surplus)
     prompts = [{"prompt": record["prompt"]} for record in (prompts if path else prompts[::-1])]
     ranked, judge_evaluation = split_judged(judged, prompts, config, context)
-    reject = reject_held_out(prompts + judge_evaluation, context.reject(context.instruction_length))
+    reject = reject_held_out(prompts + judge_evaluation, reject_too_long(context, Context.instruction_length))
     data = {
         "ift": ift.take(config.ift, reject, f"beyond seed_data.ift = {config.ift}"),
         "ranked": ranked,
@@ -134,14 +135,15 @@ def check_not_empty(data: DataSet, used: list[dict], what: str) -> None:
         raise InputError(f"{data.path} has no {what} that can be used: {reasons}")
 
 
-def split_judged(judged: DataSet, held_out: list[dict], config, context: Context) -> tuple[list[dict], list[dict]]:
+def split_judged(judged: DataSet, held_out: list[dict], config,
+                 context: Context | None) -> tuple[list[dict], list[dict]]:
     """The judged prompts for EFT, and the last ones, which are held out."""
-    fitting = judged.take(len(judged.records), context.reject(context.judged_length), "")
+    fitting = judged.take(len(judged.records), reject_too_long(context, Context.judged_length), "")
     n_train = max(0, len(fitting) - config.judge_evaluation)
     judge_evaluation = fitting[n_train:]
     reject = reject_held_out(held_out + judge_evaluation, lambda record: None)
     train = [i for i in range(n_train) if reject(fitting[i]) is None]
-    judged.drop([i for i in range(n_train) if i not in train], HELD_OUT)
+    judged.drop(sorted(set(range(n_train)).difference(train)), HELD_OUT)
     judged.drop(train[config.ranked:], f"beyond seed_data.ranked = {config.ranked}")
     if not train and config.eft_by != "none":
         check_not_empty(judged, fitting, "judged prompts")
@@ -223,10 +225,8 @@ def read_judged(source: Path, config) -> DataSet:
             continue
         if "reasons" not in record:
             unexplained.append(place)
-        try:
-            check_encodable("".join([record["prompt"], *record["responses"], *record.get("reasons", [])]))
-        except LeftOut as reason:
-            data.leave_out(str(reason), place)
+        if has_half_character("".join([record["prompt"], *record["responses"], *record.get("reasons", [])])):
+            data.leave_out(HALF_CHARACTER, place)
             continue
         data.formats["judged"] += 1
         kept = ("prompt", "responses", "scores", "reasons")

@@ -65,6 +65,10 @@ class StoredModel(SelfRewardingModel):
         processes.wait_for_all()
         return self
 
+    def has_stored(self, name: str) -> bool:
+        """Whether a step's records and counts are on disk."""
+        return all((self.folder / f"{name}.{kind}").exists() for kind in ("jsonl", "counts.json"))
+
     def journal(self, name: str, *inputs) -> Journal:
         """The finished batches of a step that depends on this model, the run's config and these inputs."""
         made_from = (self.run.fingerprint, self.run.batch_rows, *inputs)
@@ -121,7 +125,7 @@ def keep_records(step, *inputs) -> list:
     """A step whose result is a list of records. Process 0 writes it, and all processes read it."""
     model, name = step.__self__, FILES[step.__name__]
     path, counts_path = model.folder / f"{name}.jsonl", model.folder / f"{name}.counts.json"
-    if not processes.agree(path.exists() and counts_path.exists()):
+    if not processes.agree(model.has_stored(name)):
         Stop.check()
         with model.clock(name), model.run.workspace.step(title=f"{model.name} {name}",
                                                          journal=model.journal(name, *inputs)):

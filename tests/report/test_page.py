@@ -261,6 +261,13 @@ def test_an_unfinished_run_shows_what_is_there(models, kept, no_drawing, tmp_pat
     assert "flawless" not in read(write_page(folder)).text.lower()
 
 
+def test_a_file_of_another_kind_is_named(no_drawing, tmp_path):
+    folder = make_run(tmp_path / "run")
+    (folder / "metrics.json").write_text("[]")
+    with pytest.raises(InputError, match=r"metrics\.json is not a JSON object"):
+        write_page(folder)
+
+
 def test_a_run_without_an_oracle_has_no_points_and_no_wins(no_drawing, tmp_path):
     parsed = read(write_page(make_run(tmp_path / "run", source="english")))
     assert parsed.titles == TITLES[4:]

@@ -387,7 +387,7 @@ FAULTS = {
     ("runner/storage", "resume"): [
         ("a checksum is not compared", "recorded is not None and recorded != file_digest(path)", "False")],
     ("runner/steps", "keep"): [
-        ("a finished step is taken again", "if not processes.agree(path.exists() and counts_path.exists()):",
+        ("a finished step is taken again", "if not processes.agree(model.has_stored(name)):",
          "if True:"),
         ("a finished training is repeated", 'if processes.agree((trained.folder / "meta.json").exists()):',
          "if False:"),
@@ -396,7 +396,7 @@ FAULTS = {
          'f"{name}.journal", model_hash(self.folder), *', 'f"{name}.journal", *'),
         ("a finished step's journal stays", 'remove_journals(model.folder / f"{name}.journal")', "pass"),
         ("each process decides whether a step is finished",
-         "processes.agree(path.exists() and counts_path.exists())", "(path.exists() and counts_path.exists())"),
+         "processes.agree(model.has_stored(name))", "model.has_stored(name)"),
         ("each process decides whether a training is finished",
          'processes.agree((trained.folder / "meta.json").exists())', '(trained.folder / "meta.json").exists()'),
         ("records are read before process 0 has written them",
@@ -447,7 +447,7 @@ FAULTS = {
         ("no verdict is a tie", "if None in (first, second):", "if False:"),
         ("one order is asked twice", '"response_a": b, "response_b": a}]', '"response_a": a, "response_b": b}]')],
     ("runner/judge_prompt", "judge_template"): [
-        ("a scale of 10 is accepted", "!= MAX_SCORE:", "== 99:"),
+        ("a scale of 10 is accepted", "> MAX_SCORE:", "== 99:"),
         ("a template without a score line is accepted", "if not SCORE_LINE.search(template):", "if False:"),
         ("JSON is accepted", "if JSON_SCORE.search(template):", "if False:")],
     ("runner/seed_data", "own_data"): [

@@ -106,6 +106,22 @@ def test_no_shell_reads_the_command():
     assert command.ask(RECORDS, read_score, Workspace())[4] == (4, "Prompt 4")
 
 
+def test_the_program_is_no_process_of_the_launcher(monkeypatch):
+    launchers = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "GLOO_SOCKET_IFNAME",
+                 "MINISR_RENDEZVOUS", "TORCHELASTIC_RUN_ID")
+    for name in (*launchers, "RANKING"):
+        monkeypatch.setenv(name, "1")
+    code = EACH + "import os; print(json.dumps({'score': 1, 'text': ' '.join(os.environ)}))"
+    [(_, text)] = Command(python(code)).ask_batch(RECORDS[:1], 1, read_score)
+    assert not set(launchers) & set(text.split()) and {"RANKING", "PATH"} <= set(text.split())
+
+
+def test_a_slow_program_in_python_is_not_silent(monkeypatch):
+    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)
+    slow = EACH + "print('{\"score\": 1}')\n    __import__('time').sleep(0.7)"
+    assert ask(slow, timeout=2) == [(1, "")] * 5  # 3.5 seconds in all
+
+
 def test_finished_batches_are_kept(tmp_path):
     records = [{"prompt": f"{i}", "response": "3"} for i in range(3 * BATCH)]
     log, broken = tmp_path / "log", tmp_path / "broken"
@@ -180,6 +196,22 @@ def test_ctrl_c_ends_the_program_and_the_run(config, tmp_path):
     assert subprocess.run(["ps", "-p", marker.read_text()], capture_output=True).returncode == 1
 
 
+def test_eval_never_starts_the_program_that_a_config_names(copy, tmp_path):
+    path, marker = copy / "config.toml", tmp_path / "started"
+    command = python(f"open({str(marker)!r}, 'w')")
+    text = path.read_text()
+    assert text.count('by = "self"') == text.count('command = ""') == 1
+    path.write_text(text.replace('by = "self"', 'by = "command"').replace(
+        'command = ""', f"command = {json.dumps(command)}"))
+    assert minisr("eval", copy)[0] == 0  # everything is judged already
+    for name in ("judge_evaluation.jsonl", "judge_evaluation.counts.json"):
+        (copy / "M2" / name).rename(tmp_path / name)
+        code, _, error = minisr("eval", copy)
+        assert code == 2 and error.count("\n") == 1 and not marker.exists()
+        assert "not judged yet for M2" in error and repr(command) in error and "minisr run" in error
+        (tmp_path / name).rename(copy / "M2" / name)
+
+
 # The examples of the README, as printed
 
 def scripts() -> list[str]:
@@ -210,6 +242,7 @@ def compare(folder, code: str) -> tuple[str, dict]:
 
 
 def test_the_readmes_comparison_works_as_printed(copy):
+    (copy / "head_to_head.journal.1").touch()  # of an interrupted comparison with more processes
     out, contests = compare(copy, scripts()[1])
     assert list(contests) == [("M1", "SFT"), ("M2", "M1"), ("M2", "SFT"), ("M3", "M2"), ("M3", "SFT")]
     for (model, other), contest in contests.items():
@@ -219,7 +252,7 @@ def test_the_readmes_comparison_works_as_printed(copy):
         assert contest["prompts"] == 8 and contest["unread"] == 0
         assert re.search(rf"^{model} +{other} +{100 * expected['win']:.0f} \[", out, re.MULTILINE)
     verdicts = jsonl(copy / "head_to_head.jsonl")
-    assert len(verdicts) == 5 * 8 and not (copy / "head_to_head.journal").exists()
+    assert len(verdicts) == 5 * 8 and not [*copy.glob("head_to_head.journal*")]
 
 
 def test_a_judge_that_always_prefers_the_first_answer_sees_only_ties(copy):

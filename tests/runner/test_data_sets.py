@@ -10,7 +10,7 @@ from tiny import tiny_lm
 from minisr import InputError
 from minisr.prompts import PromptConfig, few_shot_prompt
 from minisr.runner.config import Config, SeedConfig
-from minisr.runner.data_sets import SHORTEST_JUDGEMENT, Context
+from minisr.runner.data_sets import SHORTEST_JUDGEMENT, Context, reject_too_long
 from minisr.runner.files import write_jsonl
 from minisr.runner.run import WORLD_TEMPLATE, Run
 from minisr.runner.seed_data import eft_by_annotator, eft_record, load_seed_data
@@ -117,7 +117,7 @@ def passes(step, *inputs) -> bool:
 
 
 def kept(context, length, records):
-    reject = context.reject(length)
+    reject = reject_too_long(context, length)
     return [reject(record) is None for record in records]
 
 
@@ -135,7 +135,7 @@ def test_an_instruction_fits_exactly_if_training_and_prompt_generation_accept_it
                  for record in records]
         shown = accepted(lm, [[*lm.tokenizer.bos_ids, *lm.tokenizer.encode(text)] for text in shots])
         expected = [a and b for a, b in zip(trained, shown)]
-        assert kept(context, context.instruction_length, records) == expected
+        assert kept(context, Context.instruction_length, records) == expected
         assert {*expected} == {True, False} and (expected != trained) == (long == ("prompt",))
 
 
@@ -143,7 +143,7 @@ def test_an_evaluation_prompt_fits_exactly_if_sampling_accepts_it():
     lm, context = contexts()
     records = [{"prompt": "a " * n} for n in LENGTHS]
     expected = accepted(lm, [lm.tokenizer.encode_prompt(record["prompt"]) for record in records])
-    assert kept(context, context.prompt_length, records) == expected and {*expected} == {True, False}
+    assert kept(context, Context.prompt_length, records) == expected and {*expected} == {True, False}
 
 
 @pytest.mark.parametrize("longest", ["prompt", "response", "reason"])
@@ -155,7 +155,7 @@ def test_a_judged_record_fits_exactly_if_training_accepts_all_its_judgements(lon
         records.append({"prompt": text["prompt"], "responses": ["b", text["response"]], "scores": [5, 0],
                         "reasons": ["c", text["reason"]]})
     expected = [passes(encode_examples, lm, eft_by_annotator([record], TEMPLATE)) for record in records]
-    assert kept(context, context.judged_length, records) == expected and {*expected} == {True, False}
+    assert kept(context, Context.judged_length, records) == expected and {*expected} == {True, False}
 
 
 def test_where_the_baseline_judges_there_must_be_room_for_a_score():
@@ -163,7 +163,7 @@ def test_where_the_baseline_judges_there_must_be_room_for_a_score():
     records = [{"prompt": "a " * n, "responses": ["b", "c"], "scores": [5, 0]} for n in LENGTHS]
     shortest = [[eft_record(TEMPLATE, r["prompt"], y, SHORTEST_JUDGEMENT) for y in r["responses"]] for r in records]
     expected = [passes(encode_examples, lm, examples) for examples in shortest]
-    assert kept(context, context.judged_length, records) == expected and {*expected} == {True, False}
+    assert kept(context, Context.judged_length, records) == expected and {*expected} == {True, False}
 
 
 def test_the_tiny_world_fits_its_own_model_and_is_cut_to_a_smaller_context(tmp_path):

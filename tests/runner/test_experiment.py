@@ -103,7 +103,9 @@ def upto(name):
 
 
 def base_run(folder, config, changes=()):
-    for name in [*MADE, "metrics.json"]:
+    about_the_run = ("metrics.json", "head_to_head.json", "head_to_head.jsonl", "head_to_head.journal.1",
+                     "config_changes.jsonl", "report.html")
+    for name in (*MADE, *about_the_run):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(name)
     (folder / "config.toml").write_text(to_toml(load_config(config, overrides=tuple(changes))))

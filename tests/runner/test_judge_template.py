@@ -43,6 +43,8 @@ REFUSED = {  # what the template asks for, and what the error names
     "a hundred": (RATE + "Give a score between 0 and 100.\nScore: <score>", "line 4.*0 and 100"),
     "out of ten": (RATE + "Score: <points>/10", "line 4.*/10"),
     "percent": (RATE + "Score: <points in %>", "line 4.*%"),
+    "score in percent": (RATE + "Give a rating in percent.\nScore: <score>", "line 4.*rating in percent"),
+    "up to ten": (RATE + "Add up to 10 points.\nScore: <score>", "line 4.*up to 10"),
     "a dash": (RATE + "Score (0-10):", "0-10"),
     "no score": (RATE + "Say what is good and what is bad.", "never asks for a score line"),
     "Prometheus": (RATE + "Feedback: (feedback) [RESULT] (a number from 1 to 5)", "never asks for a score line"),
@@ -70,7 +72,11 @@ def test_a_template_that_asks_for_what_is_not_parsed_is_refused(tmp_path, name):
 @pytest.mark.parametrize("text", [
     "Score: <total>", "Give points from 0 to 5.\n**Score:** <total>", "Score (0-5): <total>", "the line Score: and it",
     "Justify the score in 100 words.\nScore: <total>/5", "Use braces {like this} }} freely.\nscore: N",
-    "Name 1 to 3 faults.\n```\n{code}\n```\nScore: <0-5>"])
+    "Name 1 to 3 faults.\n```\n{code}\n```\nScore: <0-5>",
+    "The third point only if points 1 and 2 were given.\nScore: <total>",
+    "Add up to 2 points for style.\nScore: <total>", "Award 1-2 points for relevance.\nScore: <total>",
+    "Award 5 points if the answer is 100% correct.\nScore: <total>",
+    "Briefly justify your total score, up to 100 words.\nScore: <total points>"])
 def test_a_template_that_asks_for_the_score_line_is_taken_as_it_is(tmp_path, text):
     path = tmp_path / "judge.txt"
     path.write_text(RATE + text)

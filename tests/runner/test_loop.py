@@ -225,6 +225,12 @@ def test_without_prompts_and_clock_times_the_models_can_be_evaluated(copy):
     assert training_summary(model)["distinct"] == 0
 
 
+def test_the_judge_prompt_of_an_existing_run_is_not_checked_again(copy):
+    kept = "Rate {response} to {prompt} from 0 to 10. An earlier version accepted this."
+    write_with_checksum(copy / "judge.txt", f"{kept}\n".encode())
+    assert Run(copy, load_config(copy / "config.toml")).judge_template == kept
+
+
 def test_a_run_uses_the_judge_prompt_that_it_began_with(config, copy, tmp_path):
     kept = copy / "judge.txt"
     assert kept.read_text() == WORLD_TEMPLATE.read_text()

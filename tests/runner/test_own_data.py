@@ -15,7 +15,6 @@ from minisr.judge import JudgeConfig, Judgement, parse_score
 from minisr.runner import record_formats, seed_data
 from minisr.runner.checkpoint import save_model
 from minisr.runner.config import Config, SeedConfig, load_config
-from minisr.runner.data_sets import Unlimited
 from minisr.runner.files import write_jsonl
 from minisr.runner.run import ENGLISH_TEMPLATE, Run, load_template
 from minisr.runner.seed_data import (
@@ -187,6 +186,16 @@ def test_open_assistants_rows_are_joined(tmp_path):
                                                                       "a reply to no message in the file": ["line 6"]}
 
 
+def test_open_assistants_ids_may_be_any_json(tmp_path):
+    rows = [{"message_id": ["a"], "parent_id": None, "role": "prompter", "text": "Name a colour."},
+            {"message_id": {}, "parent_id": ["a"], "role": "assistant", "text": "Blue."},
+            {"message_id": None, "parent_id": ["z"], "role": "assistant", "text": "Lost."}]
+    write_jsonl(tmp_path / "ift.jsonl", rows)
+    data = seed_data.read_set(tmp_path / "ift.jsonl", seed_data.parse_instruction)
+    assert data.records == [("line 1", WANTED)]
+    assert data.left_out == {"a reply to no message in the file": ["line 3"]}
+
+
 def test_prompts_alone_need_no_response(tmp_path):
     write_jsonl(tmp_path / "p.jsonl", [{"instruction": "a", "dataset": "x"}, {"prompt": "b", "response": None}, WANTED,
                                        {"messages": [{"role": "user", "content": "c"}]}, {"prompt": "d", "output": ""},
@@ -246,7 +255,7 @@ def test_half_a_character_in_a_judged_record_leaves_it_out(change, folder):
 
 
 def load(source, **settings):
-    return seed_data.load_seed_data(SeedConfig(source=str(source), **settings), 0, Unlimited())
+    return seed_data.load_seed_data(SeedConfig(source=str(source), **settings), 0)
 
 
 def test_judged_may_be_a_list_and_keeps_only_what_is_used(folder):

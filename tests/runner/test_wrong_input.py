@@ -119,6 +119,8 @@ COMMANDS = {  # what is wrong: the command, and texts that the one line must con
     "no run to show": (lambda at: ["show", at / "no"], "there is no folder", f"{os.sep}no"),
     "prompts without export": (lambda at: ["eval", at / "run", "--prompts", at / "p"],
                                "--prompts needs --export FOLDER"),
+    "judge and export": (lambda at: ["eval", at / "run", "--judge", "python x.py", "--export", at / "answers"],
+                         "--judge and --export do not go together"),
     "import over a model": (lambda at: ["import", at / "M0", "--out", at / "M0"], "already holds a model"),
     "show of SFT": (lambda at: ["show", at / "run", "--model", "SFT"], "SFT holds no judged iteration"),
     "show of a model with no name": (lambda at: ["show", at / "run", "--model", ""], "no judged iteration"),

@@ -1,7 +1,8 @@
 """The oracle: parses any request and grades any answer with 0 to 5 additive points.
 
 It measures models, and it stands in for the human annotators of the seed data. After M1, no training signal
-comes from it, except in the control experiment judge.by = "oracle". """
+comes from it, except in the control experiment judge.by = "oracle".
+"""
 
 import re
 from dataclasses import dataclass

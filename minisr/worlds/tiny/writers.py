@@ -4,7 +4,8 @@ Their habits are flawed in the mode: more than half of all answers omit the thir
 that imitates them exactly therefore gives wrong answers at temperature 0. A flawless answer is rare in the
 text; finding it is the task of the loop. People read closely when they write informal reviews, which contain
 no score, but grade leniently. A model that is to judge must use the first skill for the second task; EFT
-teaches this. """
+teaches this.
+"""
 
 from random import Random
 
