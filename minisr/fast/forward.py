@@ -32,7 +32,8 @@ def final_hidden(model: Decoder, ids: Tensor, positions: Tensor, attention_fn, s
 
 
 def run_block(block: Block, *inputs) -> Tensor:
-    """block_forward, through the hooks of FSDP if it has sharded the block: see runner/sharding.py."""
+    """block_forward(block, *inputs). A block whose weights are elsewhere until it computes, as FSDP's are, has a method
+    call(function, *inputs), which gathers them, returns function(*inputs), and frees them."""
     call = getattr(block, "call", None)
     return call(block_forward, block, *inputs) if call else block_forward(block, *inputs)
 

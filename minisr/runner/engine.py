@@ -19,7 +19,7 @@ from minisr.lm import LM
 from minisr.rng import derive_seed
 from minisr.runner import processes
 from minisr.runner.files import write_jsonl
-from minisr.runner.gradients import GradientSum
+from minisr.runner.gradients import GradientSum, is_out_of_memory
 from minisr.runner.journal import Journal, TrainingState
 from minisr.runner.lora import LoRAConfig, LoRATraining
 from minisr.runner.muon import make_muon
@@ -166,12 +166,6 @@ def compute_within_memory(compute, batch: list[int]) -> list:
                              "a smaller max_new_tokens") from error
     middle = len(batch) // 2  # outside of `except`, which would keep the failed batch in memory
     return compute_within_memory(compute, batch[:middle]) + compute_within_memory(compute, batch[middle:])
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    """Whether PyTorch ran out of memory. On a CPU it raises a RuntimeError without a type of its own."""
-    messages = ("can't allocate memory", "not enough memory")  # of Linux and macOS, of Windows
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(m in str(error) for m in messages)
 
 
 class PlainRunLM(RunLM, LM):

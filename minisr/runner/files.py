@@ -31,12 +31,12 @@ def need(module: str, extra: str):
 
 
 @contextlib.contextmanager
-def writing(path: Path):
+def writing(path: Path, each_process: bool = False):
     """Open a file for writing that appears under its name only when it is complete.
 
     It is written to a temporary file in the same folder, flushed to disk, and renamed at the end. Of several
-    processes only process 0 writes."""
-    if not processes.is_main():
+    processes only process 0 writes, or each one a file of its own."""
+    if not (each_process or processes.is_main()):
         yield io.BytesIO()
         return
     path = Path(path)

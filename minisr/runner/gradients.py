@@ -90,3 +90,9 @@ class GradientSum:
         for index in range(len(self.losses)):
             total.update(by_index[index])
         return total
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether PyTorch ran out of memory. On a CPU it raises a RuntimeError without a type of its own."""
+    messages = ("can't allocate memory", "not enough memory")  # of Linux and macOS, of Windows
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(m in str(error) for m in messages)

@@ -7,7 +7,6 @@ import contextlib
 import hashlib
 import json
 import os
-import shutil
 from pathlib import Path
 
 import torch
@@ -75,6 +74,8 @@ class TrainingState:
 
     There is no random state: GradientSum seeds each loss by its step and index."""
 
+    parts = 1  # files that hold a state
+
     def __init__(self, folder: Path, *made_from):
         self.folder, self.fingerprint = Path(folder), fingerprint(made_from)
         self.index = self.folder / "training.json"
@@ -96,13 +97,15 @@ class TrainingState:
             old.unlink(missing_ok=True)
 
     def restore(self, model, optimizer) -> list[dict]:
-        """Restore everything; return the log, one record a finished step. [] without a state that can be trusted."""
-        try:
-            found = read_json(self.index, "training state")
-            path = self.folder / f"training-{found['step']}.pt"
-            if found["made_from"] != self.fingerprint or file_digest(path) != found["hash"]:
-                return []
-        except (InputError, LookupError, TypeError):
+        """Restore everything; return the log, one record a finished step. [] without a state that can be trusted.
+
+        Raises InputError if a sharded training saved the state."""
+        found = self.read_index()
+        if found is None:
+            return []
+        self.check_parts(found)
+        path = self.folder / f"training-{found['step']}.pt"
+        if not path.exists() or file_digest(path) != found["hash"]:
             return []
         stored = torch.load(path, weights_only=True, map_location="cpu")
         model.load_state_dict(stored["model"])
@@ -112,6 +115,24 @@ class TrainingState:
         optimizer.load_state_dict(stored["optimizer"])
         return found["log"]
 
+    def read_index(self) -> dict | None:
+        """The content of training.json, if it describes a state of this training."""
+        try:
+            found = read_json(self.index, "training state")
+            if found["made_from"] != self.fingerprint or not {"step", "log", "hash"} <= found.keys():
+                return None
+            return found
+        except (InputError, LookupError, TypeError, AttributeError):
+            return None
+
+    def check_parts(self, found: dict) -> None:
+        """Raise InputError if a sharded training saved the state in another number of parts than this one would."""
+        saved = len(found["hash"]) if isinstance(found["hash"], dict) else 1
+        if saved != self.parts:
+            raise InputError(f"{self.index}: {saved} process{'es' * (saved > 1)} saved the state of this sharded "
+                             f"training, {processes.size()} cannot resume it; use --processes {saved}, or remove the "
+                             "file to train this model anew")
+
     @staticmethod
     def remove(folder: Path) -> None:
         if not processes.is_main():
@@ -119,8 +140,6 @@ class TrainingState:
         for pattern in ("training-*.pt*", "training.json*"):  # also what a kill left half-written
             for path in Path(folder).glob(pattern):
                 path.unlink()
-        for path in Path(folder).glob("training-*.sharded"):
-            shutil.rmtree(path)
 
 
 def trained_tensors(optimizer) -> list[torch.Tensor]:

@@ -90,8 +90,8 @@ def merge_adapters(model: Decoder, adapted: Decoder) -> Decoder:
 
 
 class LoRATraining:
-    """Mixed into FastLM: a copy shares the weights, and training it trains adapters. So does a frozen copy, DPO's
-    reference, which is thereby the trained model without its adapters."""
+    """Mixed into FastLM. copy() and frozen_copy() share the weights. Training a copy adds adapters to it; the frozen
+    copy, DPO's reference, has none."""
 
     lora: LoRAConfig
 

@@ -7,29 +7,31 @@ sharded model is never sampled from or stored.
 """
 
 import copy
-import shutil
 from collections import Counter
+from pathlib import Path
 from types import MethodType
 
 import torch
-import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
 
 from minisr import InputError
 from minisr.model import Decoder, upcast
 from minisr.rng import derive_seed
 from minisr.runner import processes
-from minisr.runner.files import file_digest, read_json, write_json
-from minisr.runner.journal import TrainingState
+from minisr.runner.files import file_digest, write_json, writing
+from minisr.runner.gradients import is_out_of_memory
+from minisr.runner.journal import TrainingState, trained_tensors
 
 
 def shard(model: Decoder) -> Decoder:
     """A copy of the model in float32, of which each process holds a part; it computes in the model's dtype.
 
-    The units whose weights are gathered together are the blocks, and embedding, last norm and head. Hooks of FSDP
-    gather them, around unit.call(function, ...) for any function that computes with the unit."""
+    The units whose weights are gathered together are the blocks, and embedding, last norm and head. Each unit gets a
+    method `call`: unit.call(function, *inputs) is function(*inputs) while the unit's weights are gathered. Everything
+    that computes with a unit, in fast/forward.py the function run_block, must go through it."""
     weight = model.embed.weight
     dtype = upcast(weight[:0]).dtype
     mesh = init_device_mesh(weight.device.type, (processes.size(),))
@@ -50,9 +52,9 @@ def shard(model: Decoder) -> Decoder:
 
 
 def call(unit, function, *inputs):
-    """The hooks of FSDP on the result would be lost on views, so it holds none."""
-    result = function(*inputs)
-    return tuple(x.clone() for x in result) if isinstance(result, tuple) else result
+    """function(*inputs), outputs cloned: FSDP hooks the outputs, and views such as chunks would lose the hooks."""
+    outputs = function(*inputs)
+    return tuple(x.clone() for x in outputs) if isinstance(outputs, tuple) else outputs
 
 
 @torch.no_grad()
@@ -65,56 +67,57 @@ def gather_weights(sharded: Decoder, model: Decoder) -> Decoder:
 
 
 class ShardedState(TrainingState):
-    """An unfinished sharded training: every process writes its part into the folder training-STEP.sharded."""
+    """An unfinished sharded training: each of N processes stores its part in FOLDER/training-STEP.RANK-of-N.pt."""
 
-    def path(self, step: int):
-        return self.folder / f"training-{step}.sharded"
+    @property
+    def parts(self) -> int:
+        return processes.size()
+
+    def path(self, step: int) -> Path:
+        """The file of this process."""
+        return self.folder / f"training-{step}.{processes.rank()}-of-{processes.size()}.pt"
 
     def save(self, log: list[dict], model, optimizer) -> None:
-        step = len(log)
-        if processes.is_main():
-            shutil.rmtree(self.path(step), ignore_errors=True)  # of a process that was killed
-        processes.wait_for_all()
-        weights, optimizer_state = get_state_dict(model, optimizer)
-        try:
-            dcp.save({"model": weights, "optimizer": optimizer_state}, checkpoint_id=self.path(step))
-        except dcp.CheckpointException as error:
-            raise InputError(f"cannot write {self.path(step)}; free some space, then run the same command again to "
-                             "resume") from error
-        names = processes.agree(sorted(path.name for path in self.path(step).iterdir()))
-        digests = self.share_digests(names, step)
-        write_json(self.index, {"made_from": self.fingerprint, "step": step, "log": log, "hash": digests})
+        path, weights, state = self.path(len(log)), trained_tensors(optimizer), optimizer.state_dict()
+        state["state"] = {i: {name: local(value) for name, value in values.items()}
+                          for i, values in state["state"].items()}
+        with writing(path, each_process=True) as file:
+            torch.save({"parameters": [local(weight) for weight in weights], "optimizer": state}, file)
+        hashes = dict(processes.gather((path.name, file_digest(path))))
+        write_json(self.index, {"made_from": self.fingerprint, "step": len(log), "log": log, "hash": hashes})
         processes.wait_for_all()
         if processes.is_main():
-            for old in self.folder.glob("training-*.sharded"):
-                if old != self.path(step):
-                    shutil.rmtree(old)
+            for old in self.folder.glob("training-*.pt"):
+                if old.name not in hashes:
+                    old.unlink(missing_ok=True)
 
     def restore(self, model, optimizer) -> list[dict]:
         found = processes.agree(self.read_index())
-        if found is None or self.share_digests(list(found["hash"]), found["step"]) != found["hash"]:
+        if found is None:
             return []
-        weights, optimizer_state = get_state_dict(model, optimizer)
-        dcp.load({"model": weights, "optimizer": optimizer_state}, checkpoint_id=self.path(found["step"]))
-        set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=optimizer_state)
+        self.check_parts(found)
+        path = self.path(found["step"])
+        if processes.any_true(not path.exists() or file_digest(path) != found["hash"].get(path.name)):
+            return []
+        stored = torch.load(path, weights_only=True, map_location=model.device)
+        weights = trained_tensors(optimizer)
+        for weight, value in zip(weights, stored["parameters"], strict=True):
+            weight.to_local().copy_(value)
+        for i, values in stored["optimizer"]["state"].items():
+            for name, value in values.items():
+                values[name] = as_part(value, weights[i]) if value.dim() else value  # the number of steps is a scalar
+        optimizer.load_state_dict(stored["optimizer"])
         return found["log"]
 
-    def read_index(self) -> dict | None:
-        """The content of training.json, if it describes a state of this training."""
-        try:
-            found = read_json(self.index, "training state")
-            is_mine = found["made_from"] == self.fingerprint and isinstance(found["hash"], dict)
-            return found if is_mine and self.path(found["step"]).is_dir() else None
-        except (InputError, LookupError, TypeError):
-            return None
 
-    def share_digests(self, names: list[str], step: int) -> dict[str, str | None]:
-        """The digest of each of these files of a state, None if it is missing. The processes share the work."""
-        mine = {}
-        for name in names[processes.rank()::processes.size()]:
-            path = self.path(step) / name
-            mine[name] = file_digest(path) if path.exists() else None
-        return {name: digest for part in processes.gather(mine) for name, digest in part.items()}
+def local(value):
+    """This process's part of a sharded tensor; any other value as it is."""
+    return value.to_local() if isinstance(value, DTensor) else value
+
+
+def as_part(value: Tensor, weight: DTensor) -> DTensor:
+    """A tensor sharded like the weight, of which `value` is this process's part."""
+    return DTensor.from_local(value, weight.device_mesh, weight.placements, shape=weight.shape, stride=weight.stride())
 
 
 class ShardedTraining:
@@ -130,8 +133,13 @@ class ShardedTraining:
         return super().prepare_training(config)
 
     def fit(self, batches: list, loss_fn, config) -> list[dict]:
-        log = super().fit(batches, loss_fn, config)
-        self.model = gather_weights(self.model, self.base)
+        try:
+            log = super().fit(batches, loss_fn, config)
+            self.model = gather_weights(self.model, self.base)
+        except RuntimeError as error:
+            if is_lost_connection(error):
+                raise processes.ProcessLost from error
+            raise
         del self.base
         return log
 
@@ -156,7 +164,10 @@ class ShardedTraining:
             try:
                 loss, values = losses[index]()
                 (loss * (own == index)).backward()
-            except torch.OutOfMemoryError as error:  # the other processes cannot go back
+            except (MemoryError, RuntimeError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                # No second try with smaller micro-batches: the other processes cannot go back.
                 raise InputError("not enough memory for the micro-batches of a sharded training; try a new run with a "
                                  "smaller micro_batch or gradient_checkpointing = true") from error
             if own == index:
@@ -166,3 +177,8 @@ class ShardedTraining:
         for index in sorted(by_index):
             total.update(by_index[index])
         return total, config
+
+
+def is_lost_connection(error: RuntimeError) -> bool:
+    """Whether a collective operation of FSDP failed. Gloo's errors have no type of their own."""
+    return isinstance(error, torch.distributed.DistError) or "gloo/transport" in str(error)

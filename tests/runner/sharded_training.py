@@ -1,4 +1,4 @@
-"""Trainings in one process of several, for test_sharding.py: sharded_training.py RANK SIZE FOLDER JOBS.
+"""Trainings in several processes, for test_sharding.py: sharded_training.py SIZE FOLDER JOBS prints their exit codes.
 
 JOBS is JSON, a list of trainings. Each has a name, and FOLDER/NAME is its folder. The other keys are how ("SFT" or
 "DPO"), source ("tiny" or a seed model), dtype, config, data (records), eft (records to replay), and at most one of
@@ -6,6 +6,7 @@ stop_after (steps, then as by Ctrl-C) and kill_after (steps, then signal 9 to pr
 """
 
 import json
+import multiprocessing
 import os
 import signal
 import sys
@@ -56,8 +57,10 @@ def train(folder: Path, job: dict):
         (folder / f"steps-{processes.rank()}").write_text(str(len(taken)))
 
 
-def main(rank: str, size: str, folder: Path, jobs: list[dict]) -> None:
-    os.environ |= {"RANK": rank, "WORLD_SIZE": size, "MINISR_RENDEZVOUS": (folder / "rendezvous").as_uri()}
+def work(rank: int, size: int, folder: Path, jobs: list[dict]) -> None:
+    """One of the processes."""
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size),
+                   "MINISR_RENDEZVOUS": (folder / "rendezvous").as_uri()}
     from minisr.runner import processes
     from minisr.runner.checkpoint import save_model
     processes.start()
@@ -74,5 +77,18 @@ def main(rank: str, size: str, folder: Path, jobs: list[dict]) -> None:
     processes.finish()
 
 
+def main(size: int, folder: Path, jobs: list[dict]) -> None:
+    import torch._dynamo  # noqa: F401  # which optimizers import; half of the time of a short training
+
+    import minisr.runner.sharding  # noqa: F401
+    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")  # a fork imports nothing
+    running = [context.Process(target=work, args=(rank, size, folder, jobs)) for rank in range(size)]
+    for process in running:
+        process.start()
+    for process in running:
+        process.join()
+    print(json.dumps([process.exitcode for process in running]))
+
+
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], Path(sys.argv[3]), json.loads(sys.argv[4]))
+    main(int(sys.argv[1]), Path(sys.argv[2]), json.loads(sys.argv[3]))
