@@ -8,6 +8,7 @@ from small_run import CONFIG, minisr
 from test_resume import EXAMPLES, trained
 from tiny import ENGINES, PAIRS, as_llama, llama_weights, tiny_model, tiny_tokenizer, with_log
 
+from minisr import cli
 from minisr.dpo import encode_pairs, train_dpo
 from minisr.model import Decoder, ModelConfig
 from minisr.runner import lora
@@ -285,8 +286,9 @@ def test_gradient_checkpointing_gives_the_same_adapters():
 
 
 @pytest.mark.slow
-def test_a_run_with_lora_from_the_command_line_and_its_export(tmp_path):
+def test_a_run_with_lora_from_the_command_line_and_its_export(tmp_path, monkeypatch):
     transformers = pytest.importorskip("transformers")
+    monkeypatch.setattr(cli, "_write_page", lambda folder: None)  # the charts take half of the time
     (tmp_path / "config.toml").write_text(CONFIG)
     changes = ("iterations=1", "lora.rank=4", "judge.by=random", "prompts.count=3", "seed_data.ift=8",
                "seed_data.evaluation=2", "seed_data.judge_evaluation=1")
