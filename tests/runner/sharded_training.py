@@ -71,6 +71,8 @@ def work(rank: int, size: int, folder: Path, jobs: list[dict]) -> None:
         except KeyboardInterrupt:
             (at / f"stopped-{rank}").touch()
             continue
+        except processes.ProcessLost:
+            sys.exit(processes.LOST)
         save_model(at / "model", lm.model, lm.tokenizer, {})
         total = sum(p.double().abs().sum().item() for p in lm.model.parameters())
         (at / f"sum-{rank}").write_text(str(total))
