@@ -60,7 +60,7 @@ def train(folder: Path, job: dict):
 def work(rank: int, size: int, folder: Path, jobs: list[dict]) -> None:
     """One of the processes."""
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size),
-                   "MINISR_RENDEZVOUS": (folder / "rendezvous").as_uri()}
+                   "MINISR_RENDEZVOUS": str(folder / "rendezvous")}
     from minisr.runner import processes
     from minisr.runner.checkpoint import save_model
     processes.start()
@@ -72,7 +72,7 @@ def work(rank: int, size: int, folder: Path, jobs: list[dict]) -> None:
             (at / f"stopped-{rank}").touch()
             continue
         except processes.ProcessLost:
-            sys.exit(processes.LOST)
+            sys.exit(processes.EXIT_CODE_LOST)
         save_model(at / "model", lm.model, lm.tokenizer, {})
         total = sum(p.double().abs().sum().item() for p in lm.model.parameters())
         (at / f"sum-{rank}").write_text(str(total))

@@ -174,7 +174,7 @@ def test_two_processes_cannot_resume_what_another_number_saved(saved, message, t
     state = ShardedState(tmp_path, "data")
     index = {"made_from": state.fingerprint, "step": 3, "log": [], "hash": "0" if saved == 1 else names}
     (tmp_path / "training.json").write_text(json.dumps(index))
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(processes, "size", lambda: 2)
     monkeypatch.setattr(processes, "agree", lambda value: value)
     with pytest.raises(InputError, match=f"{message} .* 2 cannot resume it; use --processes {saved}"):
         state.restore(None, None)
@@ -202,7 +202,7 @@ def test_too_little_memory_is_one_line(error, expected):
 @pytest.mark.slow
 def test_a_training_of_which_one_process_is_killed_resumes_to_the_same_bits(trained, tmp_path):
     codes = sharded(tmp_path, {"name": "killed", "kill_after": 3, **DPO})
-    assert codes == [processes.LOST, -9]
+    assert codes == [processes.EXIT_CODE_LOST, -9]
     assert sharded(tmp_path, {"name": "killed", **DPO}) == [0, 0]
     assert_resumed(tmp_path / "killed", trained / "whole", steps=2)  # from the state after two steps
 
