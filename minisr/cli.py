@@ -515,10 +515,20 @@ next, in Python:
 
 # minisr bench
 
-def bench(options) -> None:
+def bench(options) -> int | None:
     """Measure the speed of each step of the loop."""
-    from minisr.bench import bench
-    bench(options.model, options.only, options.without, options.repeats, options.threads, options.dtype)
+    threads = options.threads
+    if options.processes:
+        n = launcher.number_of_processes(options.processes, "auto")
+        if not launcher.is_worker():
+            return launcher.launch(options.arguments, n)
+        launcher.end_with_launcher()
+        from minisr.bench_processes import bench
+        threads = launcher.available_cores() if threads is None else threads
+    else:
+        from minisr.bench import bench
+        threads = 2 if threads is None else threads
+    bench(options.model, options.only, options.without, options.repeats, threads, options.dtype)
 
 
 def _add_bench(commands) -> None:
@@ -529,8 +539,13 @@ of both, their ratio, seconds, the share of this machine's theoretical limit
 that the fast engine reaches, and its peak memory. The last line repeats this
 as one JSON document.
 
-example:
+With --processes N: times N processes that share each step, one thread each, in
+turns with one process that has a thread a core. Both do the same work in the
+same batches, with the code of a run.
+
+examples:
   minisr bench --model tiny --only responses judging
+  minisr bench --model tiny --processes 2
 
 next: compare with the measured results in benchmarks/README.md
 """)
@@ -542,6 +557,9 @@ next: compare with the measured results in benchmarks/README.md
                         help="turn one off in the fast engine: prefix-sharing, row-dropping, decode-step, "
                         "target-selection or packed-pairs; repeatable")
     parser.add_argument("--repeats", type=int, default=5, metavar="K", help="timed repetitions; default 5")
-    parser.add_argument("--threads", type=int, default=2, metavar="K", help="CPU threads; default 2")
+    parser.add_argument("--threads", type=int, metavar="K",
+                        help="CPU threads; default 2. With --processes: of the one process; default: one a core")
+    parser.add_argument("--processes", metavar="N", help='compare N processes with one; "auto": one a GPU, or one a '
+                        "core")
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto",
                         help="of the weights; default: bfloat16 on a GPU, else float32")

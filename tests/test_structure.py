@@ -38,7 +38,7 @@ ORDER = """
     runner.reuse runner.experiment_plan runner.experiment
     report report.table report.head_to_head_table report.show report.chat report.seed_statistics report.experiment_table
     report.figures report.markup report.chart_data report.run_files report.run_charts report.transcripts report.page
-    bench cli __main__
+    bench bench_processes cli __main__
 """.split()
 
 
