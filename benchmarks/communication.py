@@ -121,6 +121,7 @@ def measure(model: str, repeats: int) -> dict:
         raise RuntimeError("the sum is wrong")
     processes.wait_for_all()
     before = loopback_bytes()
+    processes.wait_for_all()  # the others begin when process 0 has counted
     total.compute()
     processes.wait_for_all()
     counted = loopback_bytes() - before
@@ -129,6 +130,7 @@ def measure(model: str, repeats: int) -> dict:
             "step_seconds": best(total.compute, repeats),
             "broadcast_seconds": best(lambda: processes.broadcast(vector), repeats),
             "sum_seconds": best(lambda: vector.add_(other), repeats),
+            "allocation_seconds": best(lambda: torch.zeros_like(vector).add_(1.0), repeats),
             "gather_seconds": best(lambda: processes.gather(OBJECT), 20 * repeats)}
 
 
@@ -162,11 +164,11 @@ def run_processes(n: int, models: list[str], repeats: int) -> list[dict]:
 
 def print_measured(measured: list[dict]) -> None:
     print(f"{'measured':10}{'processes':>10}{'MB a step':>12}{'on loopback':>13}{'step s':>10}{'broadcast s':>13}"
-          f"{'sum s':>9}{'gather s':>10}")
+          f"{'sum s':>9}{'new s':>9}{'gather s':>10}")
     for r in measured:
         print(f"{r['model']:10}{r['processes']:10}{r['expected_bytes'] / 1e6:12,.1f}{r['loopback_bytes'] / 1e6:13,.1f}"
               f"{r['step_seconds']:10.4f}{r['broadcast_seconds']:13.4f}{r['sum_seconds']:9.4f}"
-              f"{r['gather_seconds']:10.4f}")
+              f"{r['allocation_seconds']:9.4f}{r['gather_seconds']:10.4f}")
 
 
 def print_extrapolated(rows: list[dict]) -> None:
@@ -191,6 +193,8 @@ def main() -> None:
     measured = [result for n in counts for result in run_processes(n, models, options.repeats)]
     measured.sort(key=lambda r: list(PARAMETERS).index(r["model"]))
     print_measured(measured)
+    print("step: one gradient up the tree and down; new: a vector in memory not used before; best of "
+          f"{options.repeats}")
     largest = next(r for r in reversed(measured) if r["processes"] == 2)
     sums = PARAMETERS[largest["model"]] * FLOAT32 / largest["sum_seconds"]
     network = Network(options.gigabits * 0.8e9 / 8, options.latency / 1e6, sums)
