@@ -2,8 +2,9 @@
 
     python benchmarks/communication.py             --quick for the tiny model alone
 
-Gradients are added up along a tree to process 0, which sends the total back (runner/gradients.py), over gloo on this
-machine's loopback. No model runs: the vectors have the length of its gradient. The largest ones need 5 GB of memory.
+Gradients are added up from one process to the next, and the last sends the total to all (runner/gradients.py), over
+gloo on this machine's loopback. No model runs: the vectors have the length of its gradient. The largest ones need 8 GB
+of memory.
 """
 
 import argparse
@@ -40,19 +41,14 @@ class Network:
     sums: float  # bytes/s of gradients added to others
 
 
-def depth(ranks: int) -> int:
-    """Levels of a tree of this many ranks."""
-    return ceil(log2(ranks))
-
-
-def tree_seconds(gradient_bytes: float, ranks: int, network: Network) -> float:
-    """Of one step: on each level a vector is sent and added on the way up, and sent on the way down."""
+def chain_seconds(gradient_bytes: float, ranks: int, network: Network) -> float:
+    """Of one step: the sum is sent to the next rank and added to there, and at the end broadcast along a tree."""
     hop = gradient_bytes / network.bandwidth + network.latency
-    return depth(ranks) * (2 * hop + gradient_bytes / network.sums)
+    return (ranks - 1) * (hop + gradient_bytes / network.sums) + ceil(log2(ranks)) * hop
 
 
-def tree_bytes(gradient_bytes: float, ranks: int) -> float:
-    """On the network in one step, all ranks together: every rank but 0 sends one vector and receives one."""
+def chain_bytes(gradient_bytes: float, ranks: int) -> float:
+    """On the network in one step, all ranks together: the sum moves ranks - 1 times, and so does the total."""
     return 2 * (ranks - 1) * gradient_bytes
 
 
@@ -73,8 +69,8 @@ def extrapolate(network: Network) -> list[dict]:
     for model, parameters in PARAMETERS.items():
         for ranks in RANKS:
             size = parameters * FLOAT32
-            rows.append({"model": model, "ranks": ranks, "gigabytes": tree_bytes(size, ranks) / 1e9,
-                         "tree_seconds": tree_seconds(size, ranks, network),
+            rows.append({"model": model, "ranks": ranks, "gigabytes": chain_bytes(size, ranks) / 1e9,
+                         "chain_seconds": chain_seconds(size, ranks, network),
                          "ring_seconds": 2 * ring_seconds(size, ranks, network),
                          "gather_seconds": ring_seconds(ranks * len(pickle.dumps(OBJECT)), ranks, network, 2),
                          "sharded_seconds": sharded_seconds(parameters, ranks, network)})
@@ -93,7 +89,8 @@ class Vectors(GradientSum):
         self.parameters, self.vector = [torch.nn.Parameter(vector)], vector
 
     def gradient(self, index: int) -> torch.Tensor:
-        return self.vector.fill_(1.0)
+        self.parameters[0].grad = None
+        return self.vector.clone()
 
 
 def loopback_bytes() -> int:
@@ -126,9 +123,9 @@ def measure(model: str, repeats: int) -> dict:
     processes.wait_for_all()
     counted = loopback_bytes() - before
     other = torch.zeros_like(vector)
-    return {"model": model, "processes": n, "expected_bytes": tree_bytes(vector.nbytes, n), "loopback_bytes": counted,
+    return {"model": model, "processes": n, "expected_bytes": chain_bytes(vector.nbytes, n), "loopback_bytes": counted,
             "step_seconds": best(total.compute, repeats),
-            "broadcast_seconds": best(lambda: processes.broadcast(vector), repeats),
+            "broadcast_seconds": best(lambda: processes.broadcast(vector, 0), repeats),
             "sum_seconds": best(lambda: vector.add_(other), repeats),
             "allocation_seconds": best(lambda: torch.zeros_like(vector).add_(1.0), repeats),
             "gather_seconds": best(lambda: processes.gather(OBJECT), 20 * repeats)}
@@ -136,7 +133,7 @@ def measure(model: str, repeats: int) -> dict:
 
 def work(rank: int, n: int, folder: str, models: list[str], repeats: int, results) -> None:
     """One of the processes."""
-    os.environ.update({"RANK": str(rank), "WORLD_SIZE": str(n), "MINISR_RENDEZVOUS": (Path(folder) / f"{n}").as_uri()})
+    os.environ.update({"RANK": str(rank), "WORLD_SIZE": str(n), "MINISR_RENDEZVOUS": str(Path(folder) / f"{n}")})
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
     torch.set_num_threads(1)
     processes.start()
@@ -172,10 +169,10 @@ def print_measured(measured: list[dict]) -> None:
 
 
 def print_extrapolated(rows: list[dict]) -> None:
-    print(f"\n{'on paper':10}{'ranks':>10}{'GB a step':>12}{'tree s':>13}{'ring s':>10}{'FSDP2 s':>13}"
+    print(f"\n{'on paper':10}{'ranks':>10}{'GB a step':>12}{'chain s':>13}{'ring s':>10}{'FSDP2 s':>13}"
           f"{'gather s':>19}")
     for r in rows:
-        print(f"{r['model']:10}{r['ranks']:10}{r['gigabytes']:12,.2f}{r['tree_seconds']:13.4f}{r['ring_seconds']:10.4f}"
+        print(f"{r['model']:10}{r['ranks']:10}{r['gigabytes']:12,.2f}{r['chain_seconds']:13.4f}{r['ring_seconds']:10.4f}"
               f"{r['sharded_seconds']:13.4f}{r['gather_seconds']:19.4f}")
 
 
@@ -193,7 +190,7 @@ def main() -> None:
     measured = [result for n in counts for result in run_processes(n, models, options.repeats)]
     measured.sort(key=lambda r: list(PARAMETERS).index(r["model"]))
     print_measured(measured)
-    print("step: one gradient up the tree and down; new: a vector in memory not used before; best of "
+    print("step: one gradient added up and sent to all; new: a vector in memory not used before; best of "
           f"{options.repeats}")
     largest = next(r for r in reversed(measured) if r["processes"] == 2)
     sums = PARAMETERS[largest["model"]] * FLOAT32 / largest["sum_seconds"]

@@ -12,25 +12,22 @@ import statistics
 import torch
 from tqdm import tqdm
 
-from minisr import InputError
 from minisr.bench import MODELS, WORKS, check_options, model_names, prepare, seconds, summary, works
 from minisr.interop.source import load_source
 from minisr.runner import processes
-from minisr.runner.engine import SHARES, Workspace, run_lm_class
+from minisr.runner.engine import DEFAULT_MICRO_BATCHES, Workspace, run_lm_class
 
 
 def bench(name: str | None, only: list[str], without: list[str], repeats: int, threads: int, dtype: str = "auto"
           ) -> None:
     """Measure, print a table and, as the last line, the same as JSON. threads: of the one process."""
     check_options(only, without, repeats, threads)
-    n = processes.size()
-    if torch.cuda.is_available() and n > torch.cuda.device_count():
-        raise InputError(f"--processes {n}: there are {torch.cuda.device_count()} GPUs, and each process needs one")
-    processes.start()
-    able = processes.agree(prepare(threads, dtype) if processes.is_main() else None)
+    processes.start("auto")
+    n, is_main = processes.size(), processes.is_main()
+    able = processes.agree(prepare(threads, dtype) if is_main else None)
     results = [result for model in model_names(name) for result in measure(model, only, repeats, able, without)]
     processes.finish()
-    if not processes.is_main():
+    if not is_main:
         return
     print_table(results, n, threads)
     print(json.dumps({"machine": able, "without": without, "processes": n, "results": results}))
@@ -40,7 +37,8 @@ def measure(name: str, only: list[str], repeats: int, able: dict, without: list[
     """The results of one model: all processes, and one of them as their peer."""
     n, threads = processes.size(), able["threads"]
     lm = load_lm(name, able, without)
-    runs = {work: run for work, run in works(lm, parts=n * -(-SHARES // n)).items() if work in (only or WORKS)}
+    parts = n * -(-DEFAULT_MICRO_BATCHES // n)  # the same number for each process
+    runs = {work: run for work, run in works(lm, parts).items() if work in (only or WORKS)}
     tokens = {}
     for work, (run, cost) in runs.items():  # warm up
         torch.set_num_threads(1)

@@ -519,9 +519,8 @@ def bench(options) -> int | None:
     """Measure the speed of each step of the loop."""
     threads = options.threads
     if options.processes:
-        n = launcher.number_of_processes(options.processes, "auto")
         if not launcher.is_worker():
-            return launcher.launch(options.arguments, n)
+            return launcher.launch(options.arguments, launcher.number_of_processes(options.processes, "auto", 1))
         launcher.end_with_launcher()
         from minisr.bench_processes import bench
         threads = launcher.available_cores() if threads is None else threads

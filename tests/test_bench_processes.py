@@ -106,9 +106,9 @@ def communication(monkeypatch):
 
 def test_seconds_on_paper_are_those_by_hand(communication):
     network = communication.Network(bandwidth=100.0, latency=0.5, sums=50.0)
-    # 8 ranks, 3 levels: up and down 2 s of bandwidth and 0.5 s of latency each, and 4 s to add.
-    assert communication.tree_seconds(200, 8, network) == 3 * (2.5 + 2.5 + 4)
-    assert communication.tree_bytes(200, 8) == 7 * 200 * 2
+    # 8 ranks: 7 times 2 s of bandwidth, 0.5 s of latency and 4 s to add; then a tree of 3 levels sends the total.
+    assert communication.chain_seconds(200, 8, network) == 7 * (2.5 + 4) + 3 * 2.5
+    assert communication.chain_bytes(200, 8) == 7 * 200 * 2
     # A ring of 4: 3 hops of a quarter, in 2 pieces of one latency each.
     assert communication.ring_seconds(400, 4, network, 2) == 3 * (1 + 2 * 0.5)
     # FSDP2 on 2 ranks, 32 layers: twice 2 bytes a parameter, once 4, half of each.

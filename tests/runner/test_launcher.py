@@ -9,7 +9,7 @@ import time
 import pytest
 
 from minisr.runner import launcher
-from minisr.runner.processes import LOST
+from minisr.runner.processes import EXIT_CODE_LOST
 
 RESUME = "run the same command again to resume\n"
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="shell scripts")
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="shell scripts")
 def launch(tmp_path, monkeypatch, capfd):
     """Launch a script in three processes: the exit code, and what they wrote to standard error."""
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    monkeypatch.setattr(launcher, "GRACE", 1.0)
+    monkeypatch.setattr(launcher, "GRACE_SECONDS", 1.0)
 
     def launch(script):
         program = tmp_path / "program"
@@ -53,7 +53,7 @@ def test_a_process_that_fails_ends_the_others_and_is_named(victim, end, how, lau
 
 
 def test_a_process_that_lost_another_one_is_not_to_blame(launch):
-    code, errors = launch(f"if [ $RANK = 1 ]; then sleep 0.1; kill -9 $$; fi; exit {LOST}")
+    code, errors = launch(f"if [ $RANK = 1 ]; then sleep 0.1; kill -9 $$; fi; exit {EXIT_CODE_LOST}")
     assert (code, errors) == (130, f"minisr: process 1 of 3 was killed by signal 9; {RESUME}")
 
 
