@@ -38,7 +38,7 @@ def size() -> int:
 
 
 def is_main() -> bool:
-    return _rank == 0
+    return rank() == 0
 
 
 def planned_size() -> int:

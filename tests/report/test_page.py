@@ -495,7 +495,7 @@ def test_a_folder_that_is_neither_a_run_nor_an_experiment_is_refused(no_drawing,
 @pytest.fixture
 def short_run(monkeypatch, copy):
     """minisr run on a folder in which all is made already."""
-    run = SimpleNamespace(folder=copy, has_oracle=True, config=Config())
+    run = SimpleNamespace(folder=copy, has_oracle=True, config=Config(), dtype=None, device="cpu")
     monkeypatch.setattr("minisr.cli._open_run", lambda options: run)
     metrics = read_json(copy / "metrics.json", "metrics")
     monkeypatch.setattr("minisr.runner.steps.run_loop", lambda run, on_evaluated: metrics)
@@ -515,7 +515,7 @@ def test_a_run_and_an_experiment_end_with_their_page(
 
 def test_a_run_without_an_oracle_ends_with_answers_to_read(
         short_run, copy, no_drawing, monkeypatch, capsys):
-    run = SimpleNamespace(folder=copy, has_oracle=False, config=Config())
+    run = SimpleNamespace(folder=copy, has_oracle=False, config=Config(), dtype=None, device="cpu")
     monkeypatch.setattr("minisr.cli._open_run", lambda options: run)
     assert main(short_run) == 0
     out = capsys.readouterr().out.partition("This data has no oracle, so answers are not scored.")[2]

@@ -338,12 +338,11 @@ FAULTS = {
         ("dropout differs after a lack of memory", "torch.manual_seed(derive_seed(self.seed, index))", "pass"),
         ("every micro-batch drops the same units", "derive_seed(self.seed, index)", "derive_seed(self.seed)")],
     ("runner/gradients", "shared_work"): [
-        ("of two losses one is left out", "if last - first == 1:", "if last - first <= 2:"),
-        ("the tree divides where the processes do", "middle = (first + last) // 2",
-         "middle = next((i for i in range(first, last) if self.owner(i) > self.owner(first)), (first + last) // 2)"),
-        ("a partial sum is not added", "right = processes.receive(torch.empty_like(left), right_owner)",
-         "right = torch.zeros_like(left)"),
-        ("process 0 keeps the total", "processes.broadcast(total)", "pass"),
+        ("a process sends all of its gradients added up", "            for gradient in gradients:\n"
+         "                total += gradient\n", "            total += sum(gradients)\n"),
+        ("the sum so far is not added", "processes.receive(total, owners[position - 1])", "pass"),
+        ("the last process keeps the total", "processes.broadcast(total, owners[-1])", "pass"),
+        ("process 0 sends the total", "processes.broadcast(total, owners[-1])", "processes.broadcast(total, 0)"),
         ("a micro-batch begins with the last one's gradient", "        self.optimizer.zero_grad()\n", "")],
     ("runner/journal", "shared_work"): [
         ("a process reads its own journal alone", "for written in journal_files(path):\n            self.read(written)",
@@ -361,11 +360,11 @@ FAULTS = {
         ("the exit code is lost", "        return report(failed, workers, interrupted=bool(stop_signals))",
          "        report(failed, workers, interrupted=bool(stop_signals))\n        return 0"),
         ("the others are not ended", "self.process.kill()", "pass"),
-        ("who lost another process is to blame", "(worker.process.returncode == LOST, worker.rank)", "worker.rank"),
+        ("who lost another process is to blame", "(worker.process.returncode == EXIT_CODE_LOST, worker.rank)",
+         "worker.rank"),
         ("a signal reaches process 0 alone", "received.append(number)\n        for worker in workers:",
          "received.append(number)\n        for worker in workers[:1]:")],
     ("runner/journal", "resume"): [
-        ("the random state is not restored", 'torch.set_rng_state(stored["random"][0])', "pass"),
         ("the optimizer begins anew", 'optimizer.load_state_dict(stored["optimizer"])', "pass"),
         ("master weights are not restored", "parameter.copy_(value)", "pass"),
         ("another training's state is used", 'found["made_from"] != self.fingerprint or ', ""),

@@ -79,7 +79,7 @@ def test_another_process_writes_nothing_and_reads_what_process_0_wrote(copy, mon
     def select_pairs(*_):
         return []
     monkeypatch.setattr(StoredModel, "select_pairs", select_pairs)
-    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(processes, "_rank", 1)
     monkeypatch.setattr(processes, "wait_for_all", lambda: path.with_suffix(".being-written").rename(path))
     assert keep(StoredModel(run, "M1").select_pairs, *inputs) == pairs
     assert files(copy) == before

@@ -51,8 +51,8 @@ class Threads:
     def receive(self, tensor, source):
         return tensor.copy_(self.mail[source, self.rank()].get(timeout=PATIENCE))
 
-    def broadcast(self, tensor):
-        tensor.copy_(self.gather(tensor.clone())[0])
+    def broadcast(self, tensor, source):
+        tensor.copy_(self.gather(tensor.clone())[source])
 
 
 @pytest.fixture
@@ -170,7 +170,7 @@ def test_process_0_alone_writes_and_removes_files(tmp_path, monkeypatch):
     optimizer = make_optimizer(model.named_parameters(), TrainConfig())
     (tmp_path / "training.json").write_text("of process 0")
     (tmp_path / "a.journal").write_text("of process 0")
-    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(processes, "_rank", 1)
     write_json(tmp_path / "a.json", {})
     save_model(tmp_path / "M1", model, tiny_tokenizer(), {})
     TrainingState(tmp_path, "x").save([], model, optimizer)
@@ -179,6 +179,6 @@ def test_process_0_alone_writes_and_removes_files(tmp_path, monkeypatch):
     with folder_lock(tmp_path):
         pass
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.journal", "training.json"]
-    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setattr(processes, "_rank", 0)
     write_json(tmp_path / "a.json", {})
     assert (tmp_path / "a.json").exists()
