@@ -4,9 +4,7 @@ Both do the same work in the same batches with the code of a run, in turns: N pr
 0 alone with all threads while the others wait. Process 0 measures and prints.
 """
 
-import contextlib
 import json
-import os
 import statistics
 
 import torch
@@ -38,7 +36,7 @@ def measure(name: str, only: list[str], repeats: int, able: dict, without: list[
     n, threads = processes.size(), able["threads"]
     lm = load_lm(name, able, without)
     parts = n * -(-DEFAULT_MICRO_BATCHES // n)  # the same number for each process
-    runs = {work: run for work, run in works(lm, parts).items() if work in (only or WORKS)}
+    runs = {work: run for work, run in works(lm, parts=parts).items() if work in (only or WORKS)}
     tokens = {}
     for work, (run, cost) in runs.items():  # warm up
         torch.set_num_threads(1)
@@ -74,19 +72,8 @@ def time_alone(run, threads: int) -> float:
     if not processes.is_main():
         return 0.0
     torch.set_num_threads(threads)
-    with one_process():
+    with processes.alone():
         return seconds(run)
-
-
-@contextlib.contextmanager
-def one_process():
-    """Within it, this process shares nothing."""
-    n = os.environ.get("WORLD_SIZE", "1")
-    os.environ["WORLD_SIZE"] = "1"
-    try:
-        yield
-    finally:
-        os.environ["WORLD_SIZE"] = n
 
 
 def compare(work: str, model: str, tokens: int, together: list[float], alone: list[float]) -> dict:

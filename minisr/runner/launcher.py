@@ -15,7 +15,7 @@ from pathlib import Path
 from minisr import InputError
 from minisr.runner.processes import EXIT_CODE_LOST
 
-GRACE_SECONDS = 2.0  # for the other processes to report the same error, or that they lost one
+GRACE_SECONDS = 5.0  # for the other processes to report the same error, or that they lost one
 INTERRUPTED = 130
 # The network interface of processes on one machine: without it gloo looks up the machine's name, which may fail.
 LOOPBACK = {"linux": {"GLOO_SOCKET_IFNAME": "lo"}, "darwin": {"GLOO_SOCKET_IFNAME": "lo0"}}.get(sys.platform, {})

@@ -80,6 +80,18 @@ def finish() -> None:
     _rank, _size = 0, 1
 
 
+@contextlib.contextmanager
+def alone():
+    """Within it, this process shares nothing, as if it were the only one."""
+    global _rank, _size
+    before = _rank, _size
+    _rank, _size = 0, 1
+    try:
+        yield
+    finally:
+        _rank, _size = before
+
+
 class NoTerminal(io.TextIOWrapper):
     """stderr of the processes other than 0: it says that it is no terminal, so that tqdm draws no bars."""
 
