@@ -7,7 +7,7 @@ from itertools import combinations
 from random import Random
 
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from tiny import ENGINES, chain, tiny_lm, tiny_tokenizer
 
@@ -182,6 +182,7 @@ def test_words_of_many_scripts(text, words):
 @given(st.text(st.characters(max_codepoint=0x2ff)))
 def test_words_of_texts_without_marks_are_those_of_the_regular_expression(text):
     text = unicodedata.normalize("NFC", text)
+    assume(not any(unicodedata.category(c)[0] == "M" for c in text.lower()))  # the lower case of İ has one
     assert split_words(text) == re.findall(r"\w+", text.lower())
 
 
