@@ -26,7 +26,7 @@ def read_records(path: Path, what: str) -> list[tuple[str, object]]:
     if len(lines) > 1 and all(line[0] == "{" or line[0] == line[-1] == '"' for _, line in lines):
         return [(f"line {number}", parse_line(line, where, number)) for number, line in lines]
     start = SPACES.match(text).end()
-    if text[start] == "[":
+    if text[start:start + 1] == "[":
         items = enumerate(list_items(text, start, where), 1)
         return [(f"record {number} (line {line})", value) for number, (line, value) in items]
     value, end = decode(text, start, where)
