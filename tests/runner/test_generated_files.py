@@ -35,7 +35,8 @@ from minisr.runner.seed_data import read_instructions
 
 RECORD_TEXTS = texts_with("\u2028", "\u2029", "\x85", "\r", "\n", "\x00", "\x1e", '"', "\\", "\\n", "\ufeff",
                           most=4)
-PLAIN = one_of(None, True, False, 0, 1, 1.0, -0.0, 2**70, 1e-300) | st.floats(allow_nan=False, allow_infinity=False) | RECORD_TEXTS
+FLOATS = st.floats(allow_nan=False, allow_infinity=False)  # which are no JSON
+PLAIN = one_of(None, True, False, 0, 1, 1.0, -0.0, 2**70, 1e-300) | FLOATS | RECORD_TEXTS
 NAMED = one_of("a", "prompt", "", "\u2028", "\x85\r\n", '"\\', "\ud7ff\ue000\x00", "漢")
 NESTED = PLAIN | st.lists(PLAIN, max_size=2) | st.dictionaries(NAMED, PLAIN, max_size=1)
 RECORDS = st.dictionaries(NAMED, NESTED, max_size=2)
