@@ -10,6 +10,7 @@ from typing import get_args, get_origin, get_type_hints
 
 import pytest
 from generated import for_all, one_of, texts_with
+from hypothesis import assume
 from hypothesis import strategies as st
 
 from minisr import InputError
@@ -94,6 +95,8 @@ def test_half_a_character_is_written_or_refused_clearly():
 
 @for_all(records=st.lists(RECORDS, max_size=3), form=one_of("list", "lines", "indented", "wrapped", "spaced"))
 def test_records_are_read_from_every_form_of_json(records, form):
+    # A record of lists alone could be a file of columns, which is refused.
+    assume(not any(record and all(isinstance(value, list) for value in record.values()) for record in records))
     one_a_line = [json.dumps(record) for record in records]
     text = {"list": json.dumps(records), "lines": "\n".join(one_a_line), "spaced": "\n \n".join([*one_a_line, "", ""]),
             "indented": json.dumps(records, indent=1), "wrapped": json.dumps({"version": 1, "data": records})}[form]
