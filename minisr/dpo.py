@@ -85,10 +85,10 @@ def fit_dpo(policy, reference, batches: list[tuple], config: DPOConfig, preferen
         return ((losses + config.nll_weight * nll).sum() / batch_size,
                 {name: values.sum().item() / batch_size for name, values in metrics.items()})
 
-    def loss_fn(batch: tuple, config: DPOConfig):
+    def loss_fn(batch: tuple, train_config: TrainConfig):
         pairs, replayed = batch
-        pair_losses = [partial(pair_loss, part, len(pairs)) for part in micro_batches(pairs, config)]
-        return pair_losses + mean_target_losses(policy, replayed, config, config.replay_weight)
+        pair_losses = [partial(pair_loss, part, len(pairs)) for part in micro_batches(pairs, train_config)]
+        return pair_losses + mean_target_losses(policy, replayed, train_config, config.replay_weight)
 
     policy.fit(batches, loss_fn, config)
 
