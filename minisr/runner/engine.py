@@ -10,25 +10,21 @@ from dataclasses import astuple, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
-import torch
 from tqdm import tqdm
 
 from minisr import InputError, train
 from minisr.dpo import encode_pairs
 from minisr.lm import LM
-from minisr.rng import derive_seed
 from minisr.runner import processes
-from minisr.runner.files import write_jsonl
 from minisr.runner.gradients import GradientSum, is_out_of_memory
 from minisr.runner.journal import Journal, TrainingState
 from minisr.runner.lora import LoRAConfig, LoRATraining
 from minisr.runner.muon import make_muon
-from minisr.runner.resumable import deciding_values
 from minisr.runner.stop import Stop
+from minisr.runner.training import ResumableTraining
 from minisr.sampler import Completion
 
 REFERENCE_BATCH = 16  # pairs
-DEFAULT_MICRO_BATCHES = 4  # of a batch, so that up to four processes can share them
 
 
 @dataclass
@@ -90,37 +86,10 @@ class RunLM:
         return self.workspace.share(partial(compute_within_memory, compute), batches, *key)
 
     def fit(self, batches: list, loss_fn, config) -> list[dict]:
-        """Replaces LM.fit: the state is stored every save_every steps and when a signal asks to stop."""
-        work = self.workspace
-        if work.training_folder is None:
+        """Replaces LM.fit: in a run, the training can be resumed."""
+        if self.workspace.training_folder is None:
             return super().fit(batches, loss_fn, config)
-        config = replace(config, micro_batch=config.micro_batch or -(-config.batch_size // DEFAULT_MICRO_BATCHES))
-        dropout_seed = torch.initial_seed()
-        optimizer = self.prepare_training(config)
-        state = self.training_state(work.training_folder, work.training_made_from, batches, deciding_values(config))
-        log = state.restore(self.model, optimizer)
-        processes.check_same(len(log), work.training_folder)
-        bar = tqdm(batches, work.title, leave=False, initial=len(log), disable=None)
-        for step in range(len(log), len(batches)):
-            metrics, config = self.gradients_within_memory(
-                optimizer, loss_fn, batches[step], config, derive_seed(dropout_seed, step))
-            rate = train.learning_rate(step, len(batches), config)
-            try:
-                grad_norm = train.optimizer_step(optimizer, rate, config.max_grad_norm)
-            except FloatingPointError as error:
-                raise InputError(f"{work.title}: {error} at step {step} of {len(batches)}; try a new run with a lower "
-                                 "learning_rate") from error
-            log.append({"step": step, **metrics, "grad_norm": grad_norm, "learning_rate": rate})
-            bar.update()
-            stop = processes.any_true(Stop.requested)
-            if stop or len(log) % config.save_every == 0:
-                state.save(log, self.model, optimizer)
-            if stop:
-                processes.wait_for_all()  # process 0 saves for all
-                raise KeyboardInterrupt
-        self.model.eval()
-        write_jsonl(work.training_folder / "train_log.jsonl", log)
-        return log
+        return ResumableTraining(self, batches, loss_fn, config).run()
 
     def gradients_within_memory(self, optimizer, loss_fn, batch, config, seed) -> tuple[Counter, train.TrainConfig]:
         """Replaces train.accumulate_gradients: the processes share the micro-batches, and where memory runs out, their
