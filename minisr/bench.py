@@ -319,8 +319,7 @@ def compare_engines(work: str, model: str, measured: dict, able: dict) -> dict:
 
 def bench(name: str | None, only: list[str], without: list[str], repeats: int, threads: int, dtype: str = "auto"
           ) -> None:
-    """Measure, print a table and, as the last line, the same as JSON."""
-    check_options(only, without, repeats, threads)
+    """Measure, print a table and, as the last line, the same as JSON. The options are checked: see check_options."""
     able = prepare(threads, dtype)
     results = [result for model in model_names(name) for result in measure(model, only, repeats, able, without)]
     print_table(results)
@@ -341,7 +340,8 @@ def model_names(name: str | None) -> list[str]:
     return installed if name is None else [name]
 
 
-def check_options(only: list[str], without: list[str], repeats: int, threads: int) -> None:
+def check_options(name: str | None, only: list[str], without: list[str], repeats: int, threads: int) -> None:
+    """Raise InputError for a wrong option or a model that cannot be loaded, before the machine is measured."""
     known_replacements: tuple[str, ...] = ()
     with suppress(ImportError):
         from minisr.fast.lm import REPLACEMENTS as known_replacements  # noqa: N811
@@ -352,6 +352,8 @@ def check_options(only: list[str], without: list[str], repeats: int, threads: in
         raise InputError(f"--repeats {repeats}: it must be at least 1")
     if not 1 <= threads <= 1024:
         raise InputError(f"--threads {threads}: it must lie between 1 and 1024")
+    if name is not None:
+        load_source(MODELS.get(name, name))
 
 
 def print_table(results: list[dict]) -> None:

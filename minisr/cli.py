@@ -175,8 +175,8 @@ next:
     parser.add_argument("config", type=Path, help="a TOML file, e.g. tiny_configs/tiny.toml")
     parser.add_argument("--out", type=Path, help="the run's folder; default runs/NAME_OF_CONFIG")
     parser.add_argument("--processes", metavar="N", help="share the work among N processes of this machine; "
-                        '"auto": one per GPU, or without GPUs one per core. The results are the same, bit for bit, for '
-                        "any number. For several machines see minisr/README.md")
+                        '"auto": one per GPU, or without GPUs the number of cores divided by threads. The results are '
+                        "the same, bit for bit, for any number. For several machines see minisr/README.md")
     _add_set_option(parser)
 
 
@@ -517,17 +517,17 @@ next, in Python:
 
 def bench(options) -> int | None:
     """Measure the speed of each step of the loop."""
+    from minisr import bench
     threads = options.threads
+    if threads is None:
+        threads = launcher.available_cores() if options.processes else 2
+    bench.check_options(options.model, options.only, options.without, options.repeats, threads)
+    if options.processes and not launcher.is_worker():
+        return launcher.launch(options.arguments, launcher.number_of_processes(options.processes, "auto", 1))
     if options.processes:
-        if not launcher.is_worker():
-            return launcher.launch(options.arguments, launcher.number_of_processes(options.processes, "auto", 1))
         launcher.end_with_launcher()
-        from minisr.bench_processes import bench
-        threads = launcher.available_cores() if threads is None else threads
-    else:
-        from minisr.bench import bench
-        threads = 2 if threads is None else threads
-    bench(options.model, options.only, options.without, options.repeats, threads, options.dtype)
+        from minisr.runner import bench_processes as bench
+    bench.bench(options.model, options.only, options.without, options.repeats, threads, options.dtype)
 
 
 def _add_bench(commands) -> None:

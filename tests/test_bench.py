@@ -175,7 +175,8 @@ def test_without_minisr_fast_the_plain_engine_is_measured_alone(monkeypatch, cap
     ("--only dreaming", "dreaming"), ("--without luck", "luck"), ("--model nowhere/M1", "nowhere/M1"),
     ("--repeats 0", "--repeats"), ("--threads -1", "--threads"), ("--threads 1025", "1024"),
     ("--model=", "has neither"), ("--repeats x", "'x'")])
-def test_a_wrong_option_is_one_line_and_code_2(options, message, capsys):
+def test_a_wrong_option_is_one_line_and_code_2(options, message, monkeypatch, capsys):
+    monkeypatch.setattr(bench, "machine", lambda *_: pytest.fail("measured the machine first"))
     try:
         code = main(["bench", *options.split()])
     except SystemExit as end:  # of argparse

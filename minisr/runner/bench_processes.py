@@ -10,19 +10,21 @@ import statistics
 import torch
 from tqdm import tqdm
 
-from minisr.bench import MODELS, WORKS, check_options, model_names, prepare, seconds, summary, works
+from minisr.bench import MODELS, WORKS, model_names, prepare, seconds, summary, works
 from minisr.interop.source import load_source
 from minisr.runner import processes
-from minisr.runner.engine import DEFAULT_MICRO_BATCHES, Workspace, run_lm_class
+from minisr.runner.engine import Workspace, run_lm_class
+from minisr.runner.training import DEFAULT_MICRO_BATCHES
 
 
 def bench(name: str | None, only: list[str], without: list[str], repeats: int, threads: int, dtype: str = "auto"
           ) -> None:
-    """Measure, print a table and, as the last line, the same as JSON. threads: of the one process."""
-    check_options(only, without, repeats, threads)
+    """Measure, print a table and, as the last line, the same as JSON. threads: of the one process.
+
+    bench.check_options has checked the options."""
     processes.start("auto")
     n, is_main = processes.size(), processes.is_main()
-    able = processes.agree(prepare(threads, dtype) if is_main else None)
+    able = processes.value_of_main(prepare(threads, dtype) if is_main else None)
     results = [result for model in model_names(name) for result in measure(model, only, repeats, able, without)]
     processes.finish()
     if not is_main:
