@@ -22,7 +22,7 @@ LOOPBACK = {"linux": {"GLOO_SOCKET_IFNAME": "lo"}, "darwin": {"GLOO_SOCKET_IFNAM
 
 
 def number_of_processes(text: str, device: str, threads: int) -> int:
-    """N from the command line: a number, or "auto" for one per GPU, or without GPUs for as many as have cores."""
+    """N from the command line: a number, or "auto" for one per GPU, or without GPUs for cores / threads."""
     gpus = available_gpus() if device != "cpu" else 0
     if text == "auto":
         return gpus or max(1, available_cores() // threads)

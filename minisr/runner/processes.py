@@ -9,6 +9,7 @@ Every function that communicates has to be called by all processes, in the same 
 properties of a Run that read seed data.
 """
 
+import atexit
 import contextlib
 import io
 import os
@@ -64,6 +65,7 @@ def start(device: str = "cpu") -> None:
             dist.init_process_group(backend, store=store, timeout=TIMEOUT, rank=_rank, world_size=_size)
         else:
             dist.init_process_group(backend, timeout=TIMEOUT)
+    atexit.register(disconnect)  # after an error; PyTorch's own threads may abort a process that ends connected
     if not is_main():
         sys.stdout = open(os.devnull, "w")
         sys.stderr = NoTerminal(open(2, "wb", closefd=False), errors="backslashreplace", line_buffering=True)
@@ -74,10 +76,15 @@ def finish() -> None:
     global _rank, _size
     if size() == 1:
         return
-    import torch.distributed as dist
     wait_for_all()
-    dist.destroy_process_group()
+    disconnect()
     _rank, _size = 0, 1
+
+
+def disconnect() -> None:
+    import torch.distributed as dist
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 @contextlib.contextmanager
@@ -119,8 +126,8 @@ def gather(value) -> list:
     return values
 
 
-def agree(value):
-    """Process 0's value, for decisions that depend on files."""
+def value_of_main(value):
+    """Process 0's value, e.g. what it found in files, so that all processes decide alike."""
     if size() == 1:
         return value
     import torch.distributed as dist
@@ -154,12 +161,11 @@ def send(tensor, to: int) -> None:
         dist.send(tensor, to)
 
 
-def receive(tensor, source: int):
+def receive(tensor, source: int) -> None:
     """Fill the tensor with one that another process sends."""
     import torch.distributed as dist
     with connected():
         dist.recv(tensor, source)
-    return tensor
 
 
 def broadcast(tensor, source: int) -> None:

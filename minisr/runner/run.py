@@ -123,7 +123,7 @@ class Run:
     def read_seed_file(self, name: str, texts: tuple[str, ...] = ("prompt",)) -> list[dict]:
         """One of the data sets; all are made together when the first is needed."""
         path = self.folder / "seed" / f"{name}.jsonl"
-        if not processes.agree(path.exists()):
+        if not processes.value_of_main(path.exists()):
             data, sets = self.load_seed_data()
             if self.data_table:
                 counts = {other: data_set.counts() for other, data_set in sets.items()}
@@ -156,7 +156,7 @@ class Run:
     def eft(self) -> list[dict]:
         """EFT records: by the annotator, or written by the SFT baseline and selected by the paper's rule, or none."""
         path = self.folder / "seed" / "eft.jsonl"
-        if not processes.agree(path.exists()):
+        if not processes.value_of_main(path.exists()):
             records = seed_data.balance_scores(self.make_eft(), self.seed("thin"))
             write_with_checksum(path, jsonl_bytes(records))
         processes.wait_for_all()

@@ -92,7 +92,7 @@ class ShardedState(TrainingState):
                     old.unlink(missing_ok=True)
 
     def restore(self, model, optimizer) -> list[dict]:
-        found = processes.agree(self.read_index())
+        found = processes.value_of_main(self.read_index())
         if found is None:
             return []
         self.check_parts(found)

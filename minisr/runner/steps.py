@@ -56,7 +56,7 @@ class StoredModel(SelfRewardingModel):
 
     def copy_seed_model(self) -> "StoredModel":
         """Make this M0: a copy in the run's folder, so that the run does not depend on other files."""
-        if processes.agree((self.folder / "meta.json").exists()):
+        if processes.value_of_main((self.folder / "meta.json").exists()):
             check_model_files(self.folder)
         else:
             source = source_digest(self.config.seed_model or str(SEED_MODEL))
@@ -125,7 +125,7 @@ def keep_records(step, *inputs) -> list:
     """A step whose result is a list of records. Process 0 writes it, and all processes read it."""
     model, name = step.__self__, FILES[step.__name__]
     path, counts_path = model.folder / f"{name}.jsonl", model.folder / f"{name}.counts.json"
-    if not processes.agree(model.has_stored(name)):
+    if not processes.value_of_main(model.has_stored(name)):
         Stop.check()
         with model.clock(name), model.run.workspace.step(title=f"{model.name} {name}",
                                                          journal=model.journal(name, *inputs)):
@@ -163,7 +163,7 @@ def keep_model(step, *inputs) -> StoredModel:
     name = inputs[0] if step.__name__ == "train_sft" else model.next_name
     parent = model if step.__name__ == "train_sft" or not by_sft else StoredModel(model.run, "M0")
     trained = StoredModel(model.run, name)
-    if processes.agree((trained.folder / "meta.json").exists()):
+    if processes.value_of_main((trained.folder / "meta.json").exists()):
         check_model_files(trained.folder)
     else:
         made_from = (model.run.fingerprint, model_hash(parent.folder), inputs)

@@ -65,7 +65,8 @@ def test_a_step_whose_file_exists_is_not_taken_again_and_loads_no_weights(copy):
 
 def test_process_0_decides_whether_a_step_is_taken(copy, monkeypatch):
     run = Run(copy, load_config(copy / "config.toml"))
-    monkeypatch.setattr(processes, "agree", lambda _: False)  # the files are there, but not yet when process 0 looked
+    # The files are there, but were not when process 0 looked.
+    monkeypatch.setattr(processes, "value_of_main", lambda _: False)
     for step in STEPS:
         with pytest.raises(AssertionError, match=f"{step} was taken again"):
             keep(getattr(FinishedModel(run, "M1"), step), *inputs_of(copy, step))

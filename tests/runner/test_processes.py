@@ -15,8 +15,8 @@ import torch
 
 from minisr import InputError
 from minisr.runner import launcher, processes
-from minisr.runner.engine import DEFAULT_MICRO_BATCHES
 from minisr.runner.gradients import GradientSum
+from minisr.runner.training import DEFAULT_MICRO_BATCHES
 
 # Uneven numbers of batches, micro-batches that do not divide, dropout, and a judge that writes the EFT data.
 CONFIG = """
@@ -157,6 +157,24 @@ def test_wrong_input_is_one_line_in_several_processes_too(config, changes, tmp_p
     assert alone.returncode == together.returncode == 2
     assert together.stderr == alone.stderr and together.stderr.count("\n") == 1
     assert not (tmp_path / "run").exists()
+
+
+def test_an_error_disconnects_the_processes_before_they_end(tmp_path):
+    # PyTorch's threads abort about every second process that ends connected.
+    worker = """
+import atexit
+from torch import distributed
+from minisr.runner import processes
+atexit.register(lambda: print(distributed.is_initialized()))  # after all that is registered later
+processes.start()
+print(distributed.is_initialized())
+raise SystemExit(2)
+"""
+    environment = {**ENVIRONMENT, **launcher.LOOPBACK, "WORLD_SIZE": "2", "MINISR_RENDEZVOUS": str(tmp_path / "meet")}
+    workers = [subprocess.Popen([sys.executable, "-c", worker], env=environment | {"RANK": str(rank)}, text=True,
+                                stdout=subprocess.PIPE) for rank in range(2)]
+    (output, _), _ = [process.communicate(timeout=60) for process in workers]
+    assert output.split() == ["True", "False"] and [process.returncode for process in workers] == [2, 2]
 
 
 @pytest.mark.parametrize("n", ["0", "-1", "two", "1.5", "5000"])

@@ -175,7 +175,7 @@ def test_two_processes_cannot_resume_what_another_number_saved(saved, message, t
     index = {"made_from": state.fingerprint, "step": 3, "log": [], "hash": "0" if saved == 1 else names}
     (tmp_path / "training.json").write_text(json.dumps(index))
     monkeypatch.setattr(processes, "size", lambda: 2)
-    monkeypatch.setattr(processes, "agree", lambda value: value)
+    monkeypatch.setattr(processes, "value_of_main", lambda value: value)
     with pytest.raises(InputError, match=f"{message} .* 2 cannot resume it; use --processes {saved}"):
         state.restore(None, None)
     (tmp_path / "training.json").write_text(json.dumps({**index, "made_from": "other data"}))

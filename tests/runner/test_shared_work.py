@@ -49,7 +49,7 @@ class Threads:
         self.mail[self.rank(), to].put(tensor.clone())
 
     def receive(self, tensor, source):
-        return tensor.copy_(self.mail[source, self.rank()].get(timeout=PATIENCE))
+        tensor.copy_(self.mail[source, self.rank()].get(timeout=PATIENCE))
 
     def broadcast(self, tensor, source):
         tensor.copy_(self.gather(tensor.clone())[source])
