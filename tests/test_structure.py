@@ -29,6 +29,8 @@ ORDER = """
     fast.master_weights fast.lm fast
     runner runner.processes runner.launcher runner.files
     worlds worlds.tiny worlds.tiny.words worlds.tiny.oracle worlds.tiny.writers worlds.tiny.corpus
+    worlds.words worlds.words.words worlds.words.requests worlds.words.sentence worlds.words.oracle
+    worlds.words.annotator worlds.words.edits worlds.words.corpus worlds.words.measures worlds.catalog
     interop interop.shape interop.end_tokens interop.jinja_templates interop.chat_templates interop.tokenizer_json
     interop.sentencepiece_json interop.names
     runner.judge_prompt runner.checkpoint interop.hf interop.gguf interop.source

@@ -8,7 +8,7 @@ from html import escape
 from minisr.report import experiment_table as experiment_tables
 from minisr.report.table import COLUMNS as RUN_COLUMNS
 from minisr.report.table import NOT_MEASURED, label
-from minisr.worlds.tiny import oracle
+from minisr.worlds.catalog import world_of_prompt
 
 MAX_TEXT = 600  # characters of one text that are shown
 CSS = """
@@ -141,7 +141,8 @@ def points(record: dict) -> str:
     if "sampled_points" not in record:
         return ""
     given = record["sampled_points"]
-    missed = ", ".join(name for name, point in zip(oracle.CRITERIA, given) if not point)
+    criteria = world_of_prompt(record["prompt"]).oracle.CRITERIA
+    missed = ", ".join(name for name, point in zip(criteria, given) if not point)
     total = f"{sum(given)} of {len(given)} points"
     if missed:
         return f'<span class="bad">{total}</span>; missed: {missed}'

@@ -1,6 +1,6 @@
 """The charts of a run's page, in its three sections. A chart whose numbers were not measured is left out."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from math import log
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from minisr.report import chart_data, figures
 from minisr.report.markup import Chart
 from minisr.report.run_files import read_each, read_records
 from minisr.report.table import label
-from minisr.worlds.tiny import oracle
+from minisr.worlds.catalog import world_of_prompt
 
 JUDGE_METRICS = {"pairwise": "pairwise", "five-best": "five_best", "exact": "exact", "Spearman": "spearman",
                  "Kendall": "kendall"}
@@ -23,14 +23,20 @@ def answer_charts(folder: Path, metrics: dict) -> Iterator[Chart]:
     failures = {name: chart_data.failure_rates(m) for name, m in metrics.items() if "criteria" in m}
     if failures:
         yield Chart(figures.rows, "Failures by criterion",
-                    "Shows which point most answers miss (the first three are the requested items), and "
+                    "Shows which point most answers miss (the first ones are the requested items), and "
                     "whether one is missed more often while others improve.",
-                    (list(oracle.CRITERIA), failures, "share of sampled answers without the point", True))
+                    (_criteria(folder, failures), failures, "share of sampled answers without the point", True))
     if metrics:
         lengths = [chart_data.lengths(read_records(folder / name / "answers.jsonl")) for name in metrics]
         yield Chart(figures.by_model, "Length of the answers",
                     "Length should level off. Growth without end means that the judge rewards length.",
                     (list(metrics), {"mean (line: the middle 80 %)": lengths}, "characters"))
+
+
+def _criteria(folder: Path, names: Iterable[str]) -> list[str]:
+    """The names of the points that the oracle gives."""
+    prompt = read_records(folder / next(iter(names)) / "answers.jsonl")[0]["prompt"]
+    return list(world_of_prompt(prompt).oracle.CRITERIA)
 
 
 def _quality_charts(metrics: dict) -> Iterator[Chart]:

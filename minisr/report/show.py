@@ -14,7 +14,7 @@ from minisr.runner.checkpoint import load_model
 from minisr.runner.files import printable, read_jsonl
 from minisr.runner.storage import check_run
 from minisr.sft import Example
-from minisr.worlds.tiny import oracle
+from minisr.worlds.catalog import true_score
 
 MODEL_NAME = re.compile(r"M[1-9][0-9]*")  # a model that writes and judges responses
 
@@ -71,8 +71,8 @@ def _reward(reward: float | None, scores: list[float | None], is_finished: bool)
 
 
 def _true_score(prompt: str, response: str) -> str:
-    """The oracle's score, if the prompt belongs to the tiny world."""
-    score = oracle.score(prompt, response)
+    """The oracle's score, if the prompt belongs to a world that has one."""
+    score = true_score(prompt, response)
     return "" if score is None else f" (oracle: {score})"
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from minisr.report import markup
 from minisr.report.run_files import read_records
-from minisr.worlds.tiny import oracle
+from minisr.worlds.catalog import true_score
 
 HELD_OUT_PROMPTS = 12  # shown on the page
 ITERATION_PROMPTS = 6
@@ -52,7 +52,7 @@ def _responses(record: dict, judged: dict | None, pair: dict | None) -> list[str
             reward = judged["rewards"][n]
             part = parts.pop((response, reward), None)  # the first of equal responses is the pair's
             details += markup.pair_part(part) if part else ""
-            details += markup.judged(oracle.score(record["prompt"], response), reward,
+            details += markup.judged(true_score(record["prompt"], response), reward,
                                      judged["scores"][n], judged["judgements"][n])
         shown.append(markup.answer(f"y<sup>{n + 1}</sup>", response, details))
     for (other, _), part in parts.items():

@@ -38,7 +38,7 @@ class TrainConfig(train.TrainConfig):
 class PromptConfig(prompts.PromptConfig):
     """How new prompts are made."""
 
-    source: str = "self"  # M_t writes them; "people": prompts of the tiny world's people, a control
+    source: str = "self"  # M_t writes them; "people": requests of the world itself, a control
 
 
 @dataclass(frozen=True)
@@ -72,13 +72,14 @@ class DPOConfig(dpo.DPOConfig, TrainConfig):
 class SeedConfig:
     """The seed data: its source, how much of it is used (from a folder: at most), and what is held out."""
 
-    source: str = "world"  # "world": the tiny world's people; "english": minisr's own data; or a folder
+    source: str = "world"  # "world": the tiny world's people; "words", "english": minisr's own data; or a folder
     ift: int = 600  # prompts with one response each (paper: 3,200)
     ranked: int = 500  # prompts with three ranked responses each, the source of EFT (paper: 1,630 EFT)
     eft_by: str = "annotator"  # or "baseline": it writes, agreement with the ranking selects (paper); "none": no EFT
     reasons: bool = True  # the annotator's judgements give reasons, not only the score
     judge_evaluation: int = 250  # held-out prompts with three ranked responses each
     evaluation: int = 512  # held-out prompts (paper: 256)
+    edited: float = 0.6  # "words": the share of M0's answers that is edited before the annotator judges them
     too_long: str = "drop"  # records that M0's context cannot hold are left out and counted; "refuse": an error
 
 
@@ -132,7 +133,7 @@ LIMITS = {
     "warmup_fraction": (0, 1), "weight_decay": (0, 1), "dropout": (0, 0.99), "learning_rate": (0, 10),
     "min_learning_rate": (0, 10), "max_grad_norm": (0, math.inf), "beta": (0, math.inf), "head_dim": (0, math.inf),
     "micro_batch": (0, math.inf), "nll_weight": (0, math.inf), "replay_weight": (0, math.inf), "norm_eps": (0, 1),
-    "length_control": (0, 1), "threads": (1, 1024), "rank": (0, 4096),
+    "length_control": (0, 1), "threads": (1, 1024), "rank": (0, 4096), "edited": (0, 1),
 }
 # Former names of keys. A config that uses one is rejected with its new name.
 RENAMED = {

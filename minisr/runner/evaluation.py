@@ -17,7 +17,7 @@ from minisr.runner.command import command_judgements
 from minisr.runner.files import read_json, read_jsonl, write_json
 from minisr.runner.storage import verify_checksum
 from minisr.sampler import SamplingConfig
-from minisr.worlds.tiny import oracle
+from minisr.worlds.catalog import true_score
 
 
 def evaluate(run, models: list, keep) -> dict:
@@ -68,19 +68,19 @@ def sample_answers(lm, prompts: list[str], config: SamplingConfig, seed: int) ->
 
 
 def answer_held_out(model, prompts: list[str]) -> list[dict]:
-    """Answers sampled at the paper's temperature and greedily; in the tiny world with the oracle's points."""
+    """Answers sampled at the paper's temperature and greedily; in a world with an oracle with its points."""
     config, seed = model.config.evaluate, model.seed("evaluation")
     sampled = sample_answers(model.lm, prompts, config, seed)
     greedy = sample_answers(model.lm, prompts, replace(config, temperature=0.0), derive_seed(seed, "greedy"))
     records = []
     for prompt, (sampled_text, _), (greedy_text, _) in zip(prompts, sampled, greedy):
         record = {"prompt": prompt, "sampled": sampled_text, "greedy": greedy_text}
-        if model.run.has_oracle:
-            request = oracle.parse_request(prompt)
+        if world := model.run.world:
+            request = world.oracle.parse_request(prompt)
             if request is None:
-                raise InputError(f"evaluation prompt {prompt[:60]!r} is not a request of the tiny world")
-            record["sampled_points"] = oracle.examine(request, sampled_text).points
-            record["greedy_points"] = oracle.examine(request, greedy_text).points
+                raise InputError(f"evaluation prompt {prompt[:60]!r} is not a request of {world.name}")
+            record["sampled_points"] = world.oracle.examine(request, sampled_text).points
+            record["greedy_points"] = world.oracle.examine(request, greedy_text).points
         records.append(record)
     return records
 
@@ -157,6 +157,9 @@ def model_metrics(model, answers: dict[str, list[dict]], judged: list[dict]) -> 
         **judge_metrics([r["scores"] for r in judged], [r["rewards"] for r in judged]),
         "parse_rate": mean([s is not None for s in scores]),
         "histogram": histogram(scores)}
+    if model.run.world:
+        result |= model.run.world.measure_answers(own)
+        result["judge"] |= model.run.world.measure_judge(judged)
     result |= training_summary(model)
     write_json(model.folder / "evaluation.json", result)
     return result
@@ -180,7 +183,7 @@ def training_summary(model) -> dict:
 
 def pair_label_accuracy(folder: Path) -> dict:
     """Shares of the pairs in which the oracle agrees with the preference, and in which it prefers the rejected one."""
-    scores = [(oracle.score(p["prompt"], p["chosen"]), oracle.score(p["prompt"], p["rejected"]))
+    scores = [(true_score(p["prompt"], p["chosen"]), true_score(p["prompt"], p["rejected"]))
               for p in read_jsonl(folder / "pairs.jsonl", "pairs")]
     known = [(chosen, rejected) for chosen, rejected in scores if chosen is not None]
     if not known:

@@ -10,7 +10,7 @@ import torch
 
 from minisr import InputError, __version__
 from minisr.interop.source import load_source
-from minisr.lm import LM
+from minisr.lm import LM, ResponseConfig, respond
 from minisr.rng import derive_seed
 from minisr.runner import processes, seed_data
 from minisr.runner.checkpoint import SEED_MODEL, digest, load_model, model_hash
@@ -23,9 +23,12 @@ from minisr.runner.journal import Journal, remove_journals
 from minisr.runner.judge_prompt import check_judge_prompt
 from minisr.runner.resumable import deciding_values, dtype_name, record_changes
 from minisr.runner.storage import folder_lock, verify_checksum, write_with_checksum
+from minisr.worlds.catalog import WORLDS
+from minisr.worlds.words import corpus as words_corpus
 
-WORLD_TEMPLATE = Path(__file__).parents[1] / "worlds" / "tiny" / "judge.txt"
+WORLD_TEMPLATE = WORLDS["world"].judge_template
 ENGLISH_TEMPLATE = seed_data.ENGLISH / "judge.txt"
+SEED_FILES = ("ift", "ranked", "judge_evaluation", "evaluation")
 
 
 class Run:
@@ -40,13 +43,13 @@ class Run:
         self.dtype = choose_dtype(config)
         avoid_cudnn_attention()
         self.lm_class = run_lm_class(config.engine, config.lora, config.sharded)
-        self.has_oracle = config.seed_data.source == "world"
+        self.world = WORLDS.get(config.seed_data.source)  # None: data without an oracle
         stored = self.folder / "judge.txt"  # the template that the run began with
         if stored.exists():
             verify_checksum(stored)
             self.judge_template = read_template(stored)  # checked when the run began
         else:
-            default = WORLD_TEMPLATE if self.has_oracle else ENGLISH_TEMPLATE
+            default = self.world.judge_template if self.world else ENGLISH_TEMPLATE
             self.judge_template = load_template(Path(config.judge.template or default))
 
     @classmethod
@@ -78,13 +81,19 @@ class Run:
             self._seed_model = load_source(source, self.device, self.config.chat)
         return self._seed_model
 
-    def load_seed_data(self) -> tuple[dict[str, list[dict]], dict[str, DataSet]]:
-        """The data sets, measured against the context of M0, and what became of each set's records; read once."""
-        if self._seed_data is None:
+    @property
+    def has_oracle(self) -> bool:
+        return self.world is not None
+
+    def load_seed_data(self, answer=None) -> tuple[dict[str, list[dict]], dict[str, DataSet]]:
+        """The data sets, measured against the context of M0, and what became of each set's records; read once.
+
+        answer: what answers the prompts of the words world, see seed_data.load_seed_data."""
+        if self._seed_data is None or answer:
             copied = (self.folder / "M0" / "meta.json").exists()
             model, tokenizer = load_model(self.folder / "M0") if copied else self.load_seed_model()
             context = Context(tokenizer, model.config.max_seq_len, self.judge_template, self.config)
-            self._seed_data = seed_data.load_seed_data(self.config.seed_data, self.config.seed, context)
+            self._seed_data = seed_data.load_seed_data(self.config.seed_data, self.config.seed, context, answer)
         return self._seed_data
 
     @property
@@ -124,15 +133,26 @@ class Run:
         """One of the data sets; all are made together when the first is needed."""
         path = self.folder / "seed" / f"{name}.jsonl"
         if not processes.value_of_main(path.exists()):
-            data, sets = self.load_seed_data()
+            data, sets = self.load_seed_data(self.answer_as_M0 if self.config.seed_data.source == "words" else None)
             if self.data_table:
                 counts = {other: data_set.counts() for other, data_set in sets.items()}
                 write_with_checksum(self.folder / "seed" / "counts.json", json_bytes(counts))
             for other, records in data.items():
                 write_with_checksum(self.folder / "seed" / f"{other}.jsonl", jsonl_bytes(records))
         processes.wait_for_all()
+        if all((path.with_name(f"{other}.jsonl")).exists() for other in SEED_FILES):
+            remove_journals(self.folder / "M0" / "answers.journal")
         verify_checksum(path)
         return read_jsonl(path, "seed data", texts)
+
+    def answer_as_M0(self, prompts: list[str]) -> list[dict]:
+        """M0's answers to prompts of the seed data: {"prompt", "responses", "finished", "logps"} records."""
+        M0 = self.folder / "M0"
+        journal = Journal(M0 / "answers.journal", model_hash(M0), self.fingerprint, self.batch_rows, prompts)
+        config = ResponseConfig(**asdict(words_corpus.SAMPLING) | {"rows": self.config.responses.rows},
+                                candidates=words_corpus.ANSWERS)
+        with self.workspace.step(title="answers by M0", journal=journal):
+            return respond(self.load_lm("M0"), prompts, config, self.seed("M0", "seed data"))
 
     @property
     def ift(self) -> list[dict]:
@@ -183,13 +203,14 @@ class Run:
 
 def check_consistency(config: Config) -> None:
     """Raise InputError for keys that do not go together."""
-    in_world = config.seed_data.source == "world"
+    in_world = config.seed_data.source in WORLDS
+    sources = " or ".join(f'"{source}"' for source in WORLDS)
     if (config.judge.by == "command") != bool(config.judge.command):
         raise InputError('judge.by = "command" and judge.command go together: set both or neither')
     if config.judge.by == "oracle" and not in_world:
-        raise InputError('judge.by = "oracle" needs seed_data.source = "world": only the tiny world has an oracle')
+        raise InputError(f'judge.by = "oracle" needs seed_data.source = {sources}: other data have no oracle')
     if config.prompts.source == "people" and not in_world:
-        raise InputError('prompts.source = "people" needs seed_data.source = "world": only the tiny world has people')
+        raise InputError(f'prompts.source = "people" needs seed_data.source = {sources}: other data have no people')
     if config.responses.candidates < 2 and not config.dpo.positives_only:
         raise InputError("responses.candidates must be at least 2: a pair needs two responses")
     if config.seed_data.eft_by == "none" and config.dpo.replay_weight:

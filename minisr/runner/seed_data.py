@@ -39,6 +39,8 @@ from minisr.runner.record_formats import (
     parse_instruction,
 )
 from minisr.worlds.tiny import corpus
+from minisr.worlds.words import corpus as words_corpus
+from minisr.worlds.words.edits import PLAIN
 
 ENGLISH = Path(__file__).parents[1] / "worlds" / "english"  # written for minisr
 
@@ -48,13 +50,17 @@ def build_seed_data(config, seed: int) -> dict[str, list[dict]]:
     return load_seed_data(config, seed)[0]
 
 
-def load_seed_data(config, seed: int,
-                   context: Context | None = None) -> tuple[dict[str, list[dict]], dict[str, DataSet]]:
+def load_seed_data(config, seed: int, context: Context | None = None,
+                   answer=None) -> tuple[dict[str, list[dict]], dict[str, DataSet]]:
     """The data sets, without records that do not fit the context, and what became of all records of each set.
 
+    answer(prompts) samples M0's answers to prompts of the words world, {"prompt", "responses", "finished"} records.
+    Without it, plain sentences stand in for them: enough to find out whether the data fit.
     Raises InputError if nothing is left of a set, or if config.too_long is "refuse" and a record does not fit."""
     if config.source == "world":
-        data, sets = tiny_world_sets(config, seed, context)
+        data, sets = world_sets(tiny_world_data(config, seed), context, "the tiny world")
+    elif config.source == "words":
+        data, sets = world_sets(words_world_data(config, seed, answer or stand_in), context, "the words world")
     else:
         source = ENGLISH if config.source == "english" else Path(config.source).expanduser()
         data, sets = user_sets(source, config, context)
@@ -71,7 +77,7 @@ def refuse_too_long(sets: dict[str, DataSet], context: Context) -> None:
                          'seed_data.too_long to "drop" to leave them out')
 
 
-# The tiny world.
+# The tiny world and the words world.
 
 def tiny_world_data(config, seed: int) -> dict[str, list[dict]]:
     """As many records of each kind as the config says."""
@@ -87,16 +93,41 @@ def tiny_world_data(config, seed: int) -> dict[str, list[dict]]:
     }
 
 
-def tiny_world_sets(config, seed: int, context: Context | None) -> tuple[dict[str, list[dict]], dict[str, DataSet]]:
-    """The tiny world's records, as far as they fit the context of a seed model that the user chose."""
+def words_world_data(config, seed: int, answer) -> dict[str, list[dict]]:
+    """As many records of each kind as the config says, from M0's answers; see worlds/words/corpus.py."""
+    def rng(name):
+        return Random(derive_seed(seed, "words", name))
+
+    training = max(config.ift, config.ranked)
+    prompts = words_corpus.seed_requests(rng("requests"), training, config.judge_evaluation)
+    answered = answer(prompts["training"] + prompts["judge_evaluation"])
+    evaluation = words_corpus.evaluation_prompts(rng("evaluation"), config.evaluation, prompts["judge_evaluation"])
+    return {
+        "ift": words_corpus.ift_data(answered[:training], config.ift),
+        "ranked": words_corpus.judged_data(answered[:training][:config.ranked], config.edited, rng("ranked")),
+        "judge_evaluation": words_corpus.judged_data(answered[training:], config.edited, rng("judge")),
+        "evaluation": [{"prompt": prompt} for prompt in evaluation],
+    }
+
+
+def stand_in(prompts: list[str]) -> list[dict]:
+    """Records as if a model had answered each prompt with the same few sentences."""
+    answers = list(PLAIN[:words_corpus.ANSWERS])
+    return [{"prompt": prompt, "responses": answers, "finished": [True] * len(answers)} for prompt in prompts]
+
+
+def world_sets(world_data: dict[str, list[dict]], context: Context | None,
+               world: str) -> tuple[dict[str, list[dict]], dict[str, DataSet]]:
+    """A world's records, as far as they fit the context of a seed model that the user chose."""
     lengths = {"ift": Context.instruction_length, "ranked": Context.judged_length,
                "judge_evaluation": Context.judged_length, "evaluation": Context.prompt_length}
     data, sets = {}, {}
-    for name, records in tiny_world_data(config, seed).items():
+    for name, records in world_data.items():
         sets[name] = DataSet(None, [(f"record {number}", record) for number, record in enumerate(records, 1)])
         data[name] = sets[name].take(len(records), reject_too_long(context, lengths[name]), "")
         if not data[name]:
-            raise InputError(f"the tiny world's {name} has no record that can be used: {sets[name].problems()}")
+            problems = sets[name].problems() or "it is empty"
+            raise InputError(f"{world}'s {name} has no record that can be used: {problems}")
     return data, sets
 
 

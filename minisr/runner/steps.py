@@ -88,7 +88,17 @@ class StoredModel(SelfRewardingModel):
     def new_prompts(self) -> list[str]:
         if self.config.prompts.source == "people":
             return variants.prompts_by_people(self)
-        return super().new_prompts()
+        return self.keep_trainable(super().new_prompts())
+
+    def keep_trainable(self, prompts: list[str]) -> list[str]:
+        """The prompts that do not belong to the evaluation of the run's world."""
+        if self.run.world is None:
+            return prompts
+        kept = [prompt for prompt in prompts if self.run.world.may_train(prompt)]
+        if dropped := len(prompts) - len(kept):
+            self.counts["prompts"]["accepted"] -= dropped
+            self.counts["prompts"]["evaluation words"] += dropped
+        return kept
 
     def judge(self, x: list[str], y: list[dict]) -> list[dict]:
         if self.config.judge.by == "self":

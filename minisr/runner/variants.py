@@ -16,16 +16,16 @@ from minisr.rng import derive_seed
 from minisr.runner.command import command_judgements
 from minisr.runner.evaluation import sample_answers
 from minisr.runner.files import read_jsonl
-from minisr.worlds.tiny import corpus, oracle
+from minisr.worlds.catalog import true_score
 
 # Prompts: prompts.source
 
 
 def prompts_by_people(model) -> list[str]:
-    """As many prompts of the tiny world's people as the model would write, through the same filters."""
+    """As many requests of the world itself as the model would write prompts, through the same filters."""
     config = model.config.prompts
     pool = PromptPool([record["prompt"] for record in model.data.ift], model.data.held_out, config)
-    source = corpus.requests(Random(model.seed("prompts")))
+    source = model.run.world.requests(Random(model.seed("prompts")))
     for _ in range(int(config.count * config.max_attempts_factor)):
         if len(pool.accepted) < config.count:
             _, prompt = next(source)
@@ -44,8 +44,8 @@ def judge_by_M1(model, y: list[dict]) -> list[dict]:
 
 
 def judge_by_oracle(model, y: list[dict]) -> list[dict]:
-    """Control: the tiny world's ground truth."""
-    return reward_records(y, [[Judgement("", oracle.score(record["prompt"], response))]
+    """Control: the world's ground truth; no score for prompts that are no request of a world."""
+    return reward_records(y, [[Judgement("", true_score(record["prompt"], response))]
                               for record in y for response in record["responses"]])
 
 

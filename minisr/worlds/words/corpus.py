@@ -1,0 +1,67 @@
+"""Seed data and evaluation prompts of the words world.
+
+IFT consists of M0's own answers, unfiltered: nobody shows the model how the task is done, so whatever it gets better at
+after M1 it has found by its own judgement. (Only answers that M0 ended by itself are used: those cut off at the limit
+of tokens would teach it to stop in the middle of a sentence.)
+
+EFT consists of judgements of M0's answers by the annotator, the oracle. A share of the answers is edited first: see
+edits.py. No evaluation prompt has the words of a training prompt, in any order.
+"""
+
+from collections.abc import Iterator
+from itertools import islice
+from random import Random
+
+from minisr.sampler import SamplingConfig
+from minisr.worlds.words.annotator import reason
+from minisr.worlds.words.edits import Editor
+from minisr.worlds.words.oracle import examine
+from minisr.worlds.words.requests import Request, find_words, parse_request, requests, set_hash
+
+ANSWERS = 4  # of M0 to each request of the seed data
+SAMPLING = SamplingConfig(temperature=0.9, top_p=0.95, max_new_tokens=50)
+
+
+def seed_requests(rng: Random, training: int, judged: int) -> dict[str, list[str]]:
+    """Prompts to which M0 answers: {"training": .., "judge_evaluation": ..}."""
+    return {"training": prompts(requests(rng), training),
+            "judge_evaluation": prompts(requests(rng, evaluation=True), judged)}
+
+
+def prompts(source: Iterator[tuple[Request, str]], count: int) -> list[str]:
+    return [prompt for _, prompt in islice(source, count)]
+
+
+def evaluation_prompts(rng: Random, count: int, judged: list[str]) -> list[str]:
+    """Held-out prompts: one half of words that training uses too, the other of words that it never uses.
+
+    None has the words of a judged prompt."""
+    taken = {set_hash(find_words(prompt)) for prompt in judged}
+    seen = ((request, prompt) for request, prompt in requests(rng, evaluation=True)
+            if set_hash(request.words) not in taken)
+    unseen = requests(rng, evaluation=True, unseen=True)
+    return prompts(seen, count - count // 2) + prompts(unseen, count // 2)
+
+
+def ift_data(answered: list[dict], count: int) -> list[dict]:
+    """The first finished answer to each prompt. Records: {"prompt", "responses", "finished"}."""
+    records = []
+    for record in answered[:count]:
+        finished = [text for text, done in zip(record["responses"], record["finished"]) if done and text.strip()]
+        if finished:
+            records.append({"prompt": record["prompt"], "response": finished[0]})
+    return records
+
+
+def judged_data(answered: list[dict], modified: float, rng: Random) -> list[dict]:
+    """Prompts with answers, of which about this share is edited, and the annotator's score and reason for each."""
+    editor, records = Editor([text for record in answered for text in record["responses"]], rng), []
+    for record in answered:
+        request = parse_request(record["prompt"])
+        edited = editor.answers(request, record["responses"], modified)
+        verdicts = [examine(request, text) for text, _ in edited]
+        records.append({"prompt": record["prompt"], "responses": [text for text, _ in edited],
+                        "scores": [verdict.score for verdict in verdicts],
+                        "reasons": [reason(request, verdict) for verdict in verdicts],
+                        "edited": [is_edited for _, is_edited in edited]})
+    return records

@@ -1,0 +1,252 @@
+"""Cheap edits of answers: they repair a sentence, break a rule of sentence.py, or change which words are there.
+
+M0's own answers hardly show every verdict, and a judge trained on them alone sees too few sentences that are fine and
+too few flaws of each kind. `Editor.answers` edits some of them, so that every verdict is about equally frequent.
+Edited answers stand only in prompts of the judge, so no model learns to write them.
+"""
+
+import re
+from collections import Counter
+from random import Random
+
+from minisr.worlds.words.oracle import Verdict, examine
+from minisr.worlds.words.requests import Request
+from minisr.worlds.words.sentence import FINE, LONGEST, REASONS, WORD, ends
+from minisr.worlds.words.words import NOUNS, VERBS, inflections, noun_forms, verb_forms
+
+FINE_SHARE = 0.5  # of the answers are sentences; the other half is shared by REASONS
+NUMBERS = range(5)  # of the requested words that are there
+TRIES = 8
+# Sentences to edit until M0 has written some.
+PLAIN = ("The old man looks at the house near the road.", "She puts it on the table before she goes to work.",
+         "We saw a small child with her father in the street.", "They keep all of it in a box under the bed.",
+         "He was tired after a long day and went to bed.", "My neighbor comes to see us every day after lunch.")
+
+
+def articles(text: str) -> str:
+    """a apple: an apple."""
+    text = re.sub(r"\b([Aa])n?(?= [aeio])", r"\1n", text)
+    return re.sub(r"\b([Aa])n(?= [^aeiouAEIOU\W])", r"\1", text)
+
+
+def capitalize(text: str) -> str:
+    return text[:1].upper() + text[1:]
+
+
+def first_sentence(text: str) -> str:
+    """The first sentence, with a stop."""
+    found = ends(text)
+    return text[:found[0].start()].strip() + (found[0][0].strip() or ".") if found else text.strip() + "."
+
+
+FORM_OF = {token: (word, name) for word in sorted(NOUNS | VERBS, reverse=True)
+           for name, spellings in (noun_forms(word) if word in NOUNS else verb_forms(word)).items()
+           for token in spellings}
+SAME_KIND = {True: sorted(NOUNS), False: sorted(VERBS - NOUNS)}
+
+
+def inflected(word: str, name: str) -> str | None:
+    """The form of a word that is called so: "third" of "cut"; None if the word has none."""
+    forms = noun_forms(word) if word in NOUNS else verb_forms(word)
+    return forms[name][0] if name in forms else None
+
+
+def replace_token(text: str, token: str, other: str) -> str:
+    """All occurrences of a token replaced, in its case."""
+    cased = capitalize(other) if token[0].isupper() else other
+    return articles(re.sub(rf"(?<![A-Za-z]){re.escape(token)}(?![A-Za-z])", cased, text))
+
+
+def drop_word(text: str, word: str, request: Request, rng: Random) -> str:
+    """Every form of a requested word replaced by another word's."""
+    taken = {form for other in request.words for form in inflections(other)}
+    for token in sorted({token for token in re.findall("[A-Za-z]+", text) if token.lower() in inflections(word)}):
+        _, name = FORM_OF.get(token.lower(), ("", "singular"))
+        kind = SAME_KIND[name in ("singular", "plural")]
+        others = [inflected(other, name) for other in rng.sample(kind, 12) if inflections(other).isdisjoint(taken)]
+        text = replace_token(text, token, others[0])
+    return text
+
+
+def add_word(text: str, word: str, request: Request, rng: Random) -> str:
+    """A requested word in place of another word of the same kind, or in a phrase at the end."""
+    taken = {form for other in request.words for form in inflections(other)}
+    tokens = [token for token in re.findall("[A-Za-z]+", text)
+              if token.lower() in FORM_OF and token.lower() not in taken]
+    rng.shuffle(tokens)
+    for token in tokens:
+        form = inflected(word, FORM_OF[token.lower()][1])
+        if form and rng.random() < 0.7:
+            return replace_token(text, token, form)
+    if word in NOUNS:
+        phrase = rng.choice(("near the {}", "with a {}", "by the {}", "next to the {}", "for the {}")).format(word)
+    else:
+        form = rng.choice(("base", "ing"))
+        phrase = {"base": "to {}", "ing": "while {}"}[form].format(inflected(word, form))
+    body, stop = text.rstrip(".!?\"' "), text[len(text.rstrip(".!?\"' ")):]
+    return articles(f"{body} {phrase}{stop or '.'}")
+
+
+def set_number(text: str, number: int, request: Request, rng: Random) -> str:
+    """Words added or dropped until so many of the requested ones are there."""
+    for _ in range(TRIES):
+        found = examine(request, text).found
+        missing = [word for word, form in zip(request.words, found) if form == "none"]
+        present = [word for word in request.words if word not in missing]
+        if len(present) == number:
+            break
+        if len(present) < number:
+            text = add_word(text, rng.choice(missing), request, rng)
+        else:
+            text = drop_word(text, rng.choice(present), request, rng)
+    return text
+
+
+# One function for each reason: a fine sentence -> a text that breaks this rule.
+
+
+def no_capital(text: str, words: list[str], rng: Random) -> str:
+    return text[:1].lower() + text[1:]
+
+
+def no_end(text: str, words: list[str], rng: Random) -> str:
+    body = text.rstrip(".!?\"' ")
+    tail = rng.choice(("", "", " and", " and the", " with a", ",", " the", " and the.", " with a."))
+    if rng.random() < 0.4:
+        tokens = body.split()
+        body = " ".join(tokens[:rng.randint(min(6, len(tokens)), len(tokens))])
+    return body + tail
+
+
+def more_than_one(text: str, words: list[str], rng: Random) -> str:
+    other = rng.choice(PLAIN + ("It is a nice day.", "He likes it.", "They are happy.", "What a day!", "It was fun."))
+    parts = [text, other]
+    if rng.random() < 0.3:
+        parts.reverse()
+    return rng.choice((" ", " ", "\n")).join(parts)
+
+
+def too_short(text: str, words: list[str], rng: Random) -> str:
+    tokens = WORD.findall(text)[:rng.randint(2, 5)]
+    if words and rng.random() < 0.6:
+        tokens = rng.choice((["The", *words[:2]], ["I", "like", "the", *words[:1]], [capitalize(w) for w in words[:1]]
+                             + words[1:3]))
+    return capitalize(" ".join(tokens)) + "."
+
+
+def too_long(text: str, words: list[str], rng: Random) -> str:
+    body = text.rstrip(".!?\"' ")
+    while len(WORD.findall(body)) <= LONGEST:
+        other = rng.choice(PLAIN).rstrip(".")
+        body += rng.choice((", and ", " while ", " because ", ", but ")) + other[:1].lower() + other[1:]
+    return body + "."
+
+
+def about_words(text: str, words: list[str], rng: Random) -> str:
+    listed = ", ".join(words or [rng.choice(SAME_KIND[True])])
+    return rng.choice((
+        f"The words are {listed}, and they are all in here.", f"Here is a sentence with the words {listed}.",
+        f"This is a sentence that uses {listed} in one line.", f"Use the words {listed} in one short sentence.",
+        f"I can use the words {listed} in a sentence.", f"The sentence is about {listed} and more of it.",
+        f'The "{words[0] if words else "day"}" is here, and it is good for all of us.'))
+
+
+def repeats(text: str, words: list[str], rng: Random) -> str:
+    body = text.rstrip(".!?\"' ")
+    word = rng.choice(words or ["dog"])
+    tail = rng.choice((f" and the {word} and the {word} with the {word}", f", a {word} is a {word} and a {word}",
+                       f" with the {word} {word}", f" and {word} to {word} to {word}"))
+    tokens = body.split()
+    return articles(" ".join(tokens[:rng.randint(4, 12)]) + tail + ".")
+
+
+def a_list(text: str, words: list[str], rng: Random) -> str:
+    items = list(words)
+    while len(items) < 4:
+        items.append(rng.choice(SAME_KIND[True]))
+    rng.shuffle(items)
+    article = rng.choice(("a ", "the ", "a ", "some "))
+    with_articles = [article + item for item in items]
+    start = rng.choice(("", "", "There is ", "He has ", "I see "))
+    body = text.rstrip(".!?\"' ")
+    texts = (
+        f"{start}{', '.join(with_articles[:-1])}, and {with_articles[-1]}.", f"{start}{' and '.join(with_articles)}.",
+        f"{start}{', '.join(with_articles)}.", f"{' '.join(body.split()[:6])}, {', '.join(items)}.",
+        f"{body} with {', '.join(with_articles[:-1])} and {with_articles[-1]}.",
+        f"{' '.join(items)} {rng.choice(SAME_KIND[True])} and {rng.choice(SAME_KIND[True])}.")
+    return capitalize(articles(rng.choice(texts)))
+
+
+def no_verb(text: str, words: list[str], rng: Random) -> str:
+    nouns = [word for word in words if word in NOUNS]
+    gerunds = [inflected(word, "ing") for word in words if word not in NOUNS] or ["waiting"]
+    while len(nouns) < 4:
+        nouns.append(rng.choice(SAME_KIND[True]))
+    a, b, c, d = nouns[:4]
+    phrase = rng.choice((
+        f"a {a} {' and '.join(gerunds)} with the {b} near the {c} and the {d}.",
+        f"the {a} with a {b} in the {c} of the {d} for {' and '.join(gerunds)}.",
+        f"{' and '.join(gerunds)} the {a} with a {b} by the {c} of the {d}.",
+        f"the {a} and the {b} in front of the {c}, {' and '.join(gerunds)} for a {d}."))
+    return capitalize(articles(phrase))
+
+
+FLAWS = {"no capital": no_capital, "no end": no_end, "more than one": more_than_one, "too short": too_short,
+         "too long": too_long, "about words": about_words, "repeats": repeats, "a list": a_list, "no verb": no_verb}
+
+
+class Editor:
+    """Edits answers so that each form and each number of words occurs about equally often."""
+
+    def __init__(self, sentences: list[str], rng: Random):
+        """sentences: answers of M0, of which the fine first sentences serve as material."""
+        self.rng = rng
+        firsts = [first_sentence(text) for text in sentences]
+        self.material = [text for text in firsts if examine(Request(()), text).form.kind == FINE] or list(PLAIN)
+        self.forms, self.numbers = Counter(), Counter()  # of all answers so far
+
+    def answers(self, request: Request, answers: list[str], share: float) -> list[tuple[str, bool]]:
+        """(answer, whether it was edited) of each answer; about this share of them is edited."""
+        result = []
+        for answer in answers:
+            is_edited = self.rng.random() < share
+            text = self.edit(request, answer) if is_edited else answer
+            self.count(examine(request, text))
+            result.append((text, is_edited))
+        return result
+
+    def count(self, verdict: Verdict) -> None:
+        self.forms[verdict.form.kind] += 1
+        self.numbers[sum(verdict.points[:-1])] += 1
+
+    def edit(self, request: Request, answer: str) -> str:
+        """An answer with the form and the number of words that are rarest so far, as far as the edits succeed."""
+        for form in self.rarest_forms():
+            for number in self.rarest_numbers():
+                for _ in range(TRIES):
+                    text = self.attempt(request, answer, form, number)
+                    verdict = examine(request, text)
+                    if (verdict.form.kind, sum(verdict.points[:-1])) == (form, number):
+                        return text
+        return answer
+
+    def rarest_forms(self) -> list[str]:
+        """FINE and REASONS, by how far each is below its share."""
+        total = sum(self.forms.values()) + 1
+        shares = {FINE: FINE_SHARE} | dict.fromkeys(REASONS, (1 - FINE_SHARE) / len(REASONS))
+        return sorted(shares, key=lambda form: self.forms[form] - shares[form] * total)
+
+    def rarest_numbers(self) -> list[int]:
+        return sorted(NUMBERS, key=lambda number: self.numbers[number])
+
+    def attempt(self, request: Request, answer: str, form: str, number: int) -> str:
+        """An edit that may succeed."""
+        base = first_sentence(answer)
+        if examine(request, base).form.kind != FINE or self.rng.random() < 0.2:
+            base = self.rng.choice(self.material)
+        base = set_number(base, number, request, self.rng)
+        if form == FINE:
+            return base
+        words = [word for word, found in zip(request.words, examine(request, base).found) if found != "none"]
+        self.rng.shuffle(words)
+        return FLAWS[form](base, words, self.rng)

@@ -1,0 +1,67 @@
+"""Metrics of the words world, in metrics.json beside those of every world."""
+
+from collections import Counter
+
+import numpy as np
+
+from minisr.evaluate import bootstrap_ci, judge_metrics, mean
+from minisr.worlds.words.annotator import read_points
+from minisr.worlds.words.oracle import examine
+from minisr.worlds.words.requests import is_unseen, parse_request
+from minisr.worlds.words.sentence import WORD
+
+
+def measure_answers(answers: list[dict]) -> dict:
+    """{"words": {"all", "seen", "unseen"}, "words_greedy": ...}: see measure_texts.
+
+    Records: {"prompt", "sampled", "greedy"}."""
+    result = {}
+    for way, key in (("sampled", "words"), ("greedy", "words_greedy")):
+        groups = {"all": [], "seen": [], "unseen": []}
+        for record in answers:
+            request = parse_request(record["prompt"])
+            for name in ("all", "unseen" if is_unseen(request) else "seen"):
+                groups[name].append((request, record[way]))
+        result[key] = {name: measure_texts(texts) for name, texts in groups.items() if texts}
+    return result
+
+
+def measure_texts(texts: list[tuple]) -> dict:
+    """Shares of the answers with all four words ("cover"), that are a sentence ("form"), and with both ("flawless"),
+    their mean length in words, and how often each form occurred. texts: (request, answer)."""
+    verdicts = [examine(request, text) for request, text in texts]
+    points = np.array([verdict.points for verdict in verdicts])  # (answers, 5)
+    cover, form, flawless = points[:, :-1].all(1), points[:, -1], points.all(1)
+    forms = Counter(verdict.form.kind for verdict in verdicts)
+    return {"cover": float(cover.mean()), "cover_ci95": bootstrap_ci(cover),
+            "form": float(form.mean()), "form_ci95": bootstrap_ci(form),
+            "flawless": float(flawless.mean()), "flawless_ci95": bootstrap_ci(flawless),
+            "single_words": float(points[:, :-1].mean()),
+            "length": float(np.mean([len(WORD.findall(text)) for _, text in texts])),
+            "forms": {name: count / len(texts) for name, count in forms.most_common()}}
+
+
+def measure_judge(judged: list[dict]) -> dict:
+    """How the judge fares on single points, and on M0's own answers, those that were not edited, alone.
+
+    "words_right", "form_right": shares of the points that the justification gives as the annotator does;
+    "natural": pairwise accuracy. Records are those of judge_evaluation.jsonl."""
+    words, forms = [], []
+    for record in judged:
+        request = parse_request(record["prompt"])
+        for text, judgements in zip(record["responses"], record["judgements"]):
+            true = examine(request, text).points
+            for judgement in judgements:
+                right = [given == point for given, point in zip(read_points(request, judgement), true)]
+                words += right[:-1]
+                forms.append(right[-1])
+    natural = [keep_natural(record) for record in judged]
+    metrics = judge_metrics([scores for scores, _ in natural], [rewards for _, rewards in natural])
+    return {"words_right": mean(words), "form_right": mean(forms), "natural_pairwise": metrics["pairwise"]}
+
+
+def keep_natural(record: dict) -> tuple[list, list]:
+    """(scores, rewards) of the answers that were not edited."""
+    edited = record.get("edited", [False] * len(record["scores"]))
+    kept = [i for i, is_edited in enumerate(edited) if not is_edited]
+    return [record["scores"][i] for i in kept], [record["rewards"][i] for i in kept]

@@ -1,0 +1,162 @@
+"""What counts as a sentence: rules that a program can check, and a reason if a text breaks one.
+
+The rules are checked in the order of REASONS, and the first broken one is the reason. They tell sentences of daily life
+from the cheap ways to place given words in a text: lists, loops, fragments, talk about the words. They are no grammar:
+"The frisbee is a catch and the dog is a throw." passes.
+"""
+
+import re
+from collections import Counter
+from dataclasses import dataclass
+
+from minisr.worlds.words.words import ALL_NOUNS, ALL_VERBS, GRAMMAR, inflections, plural, verb_forms
+
+FINE = "fine"
+REASONS = ("no capital", "no end", "more than one", "too short", "too long", "about words", "repeats", "a list",
+           "no verb")
+SHORTEST, LONGEST = 6, 22  # words
+
+DETERMINERS, PRONOUNS, AUXILIARIES, PREPOSITIONS, CONJUNCTIONS = (
+    GRAMMAR[name] for name in ("determiners", "pronouns", "auxiliaries", "prepositions", "conjunctions"))
+FUNCTION_WORDS = DETERMINERS | PRONOUNS | AUXILIARIES | PREPOSITIONS | CONJUNCTIONS | GRAMMAR["others"]
+FUNCTION_SHARE = 0.2  # of the words of a sentence, at least
+BEFORE_BASE_FORM = PRONOUNS | CONJUNCTIONS | GRAMMAR["before_base_form"]
+MAY_REPEAT = frozenset("a an the and to of in on is was his her".split())
+
+FINITE = frozenset(form for verb in ALL_VERBS for name in ("third", "past") for form in verb_forms(verb)[name])
+NOUN_FORMS = frozenset(form for noun in ALL_NOUNS for form in (noun, plural(noun)))
+
+WORD = re.compile(r"[A-Za-z]+(?:['-][A-Za-z]+)*")
+ABBREVIATION = re.compile(r"\b(?:Mr|Mrs|Ms|Dr|St|a\.m|p\.m|e\.g|i\.e|etc)\.(?=\s+\S)")
+# Where a sentence ends: a line break, a stop before a space, a quoted stop before a capital, or a stop at the end.
+END = re.compile(r"\s*\n\s*|[.!?]+(?=\s|$)|[.!?]+[\"')]+(?=\s+[\"'A-Z0-9]|$)")
+UNUSUAL = re.compile(r"[^\w\s.,!?'\"’“”‘—–;-]|\w+-\w+-\w+|[.]{2}|_")  # "dog/catch", "dog: a catch", "dog-catch-frisbee"
+QUOTED_WORD = re.compile(r"[\"“][\w-]+[.,]?[\"”]")
+ARTICLE = "(?:a|an|the|some|his|her|my|our|their|your|its|one|two)"
+ITEM = rf"(?:{ARTICLE} (?:[a-z'-]+ )?)?[a-z'-]+"
+JOINED = rf"(?:(?: ?[,;—–] ?(?:and |or )?| (?:and|or) ){ITEM})"
+LIST = re.compile(rf"\b{ITEM}(?:{JOINED}{{2,}}(?=\s*[,;.!?—–])|{JOINED}{{3,}}(?![\w'-]))")
+BROKEN = re.compile(rf"\b(?:a|an|the|my|his|its|our|their|your) (?:a|an|the|and|or|of|is|was)\b|\b{ARTICLE}[,;]")
+RUN = 4  # requested words side by side
+
+
+@dataclass(frozen=True)
+class Form:
+    """Whether a text is a sentence, and the evidence that a careful reader quotes."""
+
+    reason: str  # FINE, or one of REASONS; "repeats" with the word: "repeats dog"
+    verb: str  # the first finite verb, or "none"
+    end: str  # the word before the first end of a sentence, and the one after it: "ball. end", "ball. He"; or "none"
+
+    @property
+    def kind(self) -> str:
+        """FINE, or one of REASONS."""
+        return "repeats" if self.reason.startswith("repeats") else self.reason
+
+
+def check_sentence(text: str, requested: tuple[str, ...] = ()) -> Form:
+    """Whether a text is one sentence. `requested`: the words that a request asks for."""
+    text = plain_quotes(text.strip())
+    words = WORD.findall(text)
+    lower = [word.lower() for word in words]
+    verb, end = finite_verb(words), first_end(text)
+    return Form(broken_rule(text, lower, verb, requested), verb, end)
+
+
+def plain_quotes(text: str) -> str:
+    return text.translate(str.maketrans("’‘“”", "''\"\""))
+
+
+def broken_rule(text: str, words: list[str], verb: str, requested: tuple[str, ...]) -> str:
+    """The first broken rule in the order of REASONS, or FINE. The words are in lower case."""
+    bare = text.strip("\"'() ")
+    if not re.match(r"[\"']?[A-Z0-9]", text):
+        return "no capital"
+    if bare[-1:] not in (".", "!", "?") or bare.endswith("..") or words[-1:] and words[-1] in GRAMMAR["not_last"]:
+        return "no end"
+    if len(ends(text)) > 1:
+        return "more than one"
+    if len(words) < SHORTEST:
+        return "too short"
+    if len(words) > LONGEST:
+        return "too long"
+    if talks_of_words(text, words):
+        return "about words"
+    if repeated := repeated_word(words):
+        return f"repeats {repeated}"
+    if is_list(bare, words, requested):
+        return "a list"
+    return FINE if verb != "none" else "no verb"
+
+
+def ends(text: str) -> list[re.Match]:
+    """The ends of sentences in a text."""
+    return list(END.finditer(ABBREVIATION.sub(lambda match: match[0][:-1] + "_", text)))
+
+
+def first_end(text: str) -> str:
+    """The last word of the first sentence with its stop, and the word that follows or "end"; "none" without an end."""
+    found = ends(text)
+    if not found:
+        return "none"
+    before, after = text[:found[0].start()].split(), text[found[0].end():].split()
+    stop = found[0][0].strip() or " /"  # a line break
+    return f"{before[-1] if before else ''}{stop} {after[0] if after else 'end'}"
+
+
+def talks_of_words(text: str, words: list[str]) -> bool:
+    """Whether a text speaks about words and sentences, or quotes single words."""
+    meta = {"word", "words", "sentence", "sentences"}.intersection(words)
+    return bool(meta or QUOTED_WORD.search(text) or re.match(r"(?:Here is|Here's|Sure|Answer)\b", text))
+
+
+def repeated_word(words: list[str]) -> str:
+    """A word that occurs too often, or in a phrase of three words that occurs twice; "" if there is none."""
+    counts = Counter(words)
+    for i, word in enumerate(words):
+        if counts[word] > (5 if word in MAY_REPEAT else 2):
+            return word
+        if words[i + 1:i + 2] == [word] and word not in ("that", "had", "her"):
+            return word
+        phrase = words[i:i + 3]
+        content = [other for other in phrase if other not in FUNCTION_WORDS]
+        if len(content) > 1 and phrase in [words[j:j + 3] for j in range(i + 1, len(words) - 2)]:
+            return content[0]
+    return ""
+
+
+def is_list(text: str, words: list[str], requested: tuple[str, ...]) -> bool:
+    """Whether a text enumerates bare items, has few function words, or has the requested words side by side."""
+    if UNUSUAL.search(text) or LIST.search(text.lower()) or BROKEN.search(text.lower()):
+        return True
+    if sum(word in FUNCTION_WORDS for word in words) < FUNCTION_SHARE * len(words):
+        return True
+    forms = frozenset(form for word in requested for form in inflections(word))
+    return any(forms.issuperset(words[i:i + RUN]) for i in range(len(words) - RUN + 1))
+
+
+def finite_verb(words: list[str]) -> str:
+    """The first word that is a finite verb by its form and by the word before it, or "none".
+
+    "walks" and "walked" are, "walking" is not, and "walk" is one after "they" or "to", not after "the"."""
+    for i, word in enumerate(words):
+        if is_finite(word.lower(), words[i - 1].lower() if i else ""):
+            return word
+    return "none"
+
+
+def is_finite(word: str, previous: str) -> bool:
+    if word in AUXILIARIES:
+        return True
+    if previous in DETERMINERS - PRONOUNS or previous in PREPOSITIONS - {"to"} or word in FUNCTION_WORDS:
+        return False
+    if word in FINITE:
+        return previous not in CONJUNCTIONS or word not in NOUN_FORMS
+    if word in ALL_VERBS:
+        after_plural = previous.endswith("s") and previous not in FUNCTION_WORDS
+        return previous == "" or previous in BEFORE_BASE_FORM or after_plural
+    if word in NOUN_FORMS:
+        return False
+    if word.endswith("ed") and len(word) > 4:
+        return True
+    return word.endswith("s") and not word.endswith(("ss", "us", "'s")) and previous not in FUNCTION_WORDS | {""}
