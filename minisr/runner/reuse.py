@@ -78,7 +78,8 @@ def affected_stages(base: Config, config: Config) -> tuple[str, ...] | None:
         key = difference.partition(": ")[0]
         section = key.partition(".")[0]
         name = key if key in FIRST_AFFECTED_STAGE else section
-        if name not in FIRST_AFFECTED_STAGE:
+        rounds_seed_data = base.seed_data.source == "words" and name in ("engine", "dtype", "threads")  # M0's answers
+        if name not in FIRST_AFFECTED_STAGE or rounds_seed_data:
             return None
         stage = FIRST_AFFECTED_STAGE[name]
         if key == "judge.judgements" and base.seed_data.eft_by == "baseline":

@@ -427,5 +427,5 @@ def test_the_configs_of_the_real_model_are_valid(name):
 def test_the_oracle_can_only_judge_its_own_world(tmp_path):
     config = Config(seed_data=ENGLISH_CONFIG)
     assert not Run(tmp_path, config).has_oracle
-    with pytest.raises(InputError, match="tiny world"):
+    with pytest.raises(InputError, match='needs seed_data.source = "world" or "words"'):
         Run(tmp_path, replace(config, judge=replace(config.judge, by="oracle")))

@@ -178,10 +178,11 @@ def test_consistency_smooths_by_the_mean_disagreement(consistency, expected, mon
     assert smoothed == ([pytest.approx(expected)] if consistency else [])
 
 
-def test_prompts_of_people_pass_the_same_filters_and_end(monkeypatch):
+def test_prompts_of_people_pass_the_same_filters_and_end():
     def made(texts, seeds):
-        monkeypatch.setattr(variants.corpus, "requests", lambda rng: ((None, text) for text in texts))
-        model = SimpleNamespace(config=SimpleNamespace(prompts=PromptConfig(count=3, max_rouge_l=1.1)), counts={},
+        world = SimpleNamespace(requests=lambda rng: ((None, text) for text in texts))
+        config = SimpleNamespace(prompts=PromptConfig(count=3, max_rouge_l=1.1))
+        model = SimpleNamespace(run=SimpleNamespace(world=world), config=config, counts={},
                                 data=SimpleNamespace(ift=[{"prompt": text} for text in seeds], held_out=set()),
                                 seed=lambda purpose: 0)
         return prompts_by_people(model), model.counts["prompts"]

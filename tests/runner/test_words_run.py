@@ -15,6 +15,7 @@ from minisr import prompts as core_prompts
 from minisr.runner.config import load_config
 from minisr.runner.files import read_json
 from minisr.runner.journal import Journal
+from minisr.runner.reuse import affected_stages
 from minisr.runner.run import Run
 from minisr.runner.steps import StoredModel
 from minisr.runner.stop import Stop
@@ -165,6 +166,13 @@ def test_wrong_input_is_refused(config, changes, message, tmp_path):
     options = [option for change in changes for option in ("--set", change)]
     code, _, error = minisr("run", config, "--out", tmp_path / "run", *options)
     assert code == 2 and message in error and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("change", ["engine=plain", "dtype=float64", "threads=2", "seed_data.edited=0.5"])
+def test_a_variant_that_changes_M0s_answers_reuses_nothing(config, change):
+    base, variant = load_config(config), load_config(config, overrides=(change,))
+    assert affected_stages(base, variant) is None
+    assert affected_stages(base, load_config(config, overrides=("judge.by=random",)))[0] == "rewards"
 
 
 def test_the_config_that_ships_is_valid():
