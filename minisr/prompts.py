@@ -112,18 +112,18 @@ class PromptPool:
             return "evaluation prompt"
         if text in self.known:
             return "exact match"
-        if any(self.is_similar(words, other) for other in self.known.values()):
+        different = set(words)
+        if any(self.is_similar(words, different, other) for other in self.known.values()):
             return "similar"
         return None
 
-    def is_similar(self, words: list[str], other: list[str]) -> bool:
-        """ROUGE-L F1 = 2 LCS / (length + length) (Lin, 2004) of at least max_rouge_l."""
-        total, different = len(words) + len(other), set(words)
-        if 2 * min(len(words), len(other)) / total < self.config.max_rouge_l:  # an upper bound of the LCS
-            return False
-        if 2 * sum(word in different for word in other) / total < self.config.max_rouge_l:  # another one
-            return False
-        return 2 * lcs_length(words, other) / total >= self.config.max_rouge_l
+    def is_similar(self, words: list[str], different: set[str], other: list[str]) -> bool:
+        """ROUGE-L F1 = 2 LCS / (length + length) (Lin, 2004) of at least max_rouge_l. different: the set of `words`."""
+        total, least = len(words) + len(other), self.config.max_rouge_l
+        shortest = min(len(words), len(other))
+        if 2 * shortest / total < least or 2 * sum(map(different.__contains__, other)) / total < least:
+            return False  # both are upper bounds of the LCS
+        return 2 * lcs_length(words, other) / total >= least
 
 
 def lcs_length(a: list[str], b: list[str]) -> int:

@@ -133,7 +133,8 @@ def test_prompts_are_similar_from_a_rouge_l_f1_of_the_threshold_on():
             words, other = (rng.choices("abcd", k=rng.randint(1, 7)) for _ in range(2))
             common = max(map(len, subsequences(words) & subsequences(other)))
             f1 = 2 * common / (len(words) + len(other))
-            assert pool.is_similar(words, other) == pool.is_similar(other, words) == (f1 >= threshold)
+            assert pool.is_similar(words, set(words), other) == (f1 >= threshold)
+            assert pool.is_similar(other, set(other), words) == (f1 >= threshold)
 
 
 def test_similarity_is_to_any_seed_or_accepted_prompt():
@@ -156,9 +157,11 @@ def test_the_cost_of_a_comparison_goes_by_the_shorter_text():
 
     pool = PromptPool([], set(), PromptConfig())
     long = [Word(f"w{i}") for i in range(1500)]
-    assert not pool.is_similar([Word(f"w{i}") for i in range(9)], long) and Word.looked_at == 0
+    assert not pool.is_similar([Word(f"w{i}") for i in range(9)], set(), long) and Word.looked_at == 0
+    different = set(long)
     Word.looked_at = 0
-    assert not pool.is_similar(long, [Word(f"x{i}") for i in range(1500)])  # of the same length, without a common word
+    same_length = [Word(f"x{i}") for i in range(1500)]  # without a common word
+    assert not pool.is_similar(long, different, same_length)
     assert Word.looked_at < 1500
 
 

@@ -476,7 +476,7 @@ def test_similarity_is_that_of_the_longest_common_subsequence(a, b, threshold):
     assert lcs_length(a, b) == lcs_length(b, a) == length
     if a or b:
         pool = PromptPool([], set(), PromptConfig(max_rouge_l=threshold))
-        assert pool.is_similar(a, b) == (2 * length / (len(a) + len(b)) >= threshold)
+        assert pool.is_similar(a, set(a), b) == (2 * length / (len(a) + len(b)) >= threshold)
 
 
 @for_all(slow=2_000, texts=st.lists(WORDS.filter(bool), max_size=5), words=WORDS.filter(bool))
