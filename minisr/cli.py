@@ -445,8 +445,8 @@ next:
     parser.add_argument("--max-new-tokens", type=int, default=256, metavar="K",
                         help="maximum length of an answer and of a judgement; default 256")
     parser.add_argument("--template", type=Path,
-                        help="a judge prompt, a text file with {prompt} and {response}; default: the tiny "
-                        "world's for its models, an English one for all others")
+                        help="a judge prompt, a text file with {prompt} and {response}; default: that of "
+                        "the model's run; else the tiny world's for its models, an English one for all others")
     parser.add_argument("--seed", type=int, default=0, help="random seed of the answers; default 0")
 
 

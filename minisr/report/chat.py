@@ -60,8 +60,7 @@ def chat(source: str, question: str | None, n: int, template: Path | None, confi
     """Answer a question n times and judge each answer; without a question, read them from standard input."""
     check_options(question, n, config)
     lm = best_lm(*load_source(source))
-    default = WORLD_TEMPLATE if is_tiny_world(lm.tokenizer) else ENGLISH_TEMPLATE
-    session = Chat(lm, load_template(template or default), n, config)
+    session = Chat(lm, load_template(template or default_template(source, lm)), n, config)
     if question is not None:
         session.ask(question, seed)
         return
@@ -73,6 +72,14 @@ def chat(source: str, question: str | None, n: int, template: Path | None, confi
             session.ask(asked, seed + turn)
         except InputError as error:  # a question that is too long does not end the chat
             print(error, file=sys.stderr)
+
+
+def default_template(source: str, lm: LM) -> Path:
+    """The judge prompt of the run that a model's folder belongs to, else the one of the model's language."""
+    of_run = Path(source).parent / "judge.txt"
+    if of_run.exists() and (of_run.parent / "config.toml").exists():
+        return of_run
+    return WORLD_TEMPLATE if is_tiny_world(lm.tokenizer) else ENGLISH_TEMPLATE
 
 
 def check_options(question: str | None, n: int, config: SamplingConfig) -> None:

@@ -11,7 +11,10 @@ COLUMNS = (
     ("pairwise %", "judge.pairwise", 100), ("5-best %", "judge.five_best", 100),
     ("exact %", "judge.exact", 100), ("Spearman", "judge.spearman", 1), ("Kendall", "judge.kendall", 1),
     ("parsed %", "judge.parse_rate", 100), ("chars", "length", 1), ("pairs", "pairs", 1),
-    ("right %", "pairs_right", 100), ("distinct %", "distinct", 100), ("form %", "criteria.4", 100))
+    ("right %", "pairs_right", 100), ("distinct %", "distinct", 100), ("form %", "criteria.4", 100),
+    ("cover %", "words.all.cover", 100), ("unseen %", "words.unseen.cover", 100),
+    ("form judged %", "judge.form_right", 100))
+OF_ONE_WORLD = ("words.all.cover", "words.unseen.cover", "judge.form_right")  # left out where nothing was measured
 
 
 def results_table(results: dict) -> str:
@@ -35,6 +38,8 @@ def table(head: str, rows: dict, sign: str = "", columns: tuple = COLUMNS) -> st
     """rows, {name: {metric: [value of each seed]}}, as a Markdown table.
 
     With sign "+" the values are differences: those whose 95 % interval excludes 0 are bold."""
+    measured = [metric for metrics in rows.values() for metric, values in metrics.items() if None not in values]
+    columns = [column for column in columns if column[1] not in OF_ONE_WORLD or column[1] in measured]
     headings = " | ".join([head, *(heading for heading, _, _ in columns)])
     column_count = headings.count(" | ") + 1
     lines = [f"| {headings} |", "|" + "---|" * column_count]

@@ -97,18 +97,18 @@ def run_table(metrics: dict) -> str:
 
 def experiment_table(results: dict) -> str:
     """The table of an experiment's results."""
-    return _from_markdown(experiment_tables.results_table(results), name_columns=2)
+    return _from_markdown(experiment_tables.results_table(results))
 
 
 def experiment_differences(results: dict) -> str:
     """The table of an experiment's paired differences."""
-    return _from_markdown(experiment_tables.differences_table(results), name_columns=1)
+    return _from_markdown(experiment_tables.differences_table(results))
 
 
-def _from_markdown(markdown: str, name_columns: int) -> str:
+def _from_markdown(markdown: str) -> str:
     """A Markdown table as HTML. The first cells name a row; a variant's name may itself hold a bar."""
-    splits = len(experiment_tables.COLUMNS) + name_columns - 1
-    head, _, *rows = [line.strip("| ").rsplit(" | ", splits) for line in markdown.split("\n")]
+    lines = [line.strip("| ") for line in markdown.split("\n")]
+    head, _, *rows = [line.rsplit(" | ", lines[0].count(" | ")) for line in lines]
     return _table(head, rows)
 
 

@@ -10,6 +10,7 @@ from minisr.report.markup import Chart
 from minisr.report.run_files import read_each, read_records
 from minisr.report.table import label
 from minisr.worlds.catalog import world_of_prompt
+from minisr.worlds.words.sentence import FINE, REASONS
 
 JUDGE_METRICS = {"pairwise": "pairwise", "five-best": "five_best", "exact": "exact", "Spearman": "spearman",
                  "Kendall": "kendall"}
@@ -26,6 +27,7 @@ def answer_charts(folder: Path, metrics: dict) -> Iterator[Chart]:
                     "Shows which point most answers miss (the first ones are the requested items), and "
                     "whether one is missed more often while others improve.",
                     (_criteria(folder, failures), failures, "share of sampled answers without the point", True))
+    yield from _form_charts(metrics)
     if metrics:
         lengths = [chart_data.lengths(read_records(folder / name / "answers.jsonl")) for name in metrics]
         yield Chart(figures.by_model, "Length of the answers",
@@ -55,6 +57,19 @@ def _quality_charts(metrics: dict) -> Iterator[Chart]:
             yield Chart(figures.by_model, title, caption,
                         (list(metrics), {"sampled": sampled, "greedy": greedy}, axis_label,
                          metric == "flawless"))
+
+
+def _form_charts(metrics: dict) -> Iterator[Chart]:
+    """What the answers of the words world are, if they are no sentence."""
+    forms = {name: m["words"]["all"]["forms"] for name, m in metrics.items() if "words" in m}
+    if forms:
+        reasons = [FINE, *REASONS]
+        shares = {name: [of_model.get(reason, 0.0) for reason in reasons] for name, of_model in forms.items()}
+        yield Chart(figures.rows, "Sentences and what is none",
+                    "\"fine\" should not fall. A rise of one other form, such as lists, while all words are used more "
+                    "often means that the answers please the judge without being sentences.",
+                    (reasons, {name: [(share,) * 3 for share in row] for name, row in shares.items()},
+                     "share of sampled answers", True))
 
 
 def _comparison_chart(metrics: dict) -> Iterator[Chart]:

@@ -37,6 +37,14 @@ def test_the_table_has_a_row_for_each_variant_and_model():
     assert rule.count("---|") == len(names)
 
 
+def test_metrics_of_the_words_world_have_columns_only_where_they_were_measured():
+    tiny = {"seed": [0], "flawless": [0.5], "words.all.cover": [None]}
+    words = {"seed": [0], "flawless": [0.5], "words.all.cover": [0.25]}
+    assert "cover" not in results_table({"base": {"M1": tiny}})
+    head, _, *rows = results_table({"base": {"M1": words, "M2": tiny}}).split("\n")
+    assert head.endswith(" form % | cover % |") and rows[0].endswith(" | 25.0 ± 0.0 |") and rows[1].endswith(" | - |")
+
+
 def test_the_table_leaves_out_what_a_variant_has_from_the_base():
     rows = [line.split(" | ")[:2] for line in results_table(COMPARED).split("\n")[2:]]
     assert rows == [["| base", "SFT"], ["| base", "M1"], ["| base", "M2"], ["| few", "M2"], ["| few", "M3"]]

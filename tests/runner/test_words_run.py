@@ -12,6 +12,7 @@ import pytest
 from small_run import files, jsonl, minisr
 
 from minisr import prompts as core_prompts
+from minisr.report.run_charts import answer_charts
 from minisr.runner.config import load_config
 from minisr.runner.files import read_json
 from minisr.runner.journal import Journal
@@ -157,6 +158,20 @@ def test_a_run_killed_among_its_seed_files_makes_the_same_ones(config, finished,
     code, _, error = minisr("run", config, "--out", out)
     assert code == 0, error
     assert files(out) == files(finished[0])
+
+
+def test_the_reports_show_what_the_answers_are(finished):
+    out, printed = finished
+    heading, names = re.search("^(.*all words.*)\n(.*)$", printed, re.MULTILINE).groups()
+    assert heading.count("all words") == 2 and "unseen %" in names and "tence %" in names
+    forms = read_json(out / "metrics.json", "metrics")["models"]["M1"]["words"]["all"]["forms"]
+    charts = {chart.title: chart.arguments
+              for chart in answer_charts(out, read_json(out / "metrics.json", "metrics")["models"])}
+    reasons, shares, *_ = charts["Sentences and what is none"]
+    assert {reason: share[0] for reason, share in zip(reasons, shares["M1"]) if share[0]} == forms
+    assert charts["Failures by criterion"][0] == list(CRITERIA)
+    page = (out / "report.html").read_text()
+    assert "missed: first word, second word" in page and "(true score 0)" in page
 
 
 @pytest.mark.parametrize("changes, message", [
