@@ -158,6 +158,7 @@ def test_sentences_of_people_pass(text):
     ("The dog catches the frisbee. They throw it to him again.", "more than one"),
     ("The dog catches the frisbee.\nHe likes it.", "more than one"),
     ("I like dog, I like catch, I like frisbee.", "repeats i"),
+    ("The end of the bar near the side of the road by the edge of the lake is the best.", "repeats the"),
     ("The a dog catches the frisbee in the park.", "a list"), ("Boy dog man frisbee park catch.", "a list"),
     ("", "no capital"), ("...", "no capital"), ("Dog.", "too short"),
     ("The dog who lives in the old house near the river likes to catch the frisbee that his friends throw for him on a "
