@@ -418,7 +418,7 @@ def train_dpo(lm: FastLM, pairs: list[EncodedPair], config: DPOConfig) -> None:
     policy, reference = lm.copy(), lm.frozen_copy()
     lm.graphs = None  # frees its memory
     batches = make_batches([sum(map(len, pair)) for pair in pairs], config, seed=0)
-    fit_dpo(policy, reference, [([pairs[i] for i in batch], None) for batch in batches], config)
+    fit_dpo(policy, reference, [([pairs[i] for i in batch], []) for batch in batches], config)
 
 
 def difference(a: torch.Tensor, b: torch.Tensor) -> float:
