@@ -288,7 +288,7 @@ next: open runs/tiny/report.html in a browser
 def evaluate(options) -> None:
     """Evaluate the models that a run has so far, or export their answers."""
     from minisr.report.table import LEGEND, table
-    from minisr.runner.config import load_config
+    from minisr.runner.config import load_stored_config
     from minisr.runner.evaluation import check_judged, evaluate
     from minisr.runner.run import Run
     from minisr.runner.steps import finished_models, keep
@@ -298,7 +298,7 @@ def evaluate(options) -> None:
     if options.judge is not None and options.export:
         raise InputError("--judge and --export do not go together: use one at a time")
     check_run(options.run)
-    run = Run(options.run, load_config(options.run / "config.toml"))
+    run = Run(options.run, load_stored_config(options.run / "config.toml"))
     models = finished_models(run)
     if not models:
         raise InputError(f"{options.run} has no trained model yet; train one with minisr run")

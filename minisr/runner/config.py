@@ -157,6 +157,14 @@ def load_config(path: Path, kind=Config, overrides: tuple[str, ...] = ()):
     return build(kind, table, str(path))
 
 
+def load_stored_config(path: Path) -> Config:
+    """The config.toml of a run. Those of older versions have no prompts.round_size: a round was a batch."""
+    config = load_config(path)
+    if "round_size" in tomllib.loads(read_text(path, "config")).get("prompts", {}):
+        return config
+    return dataclasses.replace(config, prompts=dataclasses.replace(config.prompts, round_size=config.prompts.rows))
+
+
 def command_of(table: dict) -> str | None:
     """The command whose configs have these keys, or None."""
     if {"base", "seeds"} <= set(table):

@@ -10,7 +10,7 @@ import shutil
 from dataclasses import asdict
 from pathlib import Path
 
-from minisr.runner.config import Config, differences, load_config, to_toml
+from minisr.runner.config import Config, differences, load_stored_config, to_toml
 from minisr.runner.files import write_bytes
 
 STAGES = (
@@ -52,7 +52,7 @@ def copy_unaffected(base: Path, folder: Path, config: Config) -> None:
     """Create a run folder for this config with all results of the base run that the config leaves the same.
 
     If the config may change every result, no folder is created."""
-    stages = affected_stages(load_config(base / "config.toml"), config)
+    stages = affected_stages(load_stored_config(base / "config.toml"), config)
     if stages is None:
         return
     unfinished = folder.with_name(folder.name + ".part")

@@ -70,6 +70,18 @@ def test_more_iterations_may_follow_and_not_fewer():
         check_resumable(Config(iterations=2), Config(iterations=1), "run")
 
 
+def test_a_run_from_before_rounds_had_a_size_keeps_its_own(config, copy):
+    path, new = copy / "config.toml", load_config(config)
+    before_prompts, section, rest = path.read_text().replace("round_size = 512\n", "").partition("[prompts]")
+    path.write_text(before_prompts + section + rest)
+    assert Run.open(copy, new).config.prompts.round_size == 512  # a round was a batch of 512 rows
+    path.write_text(before_prompts + section + rest.replace("rows = 512", "rows = 8", 1))
+    with pytest.raises(InputError, match="prompts.round_size: 8 -> 512.; set it as before, or"):
+        Run.open(copy, new)
+    Run.open(copy, load_config(config, overrides=("prompts.round_size=8",)))
+    assert load_config(path).prompts.round_size == 8
+
+
 def test_a_finished_run_takes_other_rows_and_threads_and_records_them(config, copy):
     before = files(copy)
     changes = [part for change in ("responses.rows=8", "threads=2") for part in ("--set", change)]
