@@ -15,6 +15,8 @@ from minisr.runner import processes
 
 # Unicode's bidirectional controls, which change the direction of the text after them.
 BIDI_CONTROLS = ("LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI")
+# What to do about a damaged file that a run made and can make once more.
+RESTORE = "restore it from a copy, or move it away: minisr run (or experiment) then makes it again"
 HALF_CHARACTER = "half a character (a lone surrogate, \\ud800 to \\udfff)"
 # What a text file may begin with, and its encoding. UTF-32 comes first: its mark begins like that of UTF-16.
 BYTE_ORDER_MARKS = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32",
@@ -130,7 +132,7 @@ def read_json(path: Path, what: str):
     try:
         return parse_json(text, f"{what} {path}")
     except InputError as error:
-        raise InputError(f"{error}; remove the file, and it will be written again") from error
+        raise InputError(f"{error}; {RESTORE}") from error
 
 
 def read_jsonl(path: Path, what: str, texts: tuple[str, ...] = ()) -> list[dict]:

@@ -15,7 +15,7 @@ from minisr.rng import derive_seed
 from minisr.runner import processes, seed_data
 from minisr.runner.checkpoint import SEED_MODEL, digest, load_model, model_hash
 from minisr.runner.command import command_judgements
-from minisr.runner.config import Config, differences, load_config, to_toml
+from minisr.runner.config import Config, differences, load_stored_config, to_toml
 from minisr.runner.data_sets import Context, DataSet, describe
 from minisr.runner.engine import Workspace, run_lm_class
 from minisr.runner.files import json_bytes, jsonl_bytes, read_jsonl, read_text, write_bytes
@@ -56,7 +56,7 @@ class Run:
     def open(cls, folder: Path, config: Config) -> "Run":
         """A new run, or one to resume, for which all that decides its results must be the same; see resumable.py."""
         run, stored = cls(folder, config), Path(folder) / "config.toml"
-        old = load_config(stored) if stored.exists() else None
+        old = load_stored_config(stored) if stored.exists() else None
         if old:
             check_resumable(old, config, folder)
         else:
@@ -288,8 +288,8 @@ def check_resumable(old: Config, new: Config, folder: Path) -> None:
     if new.iterations < old.iterations:
         changed.append(f"iterations: {old.iterations} -> {new.iterations}")
     if changed:
-        raise InputError(f"{folder} was made with another config ({'; '.join(changed)}); choose another folder with "
-                         "--out, or delete this one")
+        raise InputError(f"{folder} was made with another config ({'; '.join(changed)}); set it as before, or choose "
+                         "another folder with --out")
 
 
 def load_template(path: Path) -> str:

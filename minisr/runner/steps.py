@@ -187,8 +187,8 @@ def keep_model(step, *inputs) -> StoredModel:
             trained.lm = lm if processes.is_main() else None  # the others load what process 0 saved
     processes.wait_for_all()
     if model_hash(trained.folder, "parent_hash") != model_hash(parent.folder):
-        raise InputError(f"{trained.folder} was trained from another {parent.name} than the present one; remove its "
-                         "meta.json, and it is trained again")
+        raise InputError(f"{trained.folder} was trained from another {parent.name} than the present one; move it "
+                         "away, and it is trained again")
     TrainingState.remove(trained.folder)
     model.unload()
     return trained

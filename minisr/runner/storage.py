@@ -6,7 +6,7 @@ from pathlib import Path
 
 from minisr import InputError
 from minisr.runner import processes
-from minisr.runner.files import file_digest, read_json, write_bytes, write_failure, write_json
+from minisr.runner.files import RESTORE, file_digest, read_json, write_bytes, write_failure, write_json
 
 
 def check_run(folder: Path) -> None:
@@ -64,5 +64,4 @@ def verify_checksum(path: Path) -> None:
     known = read_json(index, "hashes")
     recorded = known.get(path.name) if isinstance(known, dict) else ""
     if recorded is not None and recorded != file_digest(path):
-        raise InputError(f"{path} is not the file that minisr wrote there (damaged or edited); remove it, and it "
-                         "is made again")
+        raise InputError(f"{path} is not the file that minisr wrote there (damaged or edited); {RESTORE}")

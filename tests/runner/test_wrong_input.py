@@ -272,7 +272,7 @@ def unsealed(at):
     (at / "M0/meta.json").write_text(json.dumps({**meta, "files": {}}))
 
 
-@case("ift.jsonl", "damaged or edited", "remove it")
+@case("ift.jsonl", "damaged or edited", "restore it from a copy, or move it away")
 def seed_data_that_was_edited(at):
     text = (at / "run/seed/ift.jsonl").read_text()
     (at / "run/seed/ift.jsonl").write_text(text.replace("e", "a", 1))
@@ -285,7 +285,7 @@ def tokenizer_that_was_exchanged(at):
     return chat(at)
 
 
-@case("hashes.json", "not valid JSON")
+@case("hashes.json", "not valid JSON", "restore it from a copy, or move it away")
 def broken_hashes(at):
     (at / "run/seed/hashes.json").write_text("{")
     return run(at)
