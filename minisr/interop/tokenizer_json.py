@@ -30,7 +30,8 @@ class TokenizerJSON:
         self.pieces.encode_special_tokens = self.after_special.encode_special_tokens = True
 
     def __len__(self) -> int:
-        return self.pieces.get_vocab_size()
+        """The largest id plus one. A vocabulary may leave ids out; they decode to nothing."""
+        return 1 + max(self.pieces.get_vocab().values(), default=-1)
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text that begins a sequence."""

@@ -18,6 +18,7 @@ from tiny import (
     tiny_tokenizer,
 )
 
+from minisr import InputError
 from minisr.interop import hf
 from minisr.interop.chat_templates import chat_template
 from minisr.interop.names import config_from_hf
@@ -428,6 +429,40 @@ def test_an_embedding_padded_beyond_the_vocabulary_is_imported_and_exported(rows
     # tokenizer.model is read again, not the tokenizer.json derived from it.
     assert tokenizer_files(again[1]) == tokenizer_files(first[1])
     assert_same_logits(again[0], transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "a"), length=32)
+
+
+def with_gap(content: str, name: str, i: int) -> bytes:
+    """A tokenizer.json in which a special token has this id, and none has its former one."""
+    settings = json.loads(content)
+    settings["model"]["vocab"][name] = i
+    for token in settings["added_tokens"]:
+        if token["content"] == name:
+            token["id"] = i
+    return json.dumps(settings).encode()
+
+
+@pytest.mark.parametrize("rows", [411, 412, 416])
+def test_a_vocabulary_may_leave_ids_out(rows, tmp_path):
+    """400 tokens, the last of them with the id 411."""
+    content = with_gap(byte_level_json("<|im_start|>", "<|im_end|>"), "<|im_end|>", 411)
+    llama, folder = random_llama(vocab_size=rows), tmp_path / "theirs"
+    llama.save_pretrained(folder)
+    (folder / "tokenizer.json").write_bytes(content)
+    change(folder / "config.json", eos_token_id=411)
+    if rows <= 411:
+        with pytest.raises(InputError, match=f"tokenizer.json has 412 pieces, the model only {rows}"):
+            load_source(str(folder), chat="chatml")
+        return
+    model, tokenizer = load_source(str(folder), chat="chatml")
+    theirs = transformers.PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"))
+    ids, _ = tokenizer.encode_chat("a fox", "It ran.\n")
+    assert ids == theirs("<|im_start|>user\na fox<|im_end|>\n<|im_start|>assistant\nIt ran.\n<|im_end|>").input_ids
+    assert tokenizer.eos_id == 411 == ids[-1] and len(tokenizer) == 412 > theirs.vocab_size
+    assert tokenizer.decode([405, *tokenizer.encode("fox"), 410]) == "fox" and max(tokenizer.newline_ids) < 411
+    with torch.no_grad():
+        torch.testing.assert_close(model(torch.tensor([ids])), llama(torch.tensor([ids])).logits, atol=1e-5, rtol=1e-5)
+    hf.export(model, tokenizer, tmp_path / "a")
+    assert tokenizer_files(load_source(str(tmp_path / "a"))[1]) == tokenizer_files(tokenizer)
 
 
 CHATML_JINJA = """{% for m in messages %}<|im_start|>{{ m['role'] }}
