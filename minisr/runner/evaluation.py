@@ -87,9 +87,12 @@ def answer_held_out(model, prompts: list[str]) -> list[dict]:
 
 def judge_held_out(model, ranked: list[dict]) -> list[dict]:
     """Judgements of responses that the annotator ranked: the model's own, or those of an outside judge."""
+    by_command = model.config.judge.by == "command"
+    if by_command and (records := judged_for_sft(model, ranked)):
+        return records
     prompts = [record["prompt"] for record in ranked for _ in record["responses"]]
     responses = [response for record in ranked for response in record["responses"]]
-    if model.config.judge.by == "command":
+    if by_command:
         remaining = iter(command_judgements(model.config, model.run.workspace, prompts, responses))
     else:
         remaining = iter(judge(model.lm, model.data.judge_template, prompts, responses, model.config.judge,
@@ -101,6 +104,20 @@ def judge_held_out(model, ranked: list[dict]) -> list[dict]:
                         "given": [[j.score for j in js] for js in judgements],
                         "judgements": [[j.text for j in js] for js in judgements]})
     return records
+
+
+def judged_for_sft(model, ranked: list[dict]) -> list[dict]:
+    """What an outside judge said when the run evaluated its first model, SFT: it judges no model, so it is asked once.
+
+    Empty if it was not asked yet, or about other responses. Its command cannot change within a run."""
+    path = model.run.folder / "SFT" / "judge_evaluation.jsonl"
+    if model.name == "SFT" or not path.exists():
+        return []
+    verify_checksum(path)
+    records = read_jsonl(path, "judge_evaluation")
+    asked = [{name: value for name, value in record.items() if name not in ("rewards", "given", "judgements")}
+             for record in records]
+    return records if asked == ranked else []
 
 
 def export_answers(model, prompts: list[str], path: Path) -> None:

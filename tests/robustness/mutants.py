@@ -431,7 +431,9 @@ FAULTS = {
         ("win rates are the other model's", "win_rates(_scores(own), _scores(answers[other]))",
          "win_rates(_scores(answers[other]), _scores(own))")],
     ("runner/evaluation", "command"): [
-        ("an outside judge is not measured", 'if model.config.judge.by == "command":', "if False:")],
+        ("an outside judge is not measured", "    if by_command:\n", "    if False:\n"),
+        ("an outside judge is asked again for each model", 'if model.name == "SFT" or', "if True or"),
+        ("its judgements of other responses count", "return records if asked == ranked else []", "return records")],
     ("runner/command", "command"): [
         ("finished batches are forgotten", "workspace.share(ask_batch,", "type(workspace)().share(ask_batch,"),
         ("every batch's records are numbered from 1", "numbered[0][0], read_answer)", "1, read_answer)"),
@@ -455,6 +457,10 @@ FAULTS = {
         ("a round that ranks nothing agrees", "if correct and all(correct):", "if all(correct):"),
         ("EFT takes the last round in order", "for one_round in zip(*judgements):",
          "for one_round in reversed([*zip(*judgements)]):"),
+        ("a judged prompt that is also held out is trained on", "reject_held_out(held_out + judge_evaluation,",
+         "reject_held_out(held_out,"),
+        ("an instruction whose judged prompt is held out is trained on", "reject_held_out(prompts + judge_evaluation,",
+         "reject_held_out(prompts,"),
         ("the judgements of training are held out", "judge_evaluation = fitting[n_train:]",
          "judge_evaluation = fitting[:n_train]")],
     ("runner/reuse", "experiment"): [
@@ -463,6 +469,15 @@ FAULTS = {
         ("Muon takes the embedding", 'name.startswith("blocks.") and p.dim() == 2', "p.dim() == 2"),
         ("Muon takes q, k, v for one matrix", "fused_weight_sizes(name, shape) or len(p)", "len(p)"),
         ("Muon's steps are not AdamW's size", '"match_rms_adamw"', '"original"')],
+    ("runner/sharding", "sharding"): [
+        ("gradients are means over the processes", "set_gradient_divide_factor(1.0)",
+         "set_gradient_divide_factor(2.0)"),
+        ("a loss that was computed in vain counts", "(loss * (own == index)).backward()", "loss.backward()"),
+        ("both processes drop the same units", "derive_seed(seed, index))", "derive_seed(seed, first))"),
+        ("metrics of the other processes are dropped", "for part in processes.gather(metrics) for",
+         "for part in [metrics] for"),
+        ("a state in another number of parts is used", "        self.check_parts(found)\n", ""),
+        ("the optimizer begins anew", '        optimizer.load_state_dict(stored["optimizer"])\n', "")],
     ("runner/pretrain", "init_weights"): [
         ("initial weights of L, not 2 L writers",
          "math.sqrt(2 * model.config.n_layers)", "math.sqrt(model.config.n_layers)")],

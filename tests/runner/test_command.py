@@ -8,6 +8,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,10 +17,15 @@ from small_run import jsonl, minisr
 
 from minisr import InputError
 from minisr.evaluate import win_rates
+from minisr.judge import Judgement
+from minisr.runner import evaluation
 from minisr.runner.command import BATCH, Command, read_score
+from minisr.runner.config import JudgeConfig, load_config
 from minisr.runner.engine import Workspace
 from minisr.runner.files import read_json
 from minisr.runner.journal import Journal
+from minisr.runner.run import Run
+from minisr.runner.steps import StoredModel
 
 README = Path(__file__).parents[2] / "tiny_configs" / "README.md"
 RECORDS = [{"prompt": f"Prompt {i}", "response": f"{i % 6}"} for i in range(5)]
@@ -150,7 +157,8 @@ SHORT_SETTINGS = [word for change in SHORT for word in ("--set", change)]
 
 
 def test_the_oracle_behind_a_command_gives_the_rewards_of_the_oracle(config, tmp_path):
-    command = f"judge.command={json.dumps(python(ORACLE))}"
+    log = f"print(asked['prompt'], file=open({str(tmp_path / 'log')!r}, 'a')); "
+    command = f"judge.command={json.dumps(python(ORACLE.replace('from minisr', log + 'from minisr')))}"
     runs = {"oracle": ["judge.by=oracle"], "command": ["judge.by=command", command]}
     for name, changes in runs.items():
         settings = [word for change in (*changes, *SHORT) for word in ("--set", change)]
@@ -163,6 +171,43 @@ def test_the_oracle_behind_a_command_gives_the_rewards_of_the_oracle(config, tmp
     for model in ("SFT", "M2"):  # the judge that is measured is the command
         judge = read_json(tmp_path / "command/metrics.json", "metrics")["models"][model]["judge"]
         assert judge["pairwise"] == judge["exact"] == judge["parse_rate"] == 1
+    # It is asked about the held-out responses J = 2 times, not again for each of three models.
+    ranked = jsonl(tmp_path / "command/seed/judge_evaluation.jsonl")
+    asked = Counter((tmp_path / "log").read_text().splitlines())
+    assert {r["prompt"]: asked[r["prompt"]] for r in ranked} == {r["prompt"]: 2 * len(r["responses"]) for r in ranked}
+
+
+def test_the_judgements_of_other_held_out_responses_are_not_taken(copy, monkeypatch):
+    run = Run(copy, replace(load_config(copy / "config.toml"), judge=JudgeConfig(by="command", command="python")))
+    other = [{**record, "responses": record["responses"][::-1]} for record in run.judge_evaluation]
+    asked = []
+    monkeypatch.setattr(evaluation, "command_judgements", lambda config, workspace, prompts, responses:
+                        asked.extend(responses) or [[Judgement("", 3)]] * len(responses))
+    M1 = StoredModel(run, "M1")
+    assert M1.judge_ranked(run.judge_evaluation) == jsonl(copy / "SFT/judge_evaluation.jsonl") and asked == []
+    assert [record["rewards"] for record in M1.judge_ranked(other)] == [[3] * 3] * len(other)
+    assert asked == [response for record in other for response in record["responses"]]
+    (copy / "SFT/judge_evaluation.jsonl").write_text("")
+    with pytest.raises(InputError, match="SFT/judge_evaluation.jsonl is not the file that minisr wrote"):
+        M1.judge_ranked(other)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals")
+def test_the_program_ends_when_it_writes_and_minisr_was_killed(tmp_path):
+    judge = EACH + f"open({str(tmp_path / 'pid')!r}, 'w').write(str(__import__('os').getpid()))\n" \
+                   "    __import__('time').sleep(0.1); print('{\"score\": 1}')"
+    ask_it = ("from minisr.runner.command import Command, read_score\n"
+              f"Command({python(judge)!r}).ask_batch([{{'prompt': ''}}] * 600, 1, read_score)")
+    asking = subprocess.Popen([sys.executable, "-c", ask_it])
+    deadline = time.monotonic() + 60
+    while not ((tmp_path / "pid").exists() and (tmp_path / "pid").read_text()) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    asking.kill()
+    asking.wait()
+    start = time.monotonic()
+    while subprocess.run(["ps", "-p", (tmp_path / "pid").read_text()], capture_output=True).returncode == 0:
+        assert time.monotonic() - start < 30  # the whole batch takes a minute
+        time.sleep(0.1)
 
 
 @pytest.mark.parametrize("changes, message", [
