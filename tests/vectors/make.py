@@ -45,6 +45,8 @@ SCORES = {
     "Scores: 4": None, "underscore: 4": None, "z-score: 2": None, "Rating: 4": None, "[[4]]": None, "[RESULT] 4": None,
     "Relevance score: 1": None, "It says “Score: 5”": None, "This is worth a Score: 5": None,
     "Score (relevance): 1": None, "Score (0-10): 4": None, "Score (1-100): 4": None, "Score out of 10: 4": None,
+    # No mark either: another word before Score may name a part ("Relevance score"), and Total is no mark of its own.
+    "judge Score: 4": None, "Total: 4": None, "judge Score: 4\nTotal: 4": None,
     # No number, or another kind of number.
     "Score: five": None, "Score: <total>": None, "Score: .5": None, "Score: 4,5": None, "Score: 4.5.1": None,
     "Score: 1,000": None, "Score: 1e-1": None, "Score: 9.2e+124": None, "Score: 4½": None, "Score: ½": None,
