@@ -305,6 +305,15 @@ def test_an_instruction_whose_prompt_is_held_out_is_left_out(folder):
     assert data["ift"] == [WANTED] and [record["prompt"] for record in data["ranked"]] == ["1?", "2?", "3?"]
 
 
+def test_a_judged_prompt_that_is_also_held_out_is_not_trained_on(folder):
+    prompts = ["0?", "What is NEW", "4 ?", "3?", "4?"]  # the last one measures the judge, "What is new?" the answers
+    write_jsonl(folder / "judged.jsonl", [JUDGED | {"prompt": prompt} for prompt in prompts])
+    data, sets = load(folder, judge_evaluation=1)
+    assert [record["prompt"] for record in data["ranked"]] == ["0?", "3?"]
+    assert [record["prompt"] for record in data["judge_evaluation"]] == ["4?"]
+    assert sets["judged"].left_out == {"prompt held out for evaluation": ["line 2", "line 3"]}
+
+
 @pytest.mark.parametrize("changed, message", [
     (lambda at: at / "no", "seed_data.source: there is no file or folder"),
     (lambda at: (at / "ift.jsonl").unlink() or at, "has neither ift.json nor ift.jsonl"),
