@@ -39,6 +39,7 @@ class PromptConfig(prompts.PromptConfig):
     """How new prompts are made."""
 
     source: str = "self"  # M_t writes them; "people": requests of the world itself, a control
+    requests_only: bool = False  # drop generated prompts that are no request of the run's world
 
 
 @dataclass(frozen=True)

@@ -211,6 +211,9 @@ def check_consistency(config: Config) -> None:
         raise InputError(f'judge.by = "oracle" needs seed_data.source = {sources}: other data have no oracle')
     if config.prompts.source == "people" and not in_world:
         raise InputError(f'prompts.source = "people" needs seed_data.source = {sources}: other data have no people')
+    if config.prompts.requests_only and not in_world:
+        raise InputError(f"prompts.requests_only = true needs seed_data.source = {sources}: other data have no "
+                         "requests")
     if config.responses.candidates < 2 and not config.dpo.positives_only:
         raise InputError("responses.candidates must be at least 2: a pair needs two responses")
     if config.seed_data.eft_by == "none" and config.dpo.replay_weight:

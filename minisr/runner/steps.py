@@ -91,13 +91,19 @@ class StoredModel(SelfRewardingModel):
         return self.keep_trainable(super().new_prompts())
 
     def keep_trainable(self, prompts: list[str]) -> list[str]:
-        """The prompts that do not belong to the evaluation of the run's world."""
-        if self.run.world is None:
-            return prompts
-        kept = [prompt for prompt in prompts if self.run.world.may_train(prompt)]
-        if dropped := len(prompts) - len(kept):
-            self.counts["prompts"]["accepted"] -= dropped
-            self.counts["prompts"]["evaluation words"] += dropped
+        """The prompts that do not belong to the evaluation of the run's world, and that are its requests if the config
+        asks for that."""
+        world, kept = self.run.world, []
+        for prompt in prompts:
+            if world and not world.may_train(prompt):
+                reason = "evaluation words"
+            elif self.config.prompts.requests_only and world.oracle.parse_request(prompt) is None:
+                reason = "no request"
+            else:
+                kept.append(prompt)
+                continue
+            self.counts["prompts"] += Counter({reason: 1})
+            self.counts["prompts"]["accepted"] -= 1
         return kept
 
     def judge(self, x: list[str], y: list[dict]) -> list[dict]:

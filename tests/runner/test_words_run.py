@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -121,6 +122,11 @@ def test_prompts_of_the_models_own_are_filtered(config, tmp_path, monkeypatch):
     assert not set(written[1:3]).intersection(kept)
     assert model.counts["prompts"]["accepted"] == len(kept)
     assert model.counts["prompts"]["evaluation words"] == 4 - len(kept)
+    model.config = replace(model.config, prompts=replace(model.config.prompts, requests_only=True))
+    counts.clear()
+    counts["accepted"] = 4
+    assert model.new_prompts() == [prompt for prompt in kept if parse_request(prompt)] == kept[:-1]
+    assert model.counts["prompts"] == {"accepted": len(kept) - 1, "evaluation words": 4 - len(kept), "no request": 1}
 
 
 def test_two_processes_write_the_same_files(config, finished):
@@ -176,6 +182,8 @@ def test_the_reports_show_what_the_answers_are(finished):
 
 @pytest.mark.parametrize("changes, message", [
     (("seed_data.source=english",), 'judge.by = "oracle" needs seed_data.source = "world" or "words"'),
+    (("seed_data.source=english", "judge.by=self", "prompts.source=self", "prompts.requests_only=true"),
+     'requests_only = true needs seed_data.source = "world" or "words"'),
     (("seed_data.edited=1.5",), "edited must lie between 0 and 1")])
 def test_wrong_input_is_refused(config, changes, message, tmp_path):
     options = [option for change in changes for option in ("--set", change)]

@@ -15,13 +15,9 @@ from minisr.worlds.words.words import SCENES, UNSEEN_FORMS, UNSEEN_SCENES, Scene
 PHRASINGS = (
     "Write one short sentence of daily life that uses all of these words: {words}.",
     "Make a simple sentence with the words {words}.",
-    "Describe an everyday scene in one sentence. Use these words: {words}.",
     "Put all of these words into one short sentence: {words}.",
     "In one sentence, use the words {words}.",
-    "Use {words} in one short sentence.",
-    "Write a short sentence about an ordinary day. It has to contain {words}.",
-    "Tell me in a single sentence what is going on, with the words {words}.",
-)
+)  # few, and alike: of the prompts that a small model writes after them, one half are requests
 WORDS_OF_A_REQUEST = 4
 EVALUATION_SHARE = 10  # one word set in 10 belongs to evaluation
 ITEM = r"[\"'“”]?[a-z]{2,}[\"'“”]?"
