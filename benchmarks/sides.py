@@ -26,11 +26,12 @@ NEVER = (-1,)  # stop ids that no model draws: every row reaches its maximum len
 
 
 def in_one_line(main) -> None:
-    """Run a benchmark. Wrong input or a missing package ends it with one line, not with a traceback."""
+    """Run a benchmark. Wrong input or a missing package ends it with one line and exit code 2, without a traceback."""
     try:
         main()
     except (InputError, OSError) as error:
-        sys.exit(f"{Path(sys.argv[0]).name}: {error}")
+        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+        sys.exit(2)
 
 
 class Process:
