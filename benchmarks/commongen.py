@@ -222,13 +222,13 @@ def perplexity(lm: LM, prompts: list[str], answers: list[Answer]) -> dict:
 
 def print_table(results: list[dict]) -> None:
     width = max(len("model"), *(len(result["model"]) for result in results))
-    print(f"{'model':{width}}" + "".join(f"{f'{name} [95 %]':>19}" for name in INTERVALS)
+    print(f"{'model':{width}}" + "".join(f"{f'{name} [95 %]':>22}" for name in INTERVALS)
           + "".join(f"{name:>8}" for name in COLUMNS))
     for result in results:
         line = f"{result['model']:{width}}"
         for name in INTERVALS:
             low, high = result[f"{name}_ci95"]
-            line += f"{100 * result[name]:.1f} [{100 * low:.1f}, {100 * high:.1f}]".rjust(19)
+            line += f"{100 * result[name]:.1f} [{100 * low:.1f}, {100 * high:.1f}]".rjust(22)
         print(line + "".join(f"{cell(name, result[name]):>8}" for name in COLUMNS))
 
 

@@ -17,7 +17,7 @@ from minisr.runner.checkpoint import save_model
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 SETS = [{"concepts": ["dog_N", "catch_V", "ball_N"],
          "outputs": {"good": "The dogs caught a ball in the old garden.", "hack": "Dog, catch, ball.", "loop": None}},
-        {"concepts": ["saw_N", "cut_V", "board_N", "hand_N"],
+        {"concept_set": ["saw_N", "cut_V", "board_N", "hand_N"],  # the field's name in CommonGen-lite
          "outputs": {"good": "He cut the board with a saw in his hand.", "hack": "A saw, a cut, a board, and a hand.",
                      "loop": "a hand of a hand of a hand of"}}]
 
@@ -79,7 +79,7 @@ def run(commongen, monkeypatch, capsys):
 @pytest.mark.parametrize("text, expected, unexpected", [
     ("The dog catches a frisbee.", {("dog", "NOUN"), ("catch", "VERB"), ("frisbee", "NOUN")}, {("catch", "NOUN")}),
     ("A good catch!", {("catch", "NOUN")}, {("catch", "VERB")}),
-    ("He saw his children.", {("see", "VERB"), ("child", "NOUN")}, {("saw", "NOUN")}),
+    ("He saw his children.", {("see", "VERB"), ("child", "NOUN")}, {("saw", "NOUN"), ("saw", "VERB")}),
     ("They cut it with a saw.", {("cut", "VERB"), ("saw", "NOUN")}, {("see", "VERB"), ("cut", "NOUN")}),
     ("She chased the running dog.", {("run", "VERB"), ("chase", "VERB")}, set()),
     ("He wears sunglasses.", {("sunglass", "NOUN"), ("wear", "VERB")}, set()),
@@ -314,13 +314,16 @@ def test_a_wrong_option_is_code_2(commongen, monkeypatch, capsys, options, messa
     assert exit.value.code == 2 and message in capsys.readouterr().err
 
 
-def test_a_damaged_file_of_answers_is_named(commongen, monkeypatch, tmp_path, model_folder):
+@pytest.mark.parametrize("content, message", [
+    ('{"prompt": "Write a story.", "resp', "answers .*line 1.* is not valid JSON"),
+    ('{"prompt": "Write a story."}', "answers .*line 1.* has no text 'response'")])
+def test_a_damaged_file_of_answers_is_named(commongen, monkeypatch, tmp_path, model_folder, content, message):
     monkeypatch.setattr(sys, "argv", ["commongen.py", str(model_folder), "--sets", "x", "--out", str(tmp_path / "out")])
     options = commongen.parse_options()
     path = tmp_path / "out" / commongen.answers_name(str(model_folder), torch.float32)
     path.parent.mkdir()
-    path.write_text('{"prompt": "Write a story.", "resp')
-    with pytest.raises(InputError, match="answers .*line 1.* is not valid JSON"):
+    path.write_text(content)
+    with pytest.raises(InputError, match=message):
         commongen.answers_of(str(model_folder), ["Write a story."], options)
 
 
