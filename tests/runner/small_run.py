@@ -32,6 +32,24 @@ def minisr(*arguments):
     return code, out.getvalue(), err.getvalue()
 
 
+def settings(*changes):
+    """Changes to a config as arguments of the command line."""
+    return [part for change in changes for part in ("--set", change)]
+
+
+def write_config(folder, text=CONFIG):
+    path = folder / "config.toml"
+    path.write_text(text)
+    return path
+
+
+def refused(folder, *changes):
+    """The line on stderr with which a run is refused before it writes anything."""
+    code, out, err = minisr("run", write_config(folder), "--out", folder / "run", *settings(*changes))
+    assert (code, out, err.count("\n")) == (2, "", 1) and not (folder / "run").exists()
+    return err
+
+
 def files(folder):
     """A digest of every file, without clock times."""
     found = {}

@@ -6,7 +6,7 @@ import platform
 
 import pytest
 import torch
-from small_run import CONFIG, files, jsonl, minisr
+from small_run import CONFIG, files, jsonl, minisr, settings
 from tiny import ENGINES
 
 from minisr.runner import run
@@ -17,15 +17,14 @@ SHORT = ("dtype=bfloat16", "iterations=1", "seed_data.ift=8", "seed_data.evaluat
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory):
+def runs(no_page, tmp_path_factory):
     """(exit code, stderr, folder) of the same run on a CPU with and on one without bfloat16 instructions."""
     root, made = tmp_path_factory.mktemp("bfloat16"), []
     (root / "config.toml").write_text(CONFIG)
-    changes = [part for change in SHORT for part in ("--set", change)]
     for native in (True, False):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(run, "has_native_bfloat16", lambda native=native: native)
-            code, _, err = minisr("run", root / "config.toml", "--out", root / str(native), *changes)
+            code, _, err = minisr("run", root / "config.toml", "--out", root / str(native), *settings(*SHORT))
         made.append((code, err, root / str(native)))
     return made
 

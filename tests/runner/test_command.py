@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from small_run import jsonl, minisr
+from small_run import jsonl, minisr, settings
 
 from minisr import InputError
 from minisr.evaluate import win_rates
@@ -27,6 +27,7 @@ from minisr.runner.journal import Journal
 from minisr.runner.run import Run
 from minisr.runner.steps import StoredModel
 
+pytestmark = pytest.mark.usefixtures("no_page")
 README = Path(__file__).parents[2] / "tiny_configs" / "README.md"
 RECORDS = [{"prompt": f"Prompt {i}", "response": f"{i % 6}"} for i in range(5)]
 EACH = "import json, sys\nfor n, line in enumerate(sys.stdin, 1):\n    asked = json.loads(line)\n    "
@@ -153,7 +154,7 @@ def test_finished_batches_are_kept(tmp_path):
 
 SHORT = ("iterations=1", "seed_data.ift=8", "seed_data.ranked=4", "seed_data.evaluation=2",
          "evaluate.max_new_tokens=16")
-SHORT_SETTINGS = [word for change in SHORT for word in ("--set", change)]
+SHORT_SETTINGS = settings(*SHORT)
 
 
 def test_the_oracle_behind_a_command_gives_the_rewards_of_the_oracle(config, tmp_path):
@@ -161,8 +162,7 @@ def test_the_oracle_behind_a_command_gives_the_rewards_of_the_oracle(config, tmp
     command = f"judge.command={json.dumps(python(ORACLE.replace('from minisr', log + 'from minisr')))}"
     runs = {"oracle": ["judge.by=oracle"], "command": ["judge.by=command", command]}
     for name, changes in runs.items():
-        settings = [word for change in (*changes, *SHORT) for word in ("--set", change)]
-        code, _, error = minisr("run", config, *settings, "--out", tmp_path / name)
+        code, _, error = minisr("run", config, *settings(*changes, *SHORT), "--out", tmp_path / name)
         assert code == 0, error
     by_oracle, by_command = (jsonl(tmp_path / name / "M1" / "rewards.jsonl") for name in runs)
     assert [r["rewards"] for r in by_command] == [r["rewards"] for r in by_oracle]
@@ -218,8 +218,7 @@ def test_the_program_ends_when_it_writes_and_minisr_was_killed(tmp_path):
     (["judge.by=command", f"judge.command={json.dumps(python(answers('x').replace('3', '1')))}"], "it wrote 'x'"),
 ])
 def test_a_wrong_judge_is_found_before_anything_is_made(config, tmp_path, changes, message):
-    settings = [word for change in changes for word in ("--set", change)]
-    code, _, error = minisr("run", config, *settings, "--out", tmp_path / "run")
+    code, _, error = minisr("run", config, *settings(*changes), "--out", tmp_path / "run")
     assert code == 2 and message in error and error.count("\n") == 1 and not (tmp_path / "run").exists()
 
 

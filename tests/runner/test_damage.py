@@ -8,6 +8,7 @@ from random import Random
 
 import kills
 import pytest
+from small_run import settings
 
 from minisr.cli import main
 
@@ -75,8 +76,7 @@ def finished(tmp_path_factory):
 def resume(folder):
     err = io.StringIO()
     with redirect_stdout(io.StringIO()), redirect_stderr(err):
-        settings = [part for change in SHORT for part in ("--set", change)]
-        code = main(["run", str(folder / "config.toml"), "--out", str(folder / "run"), *settings])
+        code = main(["run", str(folder / "config.toml"), "--out", str(folder / "run"), *settings(*SHORT)])
     return code, err.getvalue().split("\n")[-2:][0]
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_run import CONFIG, jsonl, minisr
+from small_run import CONFIG, jsonl, minisr, refused, settings
 from tiny import ENGINES, tiny_model, tiny_tokenizer
 
 import minisr as package
@@ -26,11 +26,6 @@ SHORT = ("dtype=float64", "iterations=1", "seed_data.ift=8", "seed_data.evaluati
          "prompts.count=4", "judge.judgements=1", "evaluate.max_new_tokens=16")
 
 needs_fast = pytest.mark.skipif("fast" not in ENGINES, reason="minisr/fast is not installed")
-
-
-def settings(*changes):
-    """Changes to a config as arguments of the command line."""
-    return [part for change in changes for part in ("--set", change)]
 
 
 def run_process(root, *arguments):
@@ -118,10 +113,8 @@ def test_only_the_fast_engine_records_log_probabilities(runs):
 
 def test_without_minisr_fast_the_fast_engine_is_one_line_that_names_the_plain_one(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "minisr.fast", None)
-    (tmp_path / "config.toml").write_text(CONFIG)
-    code, out, err = minisr("run", tmp_path / "config.toml", "--out", tmp_path / "run")
-    assert (code, out) == (2, "") and not (tmp_path / "run").exists()
-    assert err == 'minisr: engine = "fast" needs the folder minisr/fast, which is missing; set engine = "plain"\n'
+    assert refused(tmp_path) == (
+        'minisr: engine = "fast" needs the folder minisr/fast, which is missing; set engine = "plain"\n')
 
 
 def test_outside_of_a_run_the_engine_is_the_fast_one_if_it_is_there(monkeypatch):
@@ -138,23 +131,13 @@ PLAIN_LACKS = [
 
 @pytest.mark.parametrize("changes, message", PLAIN_LACKS)
 def test_what_the_plain_engine_lacks_is_refused_in_one_line(changes, message, tmp_path):
-    (tmp_path / "config.toml").write_text(CONFIG)
-
-    def run(engine):
-        return minisr("run", tmp_path / "config.toml", "--out", tmp_path / engine,
-                      *settings(f"engine={engine}", "seed_model=nowhere", *changes))
-    code, out, err = run("plain")
-    assert (code, out, err.count("\n")) == (2, "", 1) and message in err
-    assert not (tmp_path / "plain").exists()
+    assert message in refused(tmp_path, "engine=plain", "seed_model=nowhere", *changes)
     if "fast" in ENGINES:  # which goes on to the next mistake
-        assert "nowhere" in run("fast")[2]
+        assert "nowhere" in refused(tmp_path, "engine=fast", "seed_model=nowhere", *changes)
 
 
 @needs_fast
 @pytest.mark.parametrize("section", ["sft", "dpo"])
 def test_muon_with_bfloat16_weights_is_refused_in_one_line(section, tmp_path):
-    (tmp_path / "config.toml").write_text(CONFIG)
-    code, out, err = minisr("run", tmp_path / "config.toml", "--out", tmp_path / "run",
-                            *settings("dtype=bfloat16", f"{section}.optimizer=muon"))
-    assert (code, out, err.count("\n")) == (2, "", 1) and 'optimizer = "muon" needs dtype = "float32"' in err
-    assert not (tmp_path / "run").exists()
+    assert 'optimizer = "muon" needs dtype = "float32"' in refused(
+        tmp_path, "dtype=bfloat16", f"{section}.optimizer=muon")

@@ -9,6 +9,12 @@ from minisr import InputError
 from minisr.runner.run import ENGLISH_TEMPLATE, WORLD_TEMPLATE, load_template
 
 
+def template_file(folder, text):
+    path = folder / "judge.txt"
+    path.write_text(text)
+    return path
+
+
 @pytest.mark.parametrize("path", [WORLD_TEMPLATE, ENGLISH_TEMPLATE], ids=["world", "english"])
 def test_the_templates_that_ship_with_minisr_are_valid(path):
     assert "Score:" in load_template(path)
@@ -19,10 +25,8 @@ def test_the_templates_that_ship_with_minisr_are_valid(path):
     ("{prompt} {prompt} {response}", "{prompt}", 2), ("{prompt} {response} {response}", "{response}", 2),
 ])
 def test_a_template_must_contain_each_field_once(tmp_path, text, field, times):
-    path = tmp_path / "judge.txt"
-    path.write_text(text)
     with pytest.raises(InputError, match=rf"judge\.txt.*{re.escape(field)}.*{times} times"):
-        load_template(path)
+        load_template(template_file(tmp_path, text))
 
 
 def test_a_missing_template_is_named(tmp_path):
@@ -31,8 +35,7 @@ def test_a_missing_template_is_named(tmp_path):
 
 
 def test_the_newline_at_the_end_of_the_file_is_not_part_of_the_template(tmp_path):
-    path = tmp_path / "judge.txt"
-    path.write_text("{prompt}\n{response}\nScore: <total>\n")
+    path = template_file(tmp_path, "{prompt}\n{response}\nScore: <total>\n")
     assert load_template(path) == "{prompt}\n{response}\nScore: <total>"
 
 
@@ -62,10 +65,8 @@ REFUSED = {  # what the template asks for, and what the error names
 @pytest.mark.parametrize("name", REFUSED)
 def test_a_template_that_asks_for_what_is_not_parsed_is_refused(tmp_path, name):
     text, named = REFUSED[name]
-    path = tmp_path / "judge.txt"
-    path.write_text(text)
     with pytest.raises(InputError, match=named) as error:
-        load_template(path)
+        load_template(template_file(tmp_path, text))
     assert "judge.txt" in str(error.value) and "\n" not in str(error.value)
 
 
@@ -78,13 +79,10 @@ def test_a_template_that_asks_for_what_is_not_parsed_is_refused(tmp_path, name):
     "Award 5 points if the answer is 100% correct.\nScore: <total>",
     "Briefly justify your total score, up to 100 words.\nScore: <total points>"])
 def test_a_template_that_asks_for_the_score_line_is_taken_as_it_is(tmp_path, text):
-    path = tmp_path / "judge.txt"
-    path.write_text(RATE + text)
-    assert load_template(path) == RATE + text
+    assert load_template(template_file(tmp_path, RATE + text)) == RATE + text
 
 
 def test_a_run_with_such_a_template_writes_nothing(tmp_path, config):
-    path, out = tmp_path / "judge.txt", tmp_path / "run"
-    path.write_text(REFUSED["MT-Bench"][0])
+    path, out = template_file(tmp_path, REFUSED["MT-Bench"][0]), tmp_path / "run"
     code, _, error = minisr("run", config, "--set", f"judge.template={path}", "--out", out)
     assert code == 2 and "another scale" in error and error.count("\n") == 1 and not out.exists()

@@ -4,11 +4,10 @@ from math import log
 
 import pytest
 import torch
-from small_run import CONFIG, minisr
+from small_run import CONFIG, minisr, refused, settings
 from test_resume import EXAMPLES, trained
 from tiny import ENGINES, PAIRS, as_llama, llama_weights, tiny_model, tiny_tokenizer, with_log
 
-from minisr import cli
 from minisr.dpo import encode_pairs, train_dpo
 from minisr.model import Decoder, ModelConfig
 from minisr.runner import lora
@@ -286,14 +285,12 @@ def test_gradient_checkpointing_gives_the_same_adapters():
 
 
 @pytest.mark.slow
-def test_a_run_with_lora_from_the_command_line_and_its_export(tmp_path, monkeypatch):
+def test_a_run_with_lora_from_the_command_line_and_its_export(tmp_path, no_page):
     transformers = pytest.importorskip("transformers")
-    monkeypatch.setattr(cli, "_write_page", lambda folder: None)  # the charts take half of the time
     (tmp_path / "config.toml").write_text(CONFIG)
     changes = ("iterations=1", "lora.rank=4", "judge.by=random", "prompts.count=3", "seed_data.ift=8",
                "seed_data.evaluation=2", "seed_data.judge_evaluation=1")
-    settings = [part for change in changes for part in ("--set", change)]
-    code, out, err = minisr("run", tmp_path / "config.toml", "--out", tmp_path / "run", *settings)
+    code, out, err = minisr("run", tmp_path / "config.toml", "--out", tmp_path / "run", *settings(*changes))
     assert (code, err) == (0, "") and "M2" in out
     assert "rank = 4" in (tmp_path / "run/config.toml").read_text()
     assert minisr("export", tmp_path / "run/M2", "--out", tmp_path / "hf")[0] == 0
@@ -316,7 +313,4 @@ REFUSED = [(("engine=plain",), 'lora.rank needs engine = "fast"'),
 
 @pytest.mark.parametrize("changes, message", REFUSED)
 def test_what_does_not_go_together_is_one_line(changes, message, tmp_path):
-    (tmp_path / "config.toml").write_text(CONFIG)
-    settings = [part for change in ("lora.rank=4", *changes) for part in ("--set", change)]
-    code, out, err = minisr("run", tmp_path / "config.toml", "--out", tmp_path / "run", *settings)
-    assert (code, out, err.count("\n")) == (2, "", 1) and message in err and not (tmp_path / "run").exists()
+    assert message in refused(tmp_path, "lora.rank=4", *changes)

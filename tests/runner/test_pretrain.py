@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from small_run import settings
 
 from minisr import train
 from minisr.cli import main
@@ -37,8 +38,7 @@ def config(tmp_path):
 
 
 def pretrain(config, out, *changes):
-    settings = [part for change in changes for part in ("--set", change)]
-    return main(["pretrain", str(config), "--out", str(out), *settings])
+    return main(["pretrain", str(config), "--out", str(out), *settings(*changes)])
 
 
 def test_the_text_is_whole_documents_with_an_end_token_up_to_the_number_of_tokens(tokenizer, config):

@@ -12,6 +12,7 @@ from pathlib import Path
 import kills
 import pytest
 import torch
+from small_run import write_config
 
 from minisr import InputError
 from minisr.runner import launcher, processes
@@ -38,9 +39,7 @@ pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="signals")
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
-    path = tmp_path_factory.mktemp("config") / "small.toml"
-    path.write_text(CONFIG)
-    return path
+    return write_config(tmp_path_factory.mktemp("config"), CONFIG)
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 import pytest
-from small_run import MODELS, files, jsonl, minisr, model_of, prompts_of
+from small_run import MODELS, files, jsonl, minisr, model_of, prompts_of, settings
 
 from minisr import InputError
 from minisr.runner.config import Config, load_config
@@ -12,6 +12,7 @@ from minisr.runner.run import Run, check_resumable
 from minisr.runner.steps import StoredModel, keep
 from minisr.runner.stop import Stop
 
+pytestmark = pytest.mark.usefixtures("no_page")
 FREE = ("threads=3", "device=cpu", "engine=plain", "responses.rows=8", "judge.rows=8", "evaluate.rows=3",
         "sft.micro_batch=2", "dpo.micro_batch=2", "sft.save_every=7", "dpo.save_every=7")
 DECIDING = ("seed=1", "dtype=float64", "prompts.round_size=8", "responses.candidates=3", "sft.batch_size=4",
@@ -84,7 +85,7 @@ def test_a_run_from_before_rounds_had_a_size_keeps_its_own(config, copy):
 
 def test_a_finished_run_takes_other_rows_and_threads_and_records_them(config, copy):
     before = files(copy)
-    changes = [part for change in ("responses.rows=8", "threads=2") for part in ("--set", change)]
+    changes = settings("responses.rows=8", "threads=2")
     for _ in range(2):  # the second command changes nothing
         code, _, err = minisr("run", config, "--out", copy, *changes)
         assert (code, err) == (0, "")

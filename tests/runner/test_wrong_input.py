@@ -9,6 +9,7 @@ from random import Random
 
 import pytest
 import torch
+from small_run import settings
 from tiny import tiny_model, tiny_tokenizer
 
 from minisr import InputError
@@ -51,8 +52,12 @@ def case(*named, marks=()):
 
 
 def run(at, *changes, out="run"):
-    settings = [part for change in changes for part in ("--set", change)]
-    return ["run", at / "run.toml", "--out", at / out, *settings]
+    return ["run", at / "run.toml", "--out", at / out, *settings(*changes)]
+
+
+def run_config(at, text, *changes):
+    (at / "run.toml").write_text(text)
+    return run(at, *changes)
 
 
 def chat(at, question="News?"):
@@ -169,8 +174,7 @@ def eval_of_a_model_in_a_run(at):
 
 @case("run.toml", "source must be a text, not 2024", 'source = "2024"')
 def folder_that_is_a_number_in_a_config(at):
-    (at / "run.toml").write_text("[seed_data]\nsource = 2024\n")
-    return run(at)
+    return run_config(at, "[seed_data]\nsource = 2024\n")
 
 
 @case("M1 has no prompts", "prompts.counts.json")
@@ -182,14 +186,12 @@ def show_of_an_iteration_without_prompts(at):
 
 @case("run.toml", "not valid TOML", "line 1")
 def config_that_is_no_toml(at):
-    (at / "run.toml").write_text("threads = = 1\n")
-    return run(at)
+    return run_config(at, "threads = = 1\n")
 
 
 @case("--set seed.x=1", "seed is a key, not a section")
 def set_of_a_key_in_a_key(at):
-    (at / "run.toml").write_text("seed = 1\n")
-    return run(at, "seed.x=1")
+    return run_config(at, "seed = 1\n", "seed.x=1")
 
 
 @case("model.pt", "truncated or changed", "restore it from a copy")
