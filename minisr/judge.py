@@ -17,9 +17,9 @@ MAX_SCORE = 5
 #
 #   part    what it may be                                                 as in
 #   ------  -------------------------------------------------------------  ---------------------------------------------
-#   mark    "Score" and a colon at the start of a line, sentence or        Score:   Good. **Score:**   - Final score:
+#   mark    "Score" and a colon at the start of a line, sentence or        Score:   Good. **Score:**   • Final score:
 #           clause, after the, my, final, total, overall or nothing, with  Score (0-5):   Score (out of 5):   Score/5:
-#           the scale or without; or the tag <score>                       "score":   <score>
+#           the scale or without; or a key or tag of which there is one    "score":   <score>
 #   number  digits, or digits.digits, in decoration or not                 4   4.5   +3   **4**   [4]   <4>   “4”
 #   scale   out of 5; or points, stars, overall or in total; or both       4/5   4 (out of 5)   4 points out of 5
 #   end     the end of the line, or the next mark; or a comment: text      4   4.   4</score>   "4"}
@@ -27,22 +27,25 @@ MAX_SCORE = 5
 #           digits, % and the words in COMMENT                             4 (good)
 #   below   a number on a line below its mark stands alone on that line,   Score:\n4
 #           and no line that begins with a number follows
-#   after   no line further down begins with "total", "sum", "maximum",    unparsed: Score: 1\nTotal: 2   Score: 4\n/10
-#           "scale", "out of" or "/" and has a digit
+#   after   no line further down has a digit (or "ten") and is a number    unparsed: Score: 1\nTotal: 2   Score: 4\n/10
+#           alone; or begins with / or to of, or total, sum, max, overall  Score: 4\nRevised score: 3   Score: 4\nor 5
+#           or final, or ... score; or has scale, maximum or out of 10     "score": 4,\n"max_score": 10
 #
 # Unparsed: 4-5   4 to 5   3 and 4   3+1   4,5   1e-1   5%   4/10   4 out of ten   4 (of ten)   4 (of 10)   4?   <5   4½
 # All repetitions are possessive (*+): a hostile text takes linear time.
-OPENING = r"""(?:[^\S\n]|[*_`"'“”‘’\[({#]|<(?=[^\s<>]{1,20}>))*+"""
-CLOSING = r"""(?:[^\S\n]|[*_`"'“”‘’>\])}]|</\w+>)*+"""
-MARK = rf"""(?:^|[.!?;:,…)\]>|。！？；：，–—]|(?<!\S)-){OPENING}(?:(?:the|my|final|total|overall)[^\S\n]+)*+
+OPENING = r"""(?:[^\S\n]|[*_`"'“”‘’«\[({#\u200b\u2060\ufeff]|\\boxed(?=\{)|<(?=[^\s<>]{1,20}>))*+"""
+CLOSING = r"""(?:[^\S\n]|[*_`"'“”‘’»>\])}\u200b\u2060\ufe0f\ufeff]|</\w+>|<br>)*+"""
+KEY = re.compile(r"""(?i)["']score["']\s*+:|<score>""")
+MARK = rf"""(?:^|[.!?;:,…)\]>|。！？；：，–—•→]|(?<!\S)-){OPENING}(?:(?:the|my|final|total|overall)[^\S\n]+)*+
     (?>(?<=<)score>|score{CLOSING}(?:[(\[]?(?:[01]\ ?(?:-|–|to)|out\ of|/)\ ?5[)\]]?{CLOSING})?+[:：])"""
-UNIT = r"points?|pts|stars?|overall|in\ total"
-SCALE = rf"(?:{CLOSING}(?:{UNIT}|(?:[/／]|\(?out\ of|of){OPENING}(?:5(?:\.0)?|five))(?!\w))*+"
-COMMENT = rf"""(?:[.,;!…–—]|(?<=\s)-(?=\s)|because\b|(?<=\s)\((?!\s*+(?:of|out|von|de|sur|di)\b))
-    (?:(?!{MARK}|\b(?:out\ of|scale|ten|hundred|percent|half)\b)[^\d\n%])*+"""
+UNIT = r"points?|pts|stars?|[⭐分]|overall|in\ total"
+SCALE = rf"(?:{CLOSING}(?:{UNIT}|(?:[/／]|\(?out\ of|of){OPENING}(?:5(?:\.0)?|five)(?!\ ?[/／]))(?!\w))*+"
+COMMENT = rf"""(?:[.,;!…–—。！；，]|(?<=\s)-(?=\s)|because\b|(?<=\s)\((?!\s*+(?:\?|(?:of|out|von|de|sur|di|su|av)\b)))
+    (?:(?!{MARK}|\b(?:out\ of|scale|max|maximum|ten|twenty|hundred|percent|half)\b)[^\d\n%十百])*+"""
 SCORE = re.compile(rf"""(?imx){MARK}{OPENING}(?P<below>\n\s*+{OPENING})?+(?P<number>[+-]?[0-9]++(?:\.[0-9]++)?+)
     {SCALE}{CLOSING}(?(below)[.!]?+{CLOSING}$(?!\s*+[-*•(]?\ ?\d)|(?:(?=$|{MARK})|{COMMENT}(?=$|{MARK})))""")
-OTHER_TOTAL = re.compile(r"(?im)^[^\w\n/／]*+(?:[/／]|(?:(?:the|in|on a) )?(?:total|sum|maximum|scale|out of)\b).*\d")
+OTHER_TOTAL = re.compile(r"""(?imx)^(?=.*(\d|\bten\b))(.*\b(scale|maximum|out.of\W+(10|ten))|[^\w\n]*?([/／]|
+    \d[\d.]*+[^\w\n]*$|(or|to|(out\ )?of)\ \d|(\w+\ )??(total|sum|max|overall|final|(?<=\w\ )(score|rating))(\b|_)))""")
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,7 @@ class Judgement:
 
 def parse_score(text: str) -> float | None:
     """The last score from 0 to 5 that is marked in a judge's own text, or None: see the table above."""
+    text = text if len(KEY.findall(text)) <= 1 else KEY.sub("_:", text)  # several: of single criteria
     scores = [match for match in SCORE.finditer(text) if 0 <= float(match["number"]) <= MAX_SCORE]
     clear = scores and not OTHER_TOTAL.search(text, scores[-1].end())
     return float(scores[-1]["number"]) if clear else None
@@ -73,8 +77,7 @@ def judge_prompt(template: str, prompt: str, response: str) -> str:
 
     A space is inserted into </response> and </prompt> in the response, so that it cannot close the tags that a judge
     template may put around it."""
-    response = re.sub(r"</\s*(?=response|prompt)", "< /", response, flags=re.IGNORECASE)
-    values = {"{prompt}": prompt, "{response}": response}
+    values = {"{prompt}": prompt, "{response}": re.sub(r"(?i)</\s*(?=response|prompt)", "< /", response)}
     return re.sub(r"\{prompt\}|\{response\}", lambda field: values[field[0]], template)
 
 
@@ -87,8 +90,7 @@ def judge(lm: LM, template: str, prompts: list[str], responses: list[str], confi
     judgements = [[Judgement("", None)] * config.judgements for _ in encoded]
     for i, completions in zip(fitting, sampled):
         texts = [lm.tokenizer.decode(completion.ids) for completion in completions]
-        judgements[i] = [Judgement(text, parse_score(text) if completion.finished else None)
-                         for text, completion in zip(texts, completions)]
+        judgements[i] = [Judgement(t, parse_score(t) if c.finished else None) for t, c in zip(texts, completions)]
     return judgements
 
 

@@ -27,6 +27,5 @@ def select_pairs(prompts: list[str], responses: list[list[str]], rewards: list[l
             counts["identical"] += 1
         else:
             counts["pairs"] += 1
-            pairs.append({"prompt": x, "chosen": y_w, "rejected": y_l,
-                          "chosen_reward": r_w, "rejected_reward": r_l})
+            pairs.append({"prompt": x, "chosen": y_w, "rejected": y_l, "chosen_reward": r_w, "rejected_reward": r_l})
     return pairs, counts

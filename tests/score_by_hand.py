@@ -1,11 +1,12 @@
 """The grammar of a score, the table in minisr/judge.py, as a parser without regular expressions: an oracle."""
 
-OPENING = set("*_`\"'“”‘’[({#")
-CLOSING = set("*_`\"'“”‘’>])}]")
-BEFORE_A_MARK = set(".!?;:,…)]>|。！？；：，–—")
+UNSEEN = "\u200b\u2060\ufeff"
+OPENING = set("*_`\"'“”‘’«[({#" + UNSEEN)
+CLOSING = set("*_`\"'“”‘’»>])}\ufe0f" + UNSEEN)
+BEFORE_A_MARK = set(".!?;:,…)]>|。！？；：，–—•→")
 TITLES = ("the", "my", "final", "total", "overall")
-STOP_WORDS = ("out of", "scale", "ten", "hundred", "percent", "half")
-TOTALS = ("total", "sum", "maximum", "scale", "out of")
+STOP_WORDS = ("out of", "scale", "maximum", "max", "ten", "twenty", "hundred", "percent", "half")
+TOTALS = ("total", "sum", "max", "overall", "final")
 
 
 def is_word(text: str, i: int) -> bool:
@@ -29,9 +30,13 @@ class ScoreParser:
         return self.char(i).isspace() and self.char(i) != "\n"
 
     def skip_opening(self, i: int) -> int:
-        while self.is_gap(i) or self.char(i) in OPENING and self.char(i) or self.is_bracketed(i):
-            i += 1
-        return i
+        while True:
+            if self.at(i, "\\boxed{"):
+                i += 6
+            elif self.is_gap(i) or self.char(i) in OPENING and self.char(i) or self.is_bracketed(i):
+                i += 1
+            else:
+                return i
 
     def is_bracketed(self, i: int) -> bool:
         """Whether a < at i has its > after 1 to 20 characters."""
@@ -50,8 +55,24 @@ class ScoreParser:
                 if self.char(end) != ">":
                     return i
                 i = end + 1
+            elif self.at(i, "<br>"):
+                i += 4
             else:
                 return i
+
+    def keys(self) -> list[tuple[int, int]]:
+        """(start, end) of each "score": in quotes, and of each tag <score>."""
+        found = []
+        for i in range(len(self.text)):
+            if self.at(i, "<score>"):
+                found.append((i, i + 7))
+            if self.char(i) in ("'", '"') and self.at(i + 1, "score") and self.char(i + 6) in ("'", '"'):
+                colon = i + 7
+                while self.char(colon).isspace():
+                    colon += 1
+                if self.char(colon) == ":":
+                    found.append((i, colon + 1))
+        return found
 
     def mark(self, i: int) -> int | None:
         """The end of the mark that begins at i."""
@@ -107,11 +128,12 @@ class ScoreParser:
 
     def unit_or_scale(self, i: int) -> int | None:
         """The end of "points", "pts", "/5" or "out of 5" at i."""
-        units = ("points", "point", "pts", "stars", "star", "overall", "in total")
+        units = ("points", "point", "pts", "stars", "star", "⭐", "分", "overall", "in total")
         ends = [i + len(unit) for unit in units if self.at(i, unit)]
         if sign := self.at(i, "/", "／", "(out of", "out of", "of"):
             five = self.skip_opening(i + len(sign))
-            ends += [five + len(word) for word in ("5.0", "5", "five") if self.at(five, word)]
+            fives = [five + len(word) for word in ("5.0", "5", "five") if self.at(five, word)]
+            ends += [end for end in fives if self.char(end + (self.char(end) == " ")) not in ("/", "／")]
         return next((end for end in ends if not is_word(self.text, end)), None)
 
     def score(self, i: int) -> tuple[int, int, int] | None:
@@ -153,14 +175,14 @@ class ScoreParser:
         i += 1
         while self.char(i).isspace():
             i += 1
-        word = self.at(i, "out", "of", "von", "de", "sur", "di")
-        return not word or is_word(self.text, i + len(word))
+        word = self.at(i, "out", "of", "von", "de", "sur", "su", "di", "av")
+        return self.char(i) != "?" and (not word or is_word(self.text, i + len(word)))
 
     def end_beside(self, i: int) -> int | None:
         if self.ends_line(i) or self.mark(i) is not None:
             return i
         hyphen = self.char(i) == "-" and self.char(i - 1).isspace() and self.char(i + 1).isspace()
-        if hyphen or self.char(i) in set(".,;!…–—") or self.is_remark(i):
+        if hyphen or self.char(i) in set(".,;!…–—。！；，") or self.is_remark(i):
             i += 1
         elif self.at(i, "because") and not is_word(self.text, i + 7):
             i += 7
@@ -169,7 +191,7 @@ class ScoreParser:
         while not self.ends_line(i) and self.mark(i) is None:
             word = self.at(i, *STOP_WORDS)
             whole = word and is_word(self.text, i - 1) is False and not is_word(self.text, i + len(word))
-            if whole or self.char(i).isdecimal() or self.char(i) == "%":
+            if whole or self.char(i).isdecimal() or self.char(i) in set("%十百"):
                 return None
             i += 1
         return i
@@ -184,23 +206,62 @@ class ScoreParser:
             i += 1
         return False
 
-    def is_other_total(self, i: int) -> bool:
-        while self.char(i) and self.char(i) not in "\n/／" and not is_word(self.text, i):
-            i += 1
+    def end_of_line(self, i: int) -> int:
         end = self.text.find("\n", i)
-        line = self.text[i:] if end < 0 else self.text[i:end]
-        if line[:1] in ("/", "／") and line:
-            return any(c.isdecimal() for c in line)
-        article = self.at(i, "the ", "in ", "on a ") or ""
-        word = self.at(i + len(article), *TOTALS)
-        if not word or is_word(self.text, i + len(article) + len(word)):
+        return len(self.text) if end < 0 else end
+
+    def is_other_total(self, start: int) -> bool:
+        """Whether the line that begins at start may name another total or scale."""
+        end = self.end_of_line(start)
+        if not any(c.isdecimal() for c in self.text[start:end]) and not self.has_word(start, end, "ten"):
             return False
-        return any(c.isdecimal() for c in line[len(article) + len(word):])
+        return any(self.is_scale(i) for i in range(start, end)) or self.begins_as_total(start, end)
+
+    def has_word(self, start: int, end: int, word: str) -> bool:
+        return any(self.at(i, word) and not is_word(self.text, i - 1) and not is_word(self.text, i + len(word))
+                   for i in range(start, end - len(word) + 1))
+
+    def is_scale(self, i: int) -> bool:
+        """Whether "scale", "maximum" or "out of 10" begins at i."""
+        if is_word(self.text, i - 1):
+            return False
+        if self.at(i, "scale", "maximum"):
+            return True
+        number = i + 6
+        if not (self.at(i, "out") and self.char(i + 3) not in ("", "\n") and self.at(i + 4, "of")):
+            return False
+        while self.char(number) and not is_word(self.text, number):
+            number += 1
+        return number > i + 6 and self.at(number, "10", "ten") is not None
+
+    def begins_as_total(self, i: int, end: int) -> bool:
+        while i < end and self.char(i) not in ("/", "／") and not is_word(self.text, i):
+            i += 1
+        if self.char(i) in ("/", "／") and i < end:
+            return True
+        if self.char(i).isdecimal():
+            rest = self.text[i:end].lstrip("".join(c for c in self.text[i:end] if c.isdecimal()) + ".")
+            return not any(is_word(rest, j) for j in range(len(rest)))
+        joint = self.at(i, "or ", "to ", "of ", "out of ")
+        if joint and self.char(i + len(joint)).isdecimal():
+            return True
+        second = i
+        while is_word(self.text, second):
+            second += 1
+        words = [(i, TOTALS)]
+        if second > i and self.char(second) == " ":
+            words.append((second + 1, (*TOTALS, "score", "rating")))
+        return any(self.at(j, word) and (not is_word(self.text, j + len(word)) or self.char(j + len(word)) == "_")
+                   for j, names in words for word in names)
 
 
 def score_by_hand(text: str) -> float | None:
     """The last score from 0 to 5, unless another total follows."""
     parser = ScoreParser(text)
+    if len(keys := parser.keys()) > 1:
+        for start, end in reversed(keys):
+            text = f"{text[:start]}_:{text[end:]}"
+        parser = ScoreParser(text)
     found = [parsed for i in range(len(text)) if (parsed := parser.score(i))]
     valid = [(float(text[start:end]), finish) for start, end, finish in found if 0 <= float(text[start:end]) <= 5]
     if not valid or parser.other_total_after(valid[-1][1]):

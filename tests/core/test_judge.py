@@ -20,8 +20,6 @@ from minisr.lm import LM
 
 TEMPLATE = "Rate. {prompt} / {response}"
 
-
-
 # What counts as a score is tabulated in tests/vectors/make.py (judge_parsing.json); test_vectors.py checks each row.
 
 @pytest.mark.parametrize("text", ["Score: 4 ... no, Score: 2", "Score: 9, Score: 2, Score: -2", "Score: 1\nScore: 2\n"])
@@ -42,7 +40,9 @@ def test_a_number_that_may_not_be_the_total_is_no_score(text, score):
 
 
 HOSTILE = ("Score: 4, ", "Score: 4. ", "Score:\n", "Score (", "Score (0-5", "Score: <", "Score: <a", "(", "*", "<", " ",
-           "\n", ".", ". the ", "- ", "</a>", "4", "/5", "points ", "ten ", "\n/ ", "Total ", "because ")
+           "\n", ".", ". the ", "- ", "</a>", "4", "/5", "points ", "ten ", "\n/ ", "Total ", "because ", "\"score\"",
+           "\"score\": ", "<score>", "<b>", "\\boxed{", "\u200b", "• ", "out of ", "\nout of 1",
+           "\na total ", "\n1.", "scale 1")
 
 
 @pytest.mark.parametrize("piece", HOSTILE)

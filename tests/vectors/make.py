@@ -74,7 +74,29 @@ SCORES = {
     # A remark in parentheses is a comment, unless it could be a scale.
     "Score: 4 (good)": 4, "Score: 5 (perfect).": 5, "Score: 4 (of ten)": None, "Score: 4 (often right)": 4,
     "Score: 4 overall": 4, "Score: 4 in total.": 4, "Score: 3 stars": 3,
-    "Score: 4 (of 3 things, all)": None, "{\"score\": 4, \"max_score\": 10}": None,
+    "Score: 4 (of 3 things, all)": None, "{\"score\": 4, \"max_score\": 10}": None, "Score: 4 (?)": None,
+    "Score: 4 (su dieci)": None, "Score: 4 (maximum: seven)": None, "Score: 4, max ten": None, "Score: 5/5/5": None,
+    # Marks, signs and tags of other kinds of text.
+    "• Score: 4": 4, "→ Score: 4": 4, "Score: 4</b>": 4, "Score: 4<br>": 4,
+    "Score: \\boxed{4}": 4, "Score: «4»": 4, "Score: 4⭐": 4, "Score: 4 ⭐": 4, "Score：4分": 4, "Score: 4。": 4,
+    "Score：4，因为没有例子": 4, "Score：4，满分十分": None, "\ufeffScore: 4": 4, "Score: \u200b4\u200b": 4,
+    "Score: 4\u200b/10": None, "Score: 4\u200b5": None, "Score: $5": None, "```json\n{\"score\": 4}\n```": 4,
+    "{'score': 4}": 4, "{\n \"score\": 3,\n \"reason\": \"fine\"\n}": 3,
+    # Several keys or tags are the scores of single criteria.
+    "[{\"criterion\": \"a\", \"score\": 1}, {\"criterion\": \"b\", \"score\": 0}]": None,
+    "{\"relevance\": {\"score\": 1}, \"coverage\": {\"score\": 1}}": None,
+    "{\"score\": 4, \"details\": [{\"score\": 1}]}": None, "<score>1</score>\n<score>0</score>": None,
+    "{\"a\": {\"score\": 1}, \"b\": {\"score\": 0}}\nScore: 1": 1,
+    # Another total or scale on a later line.
+    "Score: 4\nRevised score: 3": None, "Score: 4\nFinal rating: 3": None, "Score: 4\nFinal: 3": None,
+    "Score: 4\nOverall: 3": None, "Score: 4\nFinal Score = 3": None, "Score: 4\nThe final score is 3.": None,
+    "Score: 1\nGrand total: 3": None, "Score: 4\nMax: 10": None, "Score: 4\nThis is out of 10.": None,
+    "Score: 4\nout of ten": None, "Score: 4\nof 10": None, "Score: 4\nor 5": None, "Score: 4\nto 5": None,
+    "Score: 4\n.5": None, "Score: 4,\n3,\n5": None, "Score: 4\n\n10 is the maximum.": None,
+    "Score: 4\nNote: the scale is 1 to 10.": None, "{\n \"score\": 3,\n \"max_score\": 10\n}": None,
+    "{\n \"score\": 3,\n \"out_of\": 10\n}": None, "{\n \"score\": 1,\n \"total_score\": 4\n}": None,
+    "score: 4\n  max: 10": None, "Score: 4\nFinal score: 3": 3, "Score: 4\nIt meets 4 of 5 criteria.": 4,
+    "Score: 4\n1. It is short.\n2. It is clear.": 4,
 }
 
 
@@ -85,8 +107,9 @@ def judge_parsing() -> dict:
                        "('points'), then the end of the line, the next mark, or a comment without digits. A mark is "
                        "the word Score with a colon, in upper or lower case, at the start of a line, sentence or "
                        "clause, or the tag <score>. Quotes, brackets and Markdown signs do not matter. The last valid "
-                       "score counts, unless a later line states another total or scale. null means that no total is "
-                       "clear. The table in minisr/judge.py has every row of the grammar.",
+                       "score counts, unless a later line states another total or scale. A quoted key \"score\" or a "
+                       "tag <score> counts only if there is one. null means that no total is clear. The table in "
+                       "minisr/judge.py has every row of the grammar.",
         "cases": [{"text": text, "score": score} for text, score in SCORES.items()]}
 
 
