@@ -13,12 +13,20 @@ from minisr.judge import MAX_SCORE
 FIELDS = ("{prompt}", "{response}")
 SCORE_LINE = re.compile(r"(?<![\w\"'])score[\s*_`)\](0-9–/-]{0,12}[:：]", re.IGNORECASE)
 JSON_SCORE = re.compile(r"""["']score["']\s*:""", re.IGNORECASE)
-# A line that speaks of scoring, and a scale in it: "from 0 to 100", "1-10", "[[1..10]]", "out of 10", "points in %".
-SCORING = re.compile(r"\b(?:scores?|scoring|scale|points?|rates?|rating|grades?)\b", re.IGNORECASE)
+# A line that speaks of scoring, and a scale in it: "from 0 to 100", "1-10", "[[1..10]]", "out of ten", "points in %".
+SCORING = re.compile(r"(?<![a-z])(?:scores?|scoring|scale|points?|rates?|rating|grades?)(?![a-z])", re.IGNORECASE)
 PERCENT = re.compile(SCORING.pattern + r"\W{0,3}(?:(?:in|as)\s+(?:a\s+)?)?(?:%|percent)", re.IGNORECASE)
-RANGE = re.compile(r"\b[0-2]\s*(?:-|–|—|\.\.+|…|to|through)\s*(\d+)\b", re.IGNORECASE)
-BETWEEN = re.compile(r"\bbetween\s+[0-2]\s+and\s+(\d+)\b", re.IGNORECASE)
-OUT_OF = re.compile(r"\b(?:out of|maximum of|up to)\s+(\d+)\b(?!\s+words)|/\s*(\d+)\b", re.IGNORECASE)
+WORDS = {"six": 6, "seven": 7, "eight": 8, "nine": 9, "ten": 10, "twenty": 20, "hundred": 100}
+NUMBER = rf"(?:an?\s+)?(\d+(?![\da-z]|[.-]\d)|(?:{'|'.join(WORDS)})\b)"
+SOMETHING_ELSE = r"(?!\s+(?:words?|sentences?|lines?|tokens?|characters?|paragraphs?|examples?)\b)"
+JOINTS = r"-|–|—|~|\.\.+|…|to|through|bis|à|a|hasta|до|到|至"
+SCALES = [re.compile(pattern + SOMETHING_ELSE, re.IGNORECASE) for pattern in (
+    rf"(?<![\w.])(?:[0-2]|zero|one)\s*(?:{JOINTS})\s*{NUMBER}",
+    rf"(?:\bbetween\s+(?:[0-2]|zero|one)\s*(?:and|&)|[\[(]\s*[0-2]\s*,)\s*{NUMBER}",
+    rf"(?:\b(?:out of|at most|up to|sur|von|max(?:imum)?(?:\s+score)?(?:\s+(?:is|of))?|scale of)\s+|/\s*){NUMBER}",
+    rf"\b{NUMBER}(?:[\s-]+points?\b.{{0,15}}\bscale|\s+(?:is|being)\s+(?:the\s+)?(?:best|highest|maximum|perfect))",
+    rf"\bscore[\s*_`)]*[:：][\s*_`\[(<]*{NUMBER}")]
+LETTERS = re.compile(r"score[\s*_`)]*[:：][\s*_`\[(<]*A\s*(?:-|–|/|,|to|or)\s*[B-F]\b", re.IGNORECASE)
 
 
 def check_judge_prompt(template: str, path: Path) -> None:
@@ -47,9 +55,10 @@ def other_scale(line: str) -> str | None:
     """The scale that a line about scoring states, if it goes beyond 5."""
     if not SCORING.search(line):
         return None
-    for pattern in (RANGE, BETWEEN, OUT_OF):
+    for pattern in SCALES:
         for match in pattern.finditer(line):
-            if int(next(filter(None, match.groups()))) > MAX_SCORE:
+            number = match[1].lower()
+            if (WORDS.get(number) or int(number)) > MAX_SCORE:
                 return match[0]
-    match = PERCENT.search(line)
+    match = PERCENT.search(line) or LETTERS.search(line)
     return match[0] if match else None
