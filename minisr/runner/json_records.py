@@ -5,10 +5,15 @@ import re
 from pathlib import Path
 
 from minisr import InputError
-from minisr.runner.files import read_text, short_reason
+from minisr.runner.files import read_bytes, read_text, short_reason
 
 # The keys of an object that holds records: {"data": [...]} of many exports, LMFlow's {"instances": [...]}.
 WRAPPERS = ("data", "instances", "examples", "records", "train")
+# Other kinds of files, by their first bytes.
+OTHER_FILES = {b"PAR1": "a Parquet file", b"ARROW1": "an Arrow file", b"\x1f\x8b": "compressed (gzip)",
+               b"PK\x03\x04": "an archive (zip, xlsx)", b"\x28\xb5\x2f\xfd": "compressed (zstd)",
+               b"SQLite format 3": "a database (SQLite)", b"version https://git-lfs": "a pointer of Git LFS"}
+SCALARS = ("null", "true", "false", *"-0123456789")  # JSON, but no records
 SPACES = re.compile(r"[\s\ufeff]*")  # between JSON values; files that were joined have byte order marks there
 
 
@@ -17,11 +22,19 @@ def read_records(path: Path, what: str) -> list[tuple[str, object]]:
 
     A place is "line 7", or "record 3 (line 7)" in a JSON list. NaN and infinity, which are not JSON, become None.
     Raises InputError with file and line for what is not JSON, and for a key that comes twice in one object."""
-    text, where = read_text(path, what), f"{what} {path}"
+    where = f"{what} {path}"
+    content = read_bytes(path)
+    if kind := next((kind for start, kind in OTHER_FILES.items() if content.startswith(start)), None):
+        raise InputError(f"{where} is {kind}, not JSON or JSON Lines; convert it to JSON Lines")
+    text = read_text(path, what)
     lines = [(number, line.strip(" \t\ufeff")) for number, line in enumerate(text.split("\n"), 1)]
     lines = [(number, line) for number, line in lines if line]
     if not lines:
         return []
+    number, first = lines[0]
+    if first[0] not in '{["' and not first.startswith(SCALARS):
+        raise InputError(f"{where}, line {number} is not JSON or JSON Lines: {first[:40]!r}; convert the file (CSV, "
+                         "with pandas: read_csv(...).to_json(FILE, orient=\"records\", lines=True))")
     # JSON Lines: each line is an object or a text. Indented JSON has lines of other kinds, such as "key": value.
     if len(lines) > 1 and all(line[0] == "{" or line[0] == line[-1] == '"' for _, line in lines):
         return [(f"line {number}", parse_line(line, where, number)) for number, line in lines]

@@ -4,19 +4,23 @@ Every format is first read as a chat, a list of (role, text) turns. A record tha
 reason. tiny_configs/README.md has the table of formats.
 """
 
+import unicodedata
 from typing import NamedTuple
 
 from minisr.runner.files import HALF_CHARACTER, has_half_character
 
 ROLES = {"user": "user", "human": "user", "prompter": "user",
          "assistant": "assistant", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant",
-         "bard": "assistant", "bot": "assistant", "model": "assistant",
+         "bard": "assistant", "bot": "assistant", "model": "assistant", "ai": "assistant", "chatbot": "assistant",
          "system": "system", "developer": "system"}
 CHAT_KEYS = {"messages": "chat messages", "conversations": "ShareGPT", "conversation": "ShareGPT"}
 SYSTEM_KEYS = ("system", "system_prompt")
 PROMPT_KEYS = ("instruction", "prompt", "question", "query")
 CONTEXT_KEYS = ("input", "context")  # Alpaca's, Dolly's: what the instruction is about
 RESPONSE_KEYS = ("output", "response", "completion", "answer")
+TEXT_KEYS = ("content", "value", "text")  # of a message
+NO_INPUT = "<noinput>"  # what Self-Instruct writes for an empty input
+UNTRAINED = {"weight": 0, "train": False, "loss": False}  # of an answer that is not to be trained on
 
 
 class LeftOut(Exception):
@@ -45,7 +49,7 @@ def parse_exchange(record) -> Exchange:
     if not turns or turns[0][0] != "user":
         raise LeftOut("no user's turn at the beginning" if turns else "no prompt")
     prompt, answers = turns[0][1], turns[1:]
-    if not prompt.strip():
+    if is_blank(prompt):
         raise LeftOut("empty prompt")
     if answers and answers[0][0] != "assistant":
         raise LeftOut("a turn of another role before the answer")
@@ -59,14 +63,15 @@ def parse_exchange(record) -> Exchange:
 def parse_instruction(record) -> Exchange:
     """The first exchange of a record that must have an answer."""
     exchange = parse_exchange(record)
-    if exchange.response is None or not exchange.response.strip():
+    if exchange.response is None or is_blank(exchange.response):
         raise LeftOut("no answer" if exchange.response is None else "empty answer")
     return exchange
 
 
 def read_turns(record: dict) -> tuple[str, list[tuple[str, str]]]:
     """The name of a record's format, and its turns."""
-    if record.get("label") is False or record.get("kto_tag") is False:
+    unliked = record.get("label") if "completion" in record else None
+    if record.get("label") is False or record.get("kto_tag") is False or unliked in (0, "0", "false", "False"):
         raise LeftOut("labelled as a bad answer (label: false)")
     if "chosen" in record and "rejected" in record:
         return "preference (chosen)", preference_turns(record)
@@ -86,7 +91,7 @@ def prompt_and_response(record: dict) -> tuple[str, list[tuple[str, str]]]:
         raise LeftOut("no prompt")
     turns = history_turns(record) + turns_of(record[prompt_key], "user")
     for key in CONTEXT_KEYS:
-        if key in record and key != prompt_key:
+        if key in record and key != prompt_key and record[key] != NO_INPUT:
             turns.append(("user", text_of(record[key])))
     if response_key:
         turns += turns_of(record[response_key], "assistant")
@@ -133,10 +138,13 @@ def chat_turns(messages: list) -> list[tuple[str, str]]:
     for message in messages:
         if not isinstance(message, dict):
             raise LeftOut("a message that is not an object {...}")
-        role, content = message.get("role", message.get("from")), message.get("content", message.get("value"))
+        role, content = message.get("role", message.get("from")), message.get(first_key(message, TEXT_KEYS))
         if not isinstance(role, str):
             raise LeftOut("a message without a role")
-        role = ROLES.get(role.lower(), role)
+        role = ROLES.get(role.strip().lower(), role)
+        is_first_answer = role == "assistant" and role not in (known for known, _ in turns)
+        if is_first_answer and any(message.get(key) == value for key, value in UNTRAINED.items()):
+            raise LeftOut("an answer that is marked as not to be trained on")
         if content is None and role == "assistant":
             break
         turns.append((role, text_of(content)))
@@ -155,6 +163,11 @@ def text_of(value) -> str:
     if not all(isinstance(text, str) for text in texts):
         raise LeftOut("a part that is not text, such as an image")
     return "".join(texts)
+
+
+def is_blank(text: str) -> bool:
+    """Whether a text shows nothing: spaces, control characters and other invisible ones alone."""
+    return all(unicodedata.category(c)[0] in "ZC" for c in text)
 
 
 KINDS = {dict: "an object", list: "a list", int: "a number", float: "a number", bool: "true or false"}

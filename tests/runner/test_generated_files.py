@@ -168,6 +168,10 @@ def test_a_tab_and_a_line_break_inside_a_text_are_read(tmp_path):
     (b'{"prompt": {"0": "a", "1": "b"}, "response": {"0": "c", "1": "d"}}', "holds columns, not records"),  # of pandas
     (b'{"prompt": ["a", "b"],\n "response": ["c", null]}', "holds columns, not records; write one record a line"),
     (f"{LINES[0]}\n{{\"a\": {'1' * 5000}}}".encode(), "line 2 cannot"),
+    (b"PAR1\x15\x04\xff\xfePAR1", "is a Parquet file, not JSON or JSON Lines"), (b"\x1f\x8b\x08\xff", "gzip"),
+    (b"PK\x03\x04ab", "is an archive"), (b"version https://git-lfs.github.com/spec/v1\n", "is a pointer of Git LFS"),
+    (b"\ninstruction,output\nName,Blue\n", "line 2 is not JSON or JSON Lines: 'instruction,output'; convert"),
+    (b"<html>Not found</html>", "line 1 is not JSON or JSON Lines: '<html>"),
 ], ids=lambda value: str(value)[:50])
 def test_what_is_not_json_is_named_by_file_and_line(content, message, tmp_path):
     (tmp_path / "ift.jsonl").write_bytes(content)
