@@ -1,5 +1,8 @@
 """How fast each step of the loop is on this machine: the plain engine, the fast engine, and the machine's limit.
 
+With --without, the fast engine lacking a replacement takes the plain engine's place, so that the ratio is what this
+replacement is worth.
+
 The work is fixed and seeded, on the data of a run. All works and both engines take turns, so that a slow minute of the
 machine affects every one. The limit (a roofline) is what no program can beat, the larger of
 
@@ -270,19 +273,22 @@ def summary(work: str, model: str, tokens: list[int], times: list[float], **more
 
 
 def load_engines(name: str, able: dict, without: list[str]) -> dict[str, LM]:
-    """{"plain": LM, "fast": LM} of one model; fast without the named replacements, and only if it is installed."""
+    """{"plain": LM, "fast": FastLM} of one model; in place of the plain engine, if replacements are named, a fast one
+    without them. The fast engine only if it is installed."""
     model, tokenizer = load_source(MODELS.get(name, name), "cuda" if able["gpu"] else "cpu")
     model.to(getattr(torch, able["dtype"]))
-    engines = {"plain": LM(model, tokenizer)}
-    with suppress(ImportError):
+    plain = LM(model, tokenizer)
+    try:
         from minisr.fast import FastLM
-        engines["fast"] = FastLM(model, tokenizer)
-        engines["fast"].without = frozenset(without)
-    return engines
+    except ImportError:
+        return {"plain": plain}
+    fast, lacking = FastLM(model, tokenizer), FastLM(model, tokenizer)
+    lacking.without = frozenset(without)
+    return {"without": lacking, "fast": fast} if without else {"plain": plain, "fast": fast}
 
 
 def measure(name: str, only: list[str], repeats: int, able: dict, without: list[str]) -> list[dict]:
-    """The results of one model: the fast engine, and the plain one as its peer."""
+    """The results of one model: the fast engine, and its peer (see load_engines)."""
     engines = load_engines(name, able, without)
     runs, costs, peaks = {}, {}, {}
     for engine, lm in engines.items():
@@ -307,14 +313,13 @@ def compare_engines(work: str, model: str, measured: dict, able: dict) -> dict:
         limit = max(cost.bytes / able["bandwidth_gb_s"], cost.flops / able["matmul_gflop_s"]) / 1e9  # seconds
         by_engine[engine] = summary(work, model, [cost.tokens] * len(times), times, peak_mb=peak,
                                     share_of_limit=limit / statistics.median(times))
-    entry = by_engine.get("fast") or by_engine["plain"]
     if "fast" not in by_engine:
-        return entry | {"engine": "plain"}
-    plain = by_engine["plain"]
-    ratios = [ours / theirs for ours, theirs in zip(entry["runs"], plain["runs"])]
-    return entry | {"engine": "fast", "peer": "plain", "theirs": plain["ours"], "ratio": statistics.median(ratios),
-                    "ratio_min": min(ratios), "ratio_max": max(ratios), "their_runs": plain["runs"],
-                    "their_peak_mb": plain["peak_mb"]}
+        return by_engine["plain"] | {"engine": "plain"}
+    [[peer, theirs], [_, entry]] = by_engine.items()
+    ratios = [ours / other for ours, other in zip(entry["runs"], theirs["runs"])]
+    return entry | {"engine": "fast", "peer": peer, "theirs": theirs["ours"], "ratio": statistics.median(ratios),
+                    "ratio_min": min(ratios), "ratio_max": max(ratios), "their_runs": theirs["runs"],
+                    "their_peak_mb": theirs["peak_mb"]}
 
 
 def bench(name: str | None, only: list[str], without: list[str], repeats: int, threads: int, dtype: str = "auto"
@@ -358,11 +363,12 @@ def check_options(name: str | None, only: list[str], without: list[str], repeats
 
 def print_table(results: list[dict]) -> None:
     """Tokens/s of both engines (medians), their ratio turn by turn, and the fast engine's share of the limit."""
-    print(f"{'work':11}{'model':9}{'plain':>10}{'fast':>10}  ratio [min, max]     seconds [min, max]      "
+    peer = next((r["peer"] for r in results if r["peer"]), "plain")
+    print(f"{'work':11}{'model':9}{peer:>10}{'fast':>10}  ratio [min, max]     seconds [min, max]      "
           "of limit   peak MB")
     for r in results:
-        plain, fast = (r["theirs"], r["ours"]) if r["engine"] == "fast" else (r["ours"], None)
+        theirs, fast = (r["theirs"], r["ours"]) if r["engine"] == "fast" else (r["ours"], None)
         ratio = f"{r['ratio']:5.2f} [{r['ratio_min']:.2f}, {r['ratio_max']:.2f}]" if r["ratio"] else "-"
         times = f"{r['seconds_median']:.3f} [{r['seconds_min']:.3f}, {r['seconds_max']:.3f}]"
-        print(f"{r['work']:11}{r['model']:9}{plain:10,.0f}{'-' if fast is None else format(fast, ',.0f'):>10}  "
+        print(f"{r['work']:11}{r['model']:9}{theirs:10,.0f}{'-' if fast is None else format(fast, ',.0f'):>10}  "
               f"{ratio:19}  {times:22}{r['share_of_limit']:9.1%}{r['peak_mb']:10,.0f}")

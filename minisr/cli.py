@@ -553,8 +553,8 @@ next: compare with the measured results in benchmarks/README.md
     parser.add_argument("--only", nargs="+", default=[], metavar="STEP",
                         help="measure only these of prompts, responses, judging, reference, dpo, sft")
     parser.add_argument("--without", action="append", default=[], metavar="OPTIMIZATION",
-                        help="turn one off in the fast engine: prefix-sharing, row-dropping, decode-step, "
-                        "target-selection or packed-pairs; repeatable")
+                        help="time the fast engine with and without it, in turns: prefix-sharing, row-dropping, "
+                        "decode-step, target-selection or packed-pairs; repeatable")
     parser.add_argument("--repeats", type=int, default=5, metavar="K", help="timed repetitions; default 5")
     parser.add_argument("--threads", type=int, metavar="K",
                         help="CPU threads; default 2. With --processes: of the one process; default: one a core")

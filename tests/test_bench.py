@@ -147,10 +147,10 @@ def assert_complete(result, line):
 
 @needs_fast
 def test_the_last_line_is_json_with_every_field_of_both_engines(monkeypatch, capsys):
-    table, document = bench_tiny(monkeypatch, capsys, "--without", "row-dropping")
+    table, document = bench_tiny(monkeypatch, capsys)
     assert document["machine"].keys() >= {"cpu", "cores", "threads", "memory_gb", "python", "torch", "minisr",
                                           "commit", "bandwidth_gb_s", "matmul_gflop_s"}
-    assert document["without"] == ["row-dropping"]
+    assert document["without"] == []
     assert [result["work"] for result in document["results"]] == list(bench.WORKS)
     for result, line in zip(document["results"], table[1:]):
         assert_complete(result, line)
@@ -159,6 +159,17 @@ def test_the_last_line_is_json_with_every_field_of_both_engines(monkeypatch, cap
         assert min(result["their_runs"]) <= result["theirs"] <= max(result["their_runs"])
         assert result["ratio_min"] <= result["ratio"] <= result["ratio_max"]
         assert result["ratio_max"] == max(a / b for a, b in zip(result["runs"], result["their_runs"]))
+
+
+@needs_fast
+def test_the_peer_of_the_fast_engine_may_be_itself_without_a_replacement(monkeypatch, capsys):
+    engines = []
+    monkeypatch.setattr(bench, "works", lambda lm, works=bench.works: engines.append(lm) or works(lm))
+    table, document = bench_tiny(monkeypatch, capsys, "--only", "responses", "--without", "row-dropping")
+    assert [lm.without for lm in engines] == [{"row-dropping"}, frozenset()]
+    assert document["without"] == ["row-dropping"] and table[0].split()[2:4] == ["without", "fast"]
+    [result] = document["results"]
+    assert (result["engine"], result["peer"]) == ("fast", "without") and len(result["their_runs"]) == 2
 
 
 def test_without_minisr_fast_the_plain_engine_is_measured_alone(monkeypatch, capsys):
