@@ -35,7 +35,10 @@ def ids_in_folder(folder: Path, specials: dict[str, int]) -> set[int]:
 
 def ids_in_gguf(metadata: dict, specials: dict[str, int], path: Path) -> set[int]:
     """The ids that a GGUF file declares, and those of common names."""
-    return ids_by_name(specials).union(*(declared_ids(metadata, key, path) for key in GGUF_KEYS))
+    ids = ids_by_name(specials).union(*(declared_ids(metadata, key, path) for key in GGUF_KEYS))
+    if beyond := sorted(i for i in ids if i >= len(metadata["tokenizer.ggml.tokens"])):
+        raise InputError(f"{path}: a response ends with token {beyond[0]}, which its vocabulary lacks")
+    return ids
 
 
 def declared_ids(settings: dict, key: str, path: Path) -> set[int]:
@@ -70,6 +73,22 @@ def special_names(folder: Path) -> set[str]:
             found += more.values() if isinstance(more, dict) else more
         names |= {token.get("content") if isinstance(token, dict) else token for token in found}
     return names
+
+
+def added_tokens(folder: Path, n_pieces: int) -> list[dict]:
+    """The tokens that a folder's settings add after the pieces of its tokenizer.model, as in a tokenizer.json.
+
+    Raises InputError if their ids leave out one."""
+    declared = read_settings(folder / SETTINGS[0]).get("added_tokens_decoder") or {}
+    found = {int(i): token for i, token in declared.items()}
+    for text, i in read_settings(folder / "added_tokens.json").items():
+        found.setdefault(i, {"content": text, "special": text in special_names(folder)})
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": False}
+    added = [{"id": i, **flags, **found[i]} for i in sorted(found) if i >= n_pieces]
+    if [token["id"] for token in added] != list(range(n_pieces, n_pieces + len(added))):
+        raise InputError(f"{folder}: the ids of added tokens do not follow the {n_pieces} pieces of tokenizer.model "
+                         "one by one; save the tokenizer as a tokenizer.json with transformers")
+    return added
 
 
 def read_settings(path: Path) -> dict:

@@ -5,6 +5,7 @@ stores q, k, v in one matrix, and gate, up in one. Both formats rotate the same 
 number changes on the way in or out.
 """
 
+import json
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -14,13 +15,13 @@ import torch
 from minisr import InputError
 from minisr.interop import names
 from minisr.interop.chat_templates import choose_chat_template, to_jinja
-from minisr.interop.end_tokens import ids_in_folder, read_settings, special_names, special_tokens
+from minisr.interop.end_tokens import added_tokens, ids_in_folder, read_settings, special_names, special_tokens
 from minisr.interop.jinja_templates import JinjaTemplate
 from minisr.interop.sentencepiece_json import has_dummy_prefix, to_tokenizer_json
 from minisr.interop.shape import check_downloaded
 from minisr.interop.tokenizer_json import TokenizerJSON, with_special_tokens
 from minisr.model import Decoder, ModelConfig
-from minisr.runner.checkpoint import build_decoder, check_vocab_size, tokenizer_files
+from minisr.runner.checkpoint import GENERATION_CONFIG, build_decoder, check_vocab_size, tokenizer_files
 from minisr.runner.files import need, read_bytes, read_object, read_text, short_reason, write_bytes, write_json
 from minisr.tokenizer import SentencePiece, Tokenizer
 
@@ -133,12 +134,13 @@ def read_bin(path: Path) -> dict[str, torch.Tensor]:
 
 
 def check_token_ids(folder: Path, hf_config: dict, tokenizer: Tokenizer) -> None:
-    """Raise InputError for a tokenizer without the special tokens that the config names by their ids."""
-    for key in ("bos_token_id", "eos_token_id"):
-        value = hf_config.get(key)
+    """Raise InputError for a tokenizer without the special tokens that the configs name by their ids."""
+    declared = [(CONFIG, key, hf_config.get(key)) for key in ("bos_token_id", "eos_token_id")]
+    generation = read_settings(folder / GENERATION_CONFIG).get("eos_token_id")
+    for file, key, value in [*declared, (GENERATION_CONFIG, "eos_token_id", generation)]:
         ids = [i for i in (value if isinstance(value, list) else [value]) if isinstance(i, int)]
         if max(ids, default=0) >= len(tokenizer):
-            raise InputError(f"{folder}: {tokenizer.vocabulary.FILE} has {len(tokenizer)} pieces, but {CONFIG} has "
+            raise InputError(f"{folder}: {tokenizer.vocabulary.FILE} has {len(tokenizer)} pieces, but {file} has "
                              f"{key} = {value}; they do not belong together")
 
 
@@ -160,6 +162,8 @@ def load_tokenizer(folder: Path, template: str = "") -> Tokenizer:
         raise
     except (RuntimeError, ValueError) as error:
         raise InputError(f"{path} cannot be read: {short_reason(error)}") from error
+    if len(vocabulary) == 0:
+        raise InputError(f"{path} holds no pieces; download it again")
     if kind is SentencePiece and not exported_by_minisr:
         vocabulary = with_prefix_of_transformers(folder, vocabulary)
     stop_ids = ids_in_folder(folder, vocabulary.specials)
@@ -172,13 +176,16 @@ def load_tokenizer(folder: Path, template: str = "") -> Tokenizer:
 def with_prefix_of_transformers(folder: Path, vocabulary: SentencePiece) -> SentencePiece | TokenizerJSON:
     """The vocabulary of a folder without tokenizer.json, with the dummy prefix as transformers adds it.
 
-    With legacy=False, the default of LlamaTokenizer, it does not add it after a special token."""
-    settings = read_settings(folder / "tokenizer_config.json")
+    With legacy=False, the default of LlamaTokenizer, it does not add it after a special token. Tokens that the folder
+    adds to tokenizer.model in other files are in the vocabulary, too."""
+    settings, added = read_settings(folder / "tokenizer_config.json"), added_tokens(folder, len(vocabulary))
     is_llama = is_llama_tokenizer(settings)
     legacy = settings.get("legacy", not is_llama)
-    if legacy and not is_llama or not has_dummy_prefix(vocabulary):
+    if not added and (legacy and not is_llama or not has_dummy_prefix(vocabulary)):
         return vocabulary
-    return TokenizerJSON(to_tokenizer_json(vocabulary, prepend_scheme="always" if legacy else "first"))
+    content = json.loads(to_tokenizer_json(vocabulary, prepend_scheme="always" if legacy else "first"))
+    content["added_tokens"] += added
+    return TokenizerJSON(json.dumps(content, ensure_ascii=False).encode())
 
 
 def is_llama_tokenizer(settings: dict) -> bool:
@@ -188,14 +195,30 @@ def is_llama_tokenizer(settings: dict) -> bool:
 def read_jinja(folder: Path) -> JinjaTemplate:
     """The folder's Jinja template, if it has one, and the special tokens that the template may name."""
     settings = read_settings(folder / "tokenizer_config.json")
-    jinja = settings.get("chat_template")
-    if isinstance(jinja, list):  # several templates by name
-        jinja = next((entry.get("template") for entry in jinja if entry.get("name") == "default"), None)
     if (folder / "chat_template.jinja").exists():
         jinja = read_text(folder / "chat_template.jinja", "chat template")
+    else:
+        jinja = default_template(settings.get("chat_template"), folder / "tokenizer_config.json")
     has_defaults = is_llama_tokenizer(settings) or not (folder / TokenizerJSON.FILE).exists()
     defaults = {"bos_token": "<s>", "eos_token": "</s>"} if has_defaults else {}
     return JinjaTemplate(jinja, defaults | special_tokens(folder))
+
+
+def default_template(templates, path: Path) -> str | None:
+    """Of several templates by name, the one called "default", which transformers uses, or None if there is none at all.
+
+    They are a list of {"name", "template"} or an object."""
+    if templates is None or isinstance(templates, str):
+        return templates
+    if isinstance(templates, list) and all(isinstance(entry, dict) for entry in templates):
+        templates = {entry.get("name"): entry.get("template") for entry in templates}
+    if templates == {}:
+        return None
+    if not isinstance(templates, dict) or not isinstance(templates.get("default"), str):
+        found = f"; it has {', '.join(map(str, templates))}" if isinstance(templates, dict) else ""
+        raise InputError(f"{path}: chat_template is neither a text nor templates by name, one of which is called "
+                         f"default{found}; write the one to use into chat_template.jinja")
+    return templates["default"]
 
 
 def export(model: Decoder, tokenizer: Tokenizer, folder: Path) -> None:

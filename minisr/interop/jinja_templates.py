@@ -15,9 +15,12 @@ from minisr.runner.files import need, short_reason
 from minisr.tokenizer import Tokenizer
 
 SAFE_VERSION = (3, 1, 6)  # older versions of Jinja have known ways out of the sandbox
-# Exchanges on which a template is compared with the model's own; the last shows whether it strips messages.
-EXCHANGES = [("What is 2 + 2?", "It is 4."), ("One line.\n\nAnother: \"it's\" <b>", "Two\nlines\n\nand {'a': 1}")]
+# Exchanges on which a template is compared with the model's own, and two that show whether it strips messages and
+# removes what a model thought.
+EXCHANGES = [("What is 2 + 2?", "It is 4."), ("One line.\n\nAnother: \"it's\" <b>", "Two\nlines\n\nand {'a': 1}"),
+             (" ".join(["A long request."] * 300), " ".join(["A long response."] * 300))]
 SPACED = (" \n How? ", " \n So. \n")
+THOUGHT = ("Why?", "<think>\nHm.\n</think>\n\nSo.")
 
 
 @dataclass
@@ -108,6 +111,8 @@ def compare(template: str, vocabulary, jinja: JinjaTemplate) -> str | None:
             found.append("its tokenizer encodes the text beside special tokens in another way; token ids differ")
     if not jinja.render(*SPACED, system=system).startswith(fill(template, *SPACED)) and not any(found):
         found.append("it strips spaces and line breaks around messages; minisr keeps them")
+    if "</think>" not in jinja.render(*THOUGHT, system=system):
+        found.append("it removes thoughts (<think>) from responses; minisr keeps them")
     return "; ".join(dict.fromkeys(filter(None, found))) or None
 
 

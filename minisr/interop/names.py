@@ -91,6 +91,9 @@ def config_from_hf(hf_config: dict, where) -> ModelConfig:
     """The contents of a config.json as a ModelConfig. InputError names the first unsupported feature."""
     if hf_config.get("model_type") == "mistral":
         hf_config = MISTRAL_DEFAULTS | hf_config
+    for key in ("rope_scaling", "rope_parameters"):
+        if not isinstance(hf_config.get(key) or {}, dict):
+            raise InputError(f"{where}: {key} must be an object {{...}}, not {hf_config[key]!r}")
     if feature := unsupported_feature(hf_config):
         raise InputError(f"{where}: minisr does not support {feature}; it reads Llama-like decoders "
                          f"(model_type {' or '.join(MODEL_TYPES)}) without it")

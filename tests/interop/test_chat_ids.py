@@ -9,10 +9,13 @@ from random import Random
 from types import SimpleNamespace
 
 import pytest
-from tiny import byte_level_json, tiny_tokenizer
+from tiny import as_folder, byte_level_json, random_llama, tiny_tokenizer
 
+from minisr import InputError
 from minisr.interop import hf
+from minisr.interop.chat_templates import chat_template, to_jinja
 from minisr.interop.sentencepiece_json import to_tokenizer_json
+from minisr.interop.source import load_source
 from minisr.tokenizer import SentencePiece
 from minisr.worlds.tiny.corpus import document
 
@@ -29,14 +32,14 @@ EXCHANGES = [("Write a story.", "Once there was a fox."), ("  two  spaces ", " I
 
 # ---- kinds of tokenizers, as the files of a folder
 
-def sentencepiece_model(dummy_prefix):
-    """The throw-away model with all special tokens. The rows of unused pieces make room for them."""
+def sentencepiece_model(dummy_prefix, specials=SPECIALS[4:]):
+    """The throw-away model with more special tokens. The rows of unused pieces make room for them."""
     proto = protos.ModelProto.FromString(tiny_tokenizer().vocabulary.content)
     proto.normalizer_spec.add_dummy_prefix = dummy_prefix
     for piece in proto.pieces:
         if piece.piece == "\n":
             piece.type = 1  # normal; LlamaTokenizer splits texts at a user-defined piece
-    for name in SPECIALS[4:]:
+    for name in specials:
         proto.pieces.add(piece=name, score=0, type=3)
     return proto.SerializeToString()
 
@@ -55,6 +58,40 @@ def metaspace_json(scheme):
     settings = json.loads(made.to_str())  # bytes are pieces, not special tokens
     settings["added_tokens"] = [token for token in settings["added_tokens"] if token["content"] in SPECIALS]
     return json.dumps(settings)
+
+
+ADDED = {"<|im_start|>": 500, "<|im_end|>": 501, "story": 502}
+SETTINGS = [{"id": i, "content": text, "special": text != "story", "single_word": False, "lstrip": False,
+             "rstrip": False, "normalized": False} for text, i in ADDED.items()]
+IN_CONFIG = {"added_tokens_decoder": {str(token["id"]): token for token in SETTINGS}}
+SPECIAL = {"eos_token": "<|im_end|>", "additional_special_tokens": ["<|im_start|>"]}
+
+
+@pytest.mark.parametrize("legacy", [True, False])
+@pytest.mark.parametrize("files", [{"tokenizer_config.json": IN_CONFIG, "added_tokens.json": {}},
+                                   {"tokenizer_config.json": SPECIAL, "added_tokens.json": ADDED},
+                                   {"tokenizer_config.json": IN_CONFIG, "added_tokens.json": ADDED}])
+def test_tokens_added_to_a_sentencepiece_model_have_their_ids(files, legacy, tmp_path):
+    settings = {**SP_CLASS, "legacy": legacy, "chat_template": to_jinja(chat_template("chatml"))}
+    folder = as_folder(random_llama(vocab_size=512), tmp_path)
+    (folder / "tokenizer.model").write_bytes(sentencepiece_model(True, specials=()))
+    for name, content in files.items():
+        content = {**settings, **content} if name == "tokenizer_config.json" else content
+        (folder / name).write_text(json.dumps(content))
+    ours = load_source(str(folder))[1]
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    for prompt, response in EXCHANGES:
+        messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
+        expected = theirs.apply_chat_template(messages, return_dict=False)
+        ids, _ = ours.encode_chat(prompt, response)
+        assert ids == expected[:len(ids)] and expected[len(ids):].count(501) == 0
+
+
+def test_ids_of_added_tokens_must_follow_the_pieces(tmp_path):
+    folder = as_folder(random_llama(vocab_size=512), tmp_path)
+    (folder / "added_tokens.json").write_text(json.dumps({"<pad>": 505}))
+    with pytest.raises(InputError, match="added tokens do not follow the 500 pieces of tokenizer.model"):
+        load_source(str(folder))
 
 
 SP_CLASS = {"tokenizer_class": "LlamaTokenizer"}

@@ -284,6 +284,8 @@ READ = {  # name: (Jinja, special tokens, template, a part of the line on stderr
         "<|im_start|>system\nBe kind.<|im_end|>\n" + chat_template("chatml"), ""),
     "trim": (chatml().replace("m['content']", "m['content'] | trim"), IM, chat_template("chatml"),
              "it strips spaces and line breaks around messages; minisr keeps them"),
+    "thoughts in no response": (chatml().replace("m['content']", "m['content'].split('</think>')[-1]"), IM,
+                                chat_template("chatml"), "it removes thoughts (<think>) from responses; minisr keeps"),
     "strip, as Llama 2": (LLAMA2, S, chat_template("llama2"), "it strips spaces"),
     "no generation prompt": (chatml().partition("{% if add")[0], IM, chat_template("chatml"),
                              "asks for no response at the end of a prompt; minisr adds '<|im_start|>assistant\\n'"),
@@ -320,6 +322,8 @@ def test_a_models_own_template_is_what_jinja_makes_of_a_chat(jinja, specials, ex
 
 REFUSED = {
     "lower case": chatml().replace("m['content']", "m['content'] | lower"),
+    "long lines": chatml().replace("m['content']", "m['content'] | wordwrap(100)"),
+    "long messages": chatml().replace("m['content']", "m['content'][:2000]"),
     "a thought before each response": chatml().replace("assistant\n", "assistant\n<think>\n"),
     "two prompts": chatml().replace("m['content']", "m['content'] * 2"),
     "only the system": "{{ 'x' }}",
@@ -417,7 +421,7 @@ def test_a_base_model_that_declares_no_end_is_refused(tmp_path):
         load_source(str(tmp_path), chat="plain")
 
 
-@pytest.mark.parametrize("place", ["config", "list in config", "file"])
+@pytest.mark.parametrize("place", ["config", "list in config", "object in config", "file"])
 def test_a_folders_own_template_is_found(place, tmp_path):
     tokenizer = chatting("chatml")
     hf.export(tiny_model(len(tokenizer)), tokenizer, tmp_path)
@@ -427,9 +431,22 @@ def test_a_folders_own_template_is_found(place, tmp_path):
         change(tmp_path / "tokenizer_config.json", chat_template="[INST]")
         (tmp_path / "chat_template.jinja").write_text(jinja)
     else:
-        named = [{"name": "default", "template": jinja}]
-        change(tmp_path / "tokenizer_config.json", chat_template=jinja if place == "config" else named)
+        named = {"tool_use": "[INST]", "default": jinja}
+        listed = [{"name": name, "template": template} for name, template in named.items()]
+        change(tmp_path / "tokenizer_config.json",
+               chat_template=jinja if place == "config" else listed if place == "list in config" else named)
     assert load_source(str(tmp_path))[1].template == READ["a system text"][2]
+
+
+@pytest.mark.parametrize("templates", [[{"name": "tool_use", "template": "x"}], {"tool_use": "x"}, ["x"], 3,
+                                       [{"name": "default", "template": None}]])
+def test_named_templates_without_a_default_are_refused_as_by_transformers(templates, tmp_path):
+    tokenizer = chatting("chatml")
+    hf.export(tiny_model(len(tokenizer)), tokenizer, tmp_path)
+    (tmp_path / "chat.txt").unlink()
+    change(tmp_path / "tokenizer_config.json", chat_template=templates)
+    with pytest.raises(InputError, match=r"tokenizer_config\.json: chat_template .* called default"):
+        load_source(str(tmp_path))
 
 
 @pytest.mark.parametrize("name", [*SPECIALS, "zephyr", "llama2", "plain", "tiny"])

@@ -533,6 +533,7 @@ KEYS = {  # other values for keys, None for none, and what the message must cont
     "text for a number": ({"llama.block_count": "2"}, ),
     "bos beyond the vocabulary": ({**byte_level_keys(), "tokenizer.ggml.bos_token_id": 9999,
                                    "tokenizer.ggml.add_bos_token": True}, "tokenizer"),
+    "end of turn beyond the vocabulary": ({"tokenizer.ggml.eot_token_id": 9999}, "token 9999"),
     "unknown pre-tokenizer": (byte_level_keys(pre="qwen2"), "'qwen2'"),
     "broken merges": ({**byte_level_keys(), "tokenizer.ggml.merges": ["nosuch piece"]}, "tokenizer"),
 }
