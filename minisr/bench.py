@@ -56,6 +56,7 @@ WORKS = ("prompts", "responses", "judging", "reference", "dpo", "sft")
 # or judgement; pairs or examples of an optimizer step. All rows are decoded side by side.
 Size = namedtuple("Size", "few_shots prompts judged new_tokens batch")
 SIZES = {"world": Size(256, 128, 128, 96, 32), "english": Size(16, 8, 12, 48, 4)}
+MEASUREMENTS = 64  # of the machine's bandwidth and matmul rate; the best one counts
 # What a work costs, however it is done. Its tokens are generated, scored or trained on.
 Cost = namedtuple("Cost", "tokens flops bytes")
 
@@ -243,7 +244,7 @@ def machine(device: str, threads: int, dtype: torch.dtype | None = None) -> dict
     dtype, side = dtype or default_dtype(device), 8192 if device == "cuda" else 1024
     x = torch.ones(2**29 if device == "cuda" else 2**26, device=device)
     a = torch.ones(side, side, device=device, dtype=dtype)
-    read, product = (min(seconds(run) for _ in range(64)) for run in (x.sum, lambda: a @ a))
+    read, product = (min(seconds(run) for _ in range(MEASUREMENTS)) for run in (x.sum, lambda: a @ a))
     cpu = platform.processor()
     with suppress(OSError):
         cpu = Path("/proc/cpuinfo").read_text().partition("model name\t: ")[2].split("\n")[0] or cpu

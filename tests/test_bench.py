@@ -130,6 +130,7 @@ def test_a_training_step_leaves_the_weights_and_gives_the_loss(engine):
 def bench_tiny(monkeypatch, capsys, *options):
     """The lines that a benchmark of little work prints, and its document."""
     monkeypatch.setitem(bench.SIZES, "world", bench.Size(4, 2, 2, 6, 2))
+    monkeypatch.setattr(bench, "MEASUREMENTS", 2)
     assert main(["bench", "--model", "tiny", "--repeats", "2", "--threads", "1", *options]) == 0
     printed = capsys.readouterr()
     assert printed.err == ""  # no progress bar where stderr is not a terminal
@@ -210,6 +211,7 @@ def test_both_engines_are_measured_in_the_dtype_asked_for(monkeypatch, capsys):
 def test_bfloat16_on_a_cpu_without_instructions_for_it_is_one_line_of_warning(monkeypatch, capsys):
     monkeypatch.setattr("minisr.runner.run.has_native_bfloat16", lambda: False)
     monkeypatch.setattr(bench, "measure", lambda *_: [])
+    monkeypatch.setattr(bench, "MEASUREMENTS", 2)
     assert main(["bench", "--model", "tiny", "--threads", "1", "--dtype", "bfloat16"]) == 0
     err = capsys.readouterr().err
     assert err.count("\n") == 1 and "bfloat16 is slow" in err

@@ -58,6 +58,7 @@ def bench_with(n, folder, *options):
     return outputs[0][0].splitlines(), [json.loads((folder / f"{rank}.json").read_text()) for rank in range(n)]
 
 
+@pytest.mark.slow
 def test_processes_share_every_work_and_are_compared_with_one(tmp_path):
     lines, calls = bench_with(2, tmp_path, "--repeats", "2", "--threads", "1")
     document = json.loads(lines[-1])
@@ -116,6 +117,7 @@ def test_seconds_on_paper_are_those_by_hand(communication):
     assert communication.sharded_seconds(100, 2, network) == 2 * (1 + 16) + (2 + 16)
 
 
+@pytest.mark.slow
 def test_the_measured_bytes_are_those_on_paper():
     command = [sys.executable, BENCHMARKS / "communication.py", "--quick", "--repeats", "1"]
     done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT)

@@ -129,6 +129,7 @@ def test_prompts_of_the_models_own_are_filtered(config, tmp_path, monkeypatch):
     assert model.counts["prompts"] == {"accepted": len(kept) - 1, "evaluation words": 4 - len(kept), "no request": 1}
 
 
+@pytest.mark.slow
 def test_two_processes_write_the_same_files(config, finished):
     out = config.parent / "two"
     command = [sys.executable, "-m", "minisr", "run", config, "--out", out, "--processes", "2"]
