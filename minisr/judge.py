@@ -29,7 +29,8 @@ MAX_SCORE = 5
 #           and no line that begins with a number follows
 #   after   no line further down has a digit (or "ten") and is a number    unparsed: Score: 1\nTotal: 2   Score: 4\n/10
 #           alone; or begins with / or to of, or total, sum, max, overall  Score: 4\nRevised score: 3   Score: 4\nor 5
-#           or final, or ... score; or has scale, maximum or out of 10     "score": 4,\n"max_score": 10
+#           or final, or ... score; or has %, scale, range, possible, max  "score": 4,\n"max_score": 10
+#           or out of 10
 #
 # Unparsed: 4-5   4 to 5   3 and 4   3+1   4,5   1e-1   5%   4/10   4 out of ten   4 (of ten)   4 (of 10)   4?   <5   4½
 # All repetitions are possessive (*+): a hostile text takes linear time.
@@ -44,8 +45,8 @@ COMMENT = rf"""(?:[.,;!…–—。！；，]|(?<=\s)-(?=\s)|because\b|(?<=\s)\(
     (?:(?!{MARK}|\b(?:out\ of|scale|max|maximum|ten|twenty|hundred|percent|half)\b)[^\d\n%十百])*+"""
 SCORE = re.compile(rf"""(?imx){MARK}{OPENING}(?P<below>\n\s*+{OPENING})?+(?P<number>[+-]?[0-9]++(?:\.[0-9]++)?+)
     {SCALE}{CLOSING}(?(below)[.!]?+{CLOSING}$(?!\s*+[-*•(]?\ ?\d)|(?:(?=$|{MARK})|{COMMENT}(?=$|{MARK})))""")
-OTHER_TOTAL = re.compile(r"""(?imx)^(?=.*(\d|\bten\b))(.*\b(scale|maximum|out.of\W+(10|ten))|[^\w\n]*?([/／]|
-    \d[\d.]*+[^\w\n]*$|(or|to|(out\ )?of)\ \d|(\w+\ )??(total|sum|max|overall|final|(?<=\w\ )(score|rating))(\b|_)))""")
+AFTER = re.compile(r"""(?imx)^(?=.*(\d|\bten\b))(.*(%|\b(scale|range|max|possible|out.of\W+(10|ten)))|[^\w\n]*?([/／]|
+    \d[\d.]*+[^\w\n]*$|(or|to|(out\ )?of)\ \d|(\w+\ )??(total|sum|overall|final|(?<=\w\ )(score|rating))(\b|_)))""")
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ def parse_score(text: str) -> float | None:
     """The last score from 0 to 5 that is marked in a judge's own text, or None: see the table above."""
     text = text if len(KEY.findall(text)) <= 1 else KEY.sub("_:", text)  # several: of single criteria
     scores = [match for match in SCORE.finditer(text) if 0 <= float(match["number"]) <= MAX_SCORE]
-    clear = scores and not OTHER_TOTAL.search(text, scores[-1].end())
+    clear = scores and not AFTER.search(text, scores[-1].end())
     return float(scores[-1]["number"]) if clear else None
 
 

@@ -222,10 +222,12 @@ class ScoreParser:
                    for i in range(start, end - len(word) + 1))
 
     def is_scale(self, i: int) -> bool:
-        """Whether "scale", "maximum" or "out of 10" begins at i."""
+        """Whether "%", "scale" or a similar word, or "out of 10" begins at i."""
+        if self.char(i) == "%":
+            return True
         if is_word(self.text, i - 1):
             return False
-        if self.at(i, "scale", "maximum"):
+        if self.at(i, "scale", "range", "max", "possible"):
             return True
         number = i + 6
         if not (self.at(i, "out") and self.char(i + 3) not in ("", "\n") and self.at(i + 4, "of")):

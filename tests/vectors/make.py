@@ -95,6 +95,9 @@ SCORES = {
     "Score: 4\n.5": None, "Score: 4,\n3,\n5": None, "Score: 4\n\n10 is the maximum.": None,
     "Score: 4\nNote: the scale is 1 to 10.": None, "{\n \"score\": 3,\n \"max_score\": 10\n}": None,
     "{\n \"score\": 3,\n \"out_of\": 10\n}": None, "{\n \"score\": 1,\n \"total_score\": 4\n}": None,
+    "Score: 4\nHighest possible score: 10": None, "Score: 4\nPossible points: 10": None,
+    "Score: 4\nRange: 0-10": None, "Score: 4\nThat is 80 %.": None,
+    "Score: 4\nPossibly more.": 4,
     "score: 4\n  max: 10": None, "Score: 4\nFinal score: 3": 3, "Score: 4\nIt meets 4 of 5 criteria.": 4,
     "Score: 4\n1. It is short.\n2. It is clear.": 4,
 }
