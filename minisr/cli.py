@@ -518,16 +518,22 @@ next, in Python:
 def bench(options) -> int | None:
     """Measure the speed of each step of the loop."""
     from minisr import bench
+    from minisr.runner import bench_processes
     threads = options.threads
     if threads is None:
         threads = launcher.available_cores() if options.processes else 2
-    bench.check_options(options.model, options.only, options.without, options.repeats, threads)
-    if options.processes and not launcher.is_worker():
-        return launcher.launch(options.arguments, launcher.number_of_processes(options.processes, "auto", 1))
-    if options.processes:
+    if not launcher.is_worker():
+        if options.processes and options.without:
+            raise InputError("--processes and --without do not go together: use one at a time")
+        bench.check_options(options.model, options.only, options.without, options.repeats, threads)
+    if not options.processes:
+        bench.bench(options.model, options.only, options.without, options.repeats, threads, options.dtype)
+    elif launcher.is_worker():
         launcher.end_with_launcher()
-        from minisr.runner import bench_processes as bench
-    bench.bench(options.model, options.only, options.without, options.repeats, threads, options.dtype)
+        bench_processes.bench(options.model, options.only, options.repeats, threads, options.dtype)
+    else:
+        return launcher.launch(options.arguments, launcher.number_of_processes(options.processes, "auto", 1))
+    return None
 
 
 def _add_bench(commands) -> None:

@@ -28,9 +28,9 @@ MAX_SCORE = 5
 #   below   a number on a line below its mark stands alone on that line,   Score:\n4
 #           and no line that begins with a number follows
 #   after   no line further down has a digit (or "ten") and is a number    unparsed: Score: 1\nTotal: 2   Score: 4\n/10
-#           alone; or begins with / or to of, or total, sum, max, overall  Score: 4\nRevised score: 3   Score: 4\nor 5
-#           or final, or ... score; or has %, scale, range, possible, max  "score": 4,\n"max_score": 10
-#           or out of 10
+#           alone; or begins with / or to of, or total, sum, overall or    Score: 4\nRevised score: 3   Score: 4\nor 5
+#           final, or ... score; or has %, scale, range, max, possible or  "score": 4,\n"max_score": 10
+#           out of 10
 #
 # Unparsed: 4-5   4 to 5   3 and 4   3+1   4,5   1e-1   5%   4/10   4 out of ten   4 (of ten)   4 (of 10)   4?   <5   4½
 # All repetitions are possessive (*+): a hostile text takes linear time.

@@ -17,26 +17,25 @@ from minisr.runner.engine import Workspace, run_lm_class
 from minisr.runner.training import DEFAULT_MICRO_BATCHES
 
 
-def bench(name: str | None, only: list[str], without: list[str], repeats: int, threads: int, dtype: str = "auto"
-          ) -> None:
+def bench(name: str | None, only: list[str], repeats: int, threads: int, dtype: str = "auto") -> None:
     """Measure, print a table and, as the last line, the same as JSON. threads: of the one process.
 
     bench.check_options has checked the options."""
     processes.start("auto")
     n, is_main = processes.size(), processes.is_main()
     able = processes.value_of_main(prepare(threads, dtype) if is_main else None)
-    results = [result for model in model_names(name) for result in measure(model, only, repeats, able, without)]
+    results = [result for model in model_names(name) for result in measure(model, only, repeats, able)]
     processes.finish()
     if not is_main:
         return
     print_table(results, n, threads)
-    print(json.dumps({"machine": able, "without": without, "processes": n, "results": results}))
+    print(json.dumps({"machine": able, "processes": n, "results": results}))
 
 
-def measure(name: str, only: list[str], repeats: int, able: dict, without: list[str]) -> list[dict]:
+def measure(name: str, only: list[str], repeats: int, able: dict) -> list[dict]:
     """The results of one model: all processes, and one of them as their peer."""
     n, threads = processes.size(), able["threads"]
-    lm = load_lm(name, able, without)
+    lm = load_lm(name, able)
     parts = n * -(-DEFAULT_MICRO_BATCHES // n)  # the same number for each process
     runs = {work: run for work, run in works(lm, parts=parts).items() if work in (only or WORKS)}
     tokens = {}
@@ -53,11 +52,11 @@ def measure(name: str, only: list[str], repeats: int, able: dict, without: list[
     return [compare(work, name, tokens[work], together[work], alone[work]) for work in runs]
 
 
-def load_lm(name: str, able: dict, without: list[str]):
+def load_lm(name: str, able: dict):
     """The fast engine of a run."""
     model, tokenizer = load_source(MODELS.get(name, name), "cuda" if able["gpu"] else "cpu")
     lm = run_lm_class("fast")(model.to(getattr(torch, able["dtype"])), tokenizer)
-    lm.workspace, lm.without = Workspace(), frozenset(without)
+    lm.workspace = Workspace()
     return lm
 
 

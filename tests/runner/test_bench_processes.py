@@ -88,7 +88,8 @@ def test_the_command_starts_the_processes(monkeypatch):
 
 @pytest.mark.parametrize("options, message", [
     ("--processes 0", "--processes must be a number"), ("--processes 2 --only dreaming", "--only dreaming"),
-    ("--processes 2 --model nowhere/M1", "nowhere/M1")])
+    ("--processes 2 --model nowhere/M1", "nowhere/M1"),
+    ("--processes 2 --without row-dropping", "do not go together")])
 def test_a_wrong_option_is_one_line_and_code_2_before_any_process_starts(options, message, monkeypatch, capsys):
     monkeypatch.setattr(launcher, "launch", lambda *_: pytest.fail("started processes"))
     assert main(["bench", "--repeats", "1", *options.split()]) == 2

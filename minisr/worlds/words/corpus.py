@@ -1,8 +1,8 @@
 """Seed data and evaluation prompts of the words world.
 
-IFT consists of M0's own answers, unfiltered: nobody shows the model how the task is done, so whatever it gets better at
-after M1 it has found by its own judgement. (Only answers that M0 ended by itself are used: those cut off at the limit
-of tokens would teach it to stop in the middle of a sentence.)
+IFT consists of M0's own answers, good or bad: nobody shows the model how the task is done, so it finds whatever it gets
+better at after M1 by its own judgement. (Only answers that M0 ended by itself are used: those cut off at the limit of
+tokens would teach it to stop in the middle of a sentence.)
 
 EFT consists of judgements of M0's answers by the annotator, the oracle. A share of the answers is edited first: see
 edits.py. No evaluation prompt has the words of a training prompt, in any order.
