@@ -54,6 +54,10 @@ def start(device: str = "cpu") -> None:
         return
     import torch
     import torch.distributed as dist
+
+    # Its default arguments hold the group that exists when it is imported. If an optimizer imported it later, the
+    # group's threads would outlive disconnect, and could abort the process when it ends.
+    import torch.distributed.nn.functional  # noqa: F401
     backend = "gloo"
     if device != "cpu" and torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))

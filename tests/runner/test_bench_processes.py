@@ -37,6 +37,9 @@ bench.SIZES["world"] = bench.Size(8, 8, 8, 6, 4)
 counted(FastLM, "sample_batch")
 counted(GradientSum, "backward")
 code = main(sys.argv[2:])
+if sys.platform == "linux":
+    threads = [Path("/proc/self/task", thread, "comm").read_text() for thread in os.listdir("/proc/self/task")]
+    assert not [name for name in threads if "gloo" in name], "not disconnected"
 Path(sys.argv[1], f"{os.environ['RANK']}.json").write_text(json.dumps(calls))
 sys.exit(code)
 """
