@@ -134,16 +134,20 @@ def run(options) -> None:
 
 
 def _launch(options) -> int:
-    """Run the same command in several processes."""
-    from minisr.runner.config import load_config
-    config = load_config(options.config, overrides=tuple(options.set))
+    """Run the same command in several processes. They check the config: this one need not import PyTorch."""
     if processes.planned_size() > 1:
         raise InputError("torchrun has started several processes already; leave out --processes")
-    n = launcher.number_of_processes(options.processes, config.device, config.threads)
-    if n * config.threads > launcher.available_cores() and config.threads > 1:
-        print(f"minisr: {n} processes of {config.threads} threads each share {launcher.available_cores()} cores; "
+    if options.processes != "auto":
+        return launcher.launch(options.arguments, launcher.number_of_processes(options.processes))
+    from minisr.runner.config import load_config
+    config = load_config(options.config, overrides=tuple(options.set))
+    return launcher.launch(options.arguments, launcher.automatic_number(config.device, config.threads))
+
+
+def _warn_of_too_many_threads(n: int, threads: int) -> None:
+    if launcher.is_worker() and processes.is_main() and n * threads > launcher.available_cores() and threads > 1:
+        print(f"minisr: {n} processes of {threads} threads each share {launcher.available_cores()} cores; "
               "--set threads=1 is faster", file=sys.stderr)
-    return launcher.launch(options.arguments, n)
 
 
 def _open_run(options):
@@ -151,6 +155,7 @@ def _open_run(options):
     from minisr.runner.run import Run
     config = load_config(options.config, overrides=tuple(options.set))
     processes.start(config.device)
+    _warn_of_too_many_threads(processes.size(), config.threads)
     run = Run.open(options.out or Path("runs") / options.config.stem, config)
     if run.data_table:
         print(f"{run.data_table}\n", flush=True)
@@ -532,7 +537,9 @@ def bench(options) -> int | None:
         launcher.end_with_launcher()
         bench_processes.bench(options.model, options.only, options.repeats, threads, options.dtype)
     else:
-        return launcher.launch(options.arguments, launcher.number_of_processes(options.processes, "auto", 1))
+        n = options.processes
+        return launcher.launch(options.arguments, launcher.automatic_number("auto", 1) if n == "auto"
+                               else launcher.number_of_processes(n))
     return None
 
 

@@ -21,17 +21,17 @@ INTERRUPTED = 130
 LOOPBACK = {"linux": {"GLOO_SOCKET_IFNAME": "lo"}, "darwin": {"GLOO_SOCKET_IFNAME": "lo0"}}.get(sys.platform, {})
 
 
-def number_of_processes(text: str, device: str, threads: int) -> int:
-    """N from the command line: a number, or "auto" for one per GPU, or without GPUs for cores / threads."""
-    gpus = available_gpus() if device != "cpu" else 0
-    if text == "auto":
-        return gpus or max(1, available_cores() // threads)
+def number_of_processes(text: str) -> int:
+    """N from the command line."""
     if not text.isdecimal() or not 1 <= int(text) <= 1024:
         raise InputError(f'--processes must be a number from 1 to 1024 or "auto", not {text!r}')
-    if gpus and int(text) > gpus:
-        raise InputError(f'--processes {text}: there are {gpus} GPUs; use at most as many processes, or set device = '
-                         '"cpu"')
     return int(text)
+
+
+def automatic_number(device: str, threads: int) -> int:
+    """N for --processes auto: one per GPU, or without GPUs for cores / threads."""
+    gpus = available_gpus() if device != "cpu" else 0
+    return gpus or max(1, available_cores() // threads)
 
 
 def available_gpus() -> int:
@@ -67,7 +67,7 @@ class Worker:
         self.rank, self.n = rank, n
         self.errors = folder / f"{rank}.stderr"  # of all but process 0, which writes to the terminal
         environment = {**LOOPBACK, **os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(n),
-                       "MINISR_RENDEZVOUS": str(folder / "rendezvous")}
+                       "LOCAL_WORLD_SIZE": str(n), "MINISR_RENDEZVOUS": str(folder / "rendezvous")}
         with open(self.errors, "wb") as errors:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "minisr", *arguments], env=environment, stdin=subprocess.PIPE,

@@ -13,12 +13,14 @@ import atexit
 import contextlib
 import io
 import os
+import pickle
 import sys
 from datetime import timedelta
 
 from minisr import InputError
 
 EXIT_CODE_LOST = 75  # of a process that lost the connection to another
+SMALL = 4096  # bytes of a value that gather sends at once
 TIMEOUT = timedelta(days=7)  # one process may compute for hours while the others wait for it
 
 
@@ -60,6 +62,7 @@ def start(device: str = "cpu") -> None:
     import torch.distributed.nn.functional  # noqa: F401
     backend = "gloo"
     if device != "cpu" and torch.cuda.is_available():
+        check_gpus(torch.cuda.device_count())
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
         backend = "cpu:gloo,cuda:nccl"
     _rank, _size = int(os.environ["RANK"]), planned_size()
@@ -73,6 +76,15 @@ def start(device: str = "cpu") -> None:
     if not is_main():
         sys.stdout = open(os.devnull, "w")
         sys.stderr = NoTerminal(open(2, "wb", closefd=False), errors="backslashreplace", line_buffering=True)
+
+
+def check_gpus(gpus: int) -> None:
+    """Raise InputError if this machine has fewer GPUs than processes."""
+    n = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if n > gpus:
+        available = "1 GPU" if gpus == 1 else f"{gpus} GPUs"
+        raise InputError(f'{n} processes, but this machine has {available}; start at most as many, or set device = '
+                         '"cpu"')
 
 
 def finish() -> None:
@@ -120,14 +132,29 @@ def connected():
 
 
 def gather(value) -> list:
-    """Every process's value, by rank."""
+    """Every process's value, by rank.
+
+    Like dist.all_gather_object, but a small value takes one exchange, not one for its length and one for itself."""
     if size() == 1:
         return [value]
+    data = pickle.dumps(value)
+    messages = gather_bytes(len(data).to_bytes(8, "big") + data[:SMALL], 8 + SMALL)
+    lengths = [int.from_bytes(message[:8], "big") for message in messages]
+    values = [message[8:] for message in messages]
+    if max(lengths) > SMALL:
+        values = gather_bytes(data, max(lengths))
+    return [pickle.loads(value) for value in values]  # ignores what follows the value
+
+
+def gather_bytes(data: bytes, length: int) -> list[bytes]:
+    """Every process's data, followed by zeros up to this length."""
+    import torch
     import torch.distributed as dist
-    values = [None] * size()
+    own = torch.frombuffer(bytearray(data.ljust(length, b"\0")), dtype=torch.uint8)
+    received = [torch.empty_like(own) for _ in range(size())]
     with connected():
-        dist.all_gather_object(values, value)
-    return values
+        dist.all_gather(received, own)
+    return [tensor.numpy().tobytes() for tensor in received]
 
 
 def value_of_main(value):

@@ -149,6 +149,14 @@ def test_killed_at_random_instants_and_resumed_with_other_numbers_of_processes(t
 # Errors.
 
 
+def run_workers(code: str, folder) -> list[tuple[str, int]]:
+    """Run this Python code in two connected processes; return the output and exit code of each."""
+    environment = {**ENVIRONMENT, **launcher.LOOPBACK, "WORLD_SIZE": "2", "MINISR_RENDEZVOUS": str(folder / "meet")}
+    workers = [subprocess.Popen([sys.executable, "-c", code], env=environment | {"RANK": str(rank)}, text=True,
+                                stdout=subprocess.PIPE) for rank in range(2)]
+    return [(worker.communicate(timeout=60)[0], worker.returncode) for worker in workers]
+
+
 @pytest.mark.parametrize("changes", ["nonsense=1", pytest.param("seed_model=/nowhere", marks=pytest.mark.slow)])
 def test_wrong_input_is_one_line_in_several_processes_too(config, changes, tmp_path):
     alone = run(config, tmp_path / "run", "--set", changes)
@@ -169,11 +177,8 @@ processes.start()
 print(distributed.is_initialized())
 raise SystemExit(2)
 """
-    environment = {**ENVIRONMENT, **launcher.LOOPBACK, "WORLD_SIZE": "2", "MINISR_RENDEZVOUS": str(tmp_path / "meet")}
-    workers = [subprocess.Popen([sys.executable, "-c", worker], env=environment | {"RANK": str(rank)}, text=True,
-                                stdout=subprocess.PIPE) for rank in range(2)]
-    (output, _), _ = [process.communicate(timeout=60) for process in workers]
-    assert output.split() == ["True", "False"] and [process.returncode for process in workers] == [2, 2]
+    (output, code), (_, other) = run_workers(worker, tmp_path)
+    assert output.split() == ["True", "False"] and (code, other) == (2, 2)
 
 
 @pytest.mark.parametrize("n", ["0", "-1", "two", "1.5", "5000"])
@@ -183,20 +188,42 @@ def test_a_wrong_number_of_processes_is_refused(config, n, tmp_path):
     assert re.fullmatch(r"minisr: --processes must be a number from 1 to 1024 .*\n", done.stderr)
 
 
-def test_auto_means_one_process_a_core_without_a_gpu():
-    assert launcher.number_of_processes("auto", "cpu", threads=1) == launcher.available_cores() >= 1
-    assert launcher.number_of_processes("auto", "cpu", threads=4096) == 1
-    assert launcher.number_of_processes("3", "cpu", threads=1) == 3
+def test_auto_means_one_process_a_core_without_a_gpu(monkeypatch):
+    monkeypatch.setattr(launcher, "available_gpus", lambda: 2)
+    assert launcher.automatic_number("cpu", threads=1) == launcher.available_cores() >= 1
+    assert launcher.automatic_number("cpu", threads=4096) == 1
+    assert launcher.automatic_number("auto", threads=1) == 2
+    assert launcher.number_of_processes("3") == 3
     with pytest.raises(InputError, match="not 'many'"):
-        launcher.number_of_processes("many", "cpu", threads=1)
+        launcher.number_of_processes("many")
 
 
 def test_there_are_at_most_as_many_processes_as_gpus(monkeypatch):
-    monkeypatch.setattr(launcher, "available_gpus", lambda: 2)
-    assert launcher.number_of_processes("auto", "auto", threads=1) == 2
-    with pytest.raises(InputError, match="--processes 3: there are 2 GPUs"):
-        launcher.number_of_processes("3", "auto", threads=1)
-    assert launcher.number_of_processes("3", "cpu", threads=1) == 3
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    processes.check_gpus(3)
+    with pytest.raises(InputError, match="3 processes, but this machine has 2 GPUs"):
+        processes.check_gpus(2)
+
+
+def test_a_launcher_of_a_given_number_does_not_import_pytorch(config, tmp_path):
+    code = ("import sys; from minisr.cli import main; from minisr.runner import launcher\n"
+            "launcher.launch = lambda arguments, n: print(n, 'torch' in sys.modules) or 0\n"
+            "sys.exit(main(sys.argv[1:]))")
+    done = subprocess.run([sys.executable, "-c", code, "run", str(config), "--processes", "2"], text=True,
+                          capture_output=True)
+    assert done.stdout == "2 False\n" and done.returncode == 0
+
+
+def test_gather_returns_values_of_any_length(tmp_path):
+    worker = """
+from minisr.runner import processes
+processes.start()
+for value in ({}, [1.5, None], "x" * 4_000, "x" * 4_081, "x" * 100_000, b"\\0" * 5_000):
+    own = (processes.rank(), value if processes.rank() else None)
+    assert processes.gather(own) == [(0, None), (1, value)], value
+processes.finish()
+"""
+    assert [code for _, code in run_workers(worker, tmp_path)] == [0, 0]
 
 
 # The sum of gradients.
