@@ -23,6 +23,8 @@ class TokenizerJSON:
         for pieces in (self.pieces, self.after_special):
             pieces.no_truncation()
             pieces.no_padding()
+        # The largest id plus one. A vocabulary may leave ids out; they decode to nothing.
+        self.size = 1 + max(self.pieces.get_vocab().values(), default=-1)
         self.bos_ids = leading_special_ids(self.pieces)
         added_tokens = self.pieces.get_added_tokens_decoder()
         self.specials = {token.content: i for i, token in sorted(added_tokens.items()) if token.special}
@@ -30,8 +32,7 @@ class TokenizerJSON:
         self.pieces.encode_special_tokens = self.after_special.encode_special_tokens = True
 
     def __len__(self) -> int:
-        """The largest id plus one. A vocabulary may leave ids out; they decode to nothing."""
-        return 1 + max(self.pieces.get_vocab().values(), default=-1)
+        return self.size
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text that begins a sequence."""

@@ -1,8 +1,8 @@
 """The gradient of a batch, shared by the processes of a run, with the same bits for any number of them.
 
 It is the sum of its micro-batches' gradients. Floating-point sums depend on the order, so the order is fixed: one after
-another, as in train.accumulate_gradients. Each process computes a contiguous part. Process 0 adds up its own, the next
-process adds its gradients to this sum one by one, and so on; the last one sends the total to all.
+another, as in train.accumulate_gradients. Each process computes a contiguous part. Process 0 accumulates its own, the
+next process adds its gradients to this sum one by one, and so on; the last one sends the total to all.
 """
 
 from collections import Counter
@@ -45,16 +45,18 @@ class GradientSum:
             self.compute_together(own, owners=sorted({self.owner(p) for p in range(len(self.order))}))
 
     def compute_together(self, own: list[int], owners: list[int]) -> None:
-        gradients = [self.gradient(index) for index in own]
-        total = self.collect_gradients()  # (N,) zeros, N numbers are trained
-        if own:
-            position = owners.index(processes.rank())
-            if position > 0:
-                processes.receive(total, owners[position - 1])
+        position = owners.index(processes.rank()) if own else None
+        if position == 0:
+            for index in own:
+                self.backward(index)
+        gradients = [self.gradient(index) for index in own] if position else []
+        total = self.collect_gradients()  # (N,) N numbers are trained; zeros but in the first process
+        if position:
+            processes.receive(total, owners[position - 1])
             for gradient in gradients:
                 total += gradient
-            if position + 1 < len(owners):
-                processes.send(total, owners[position + 1])
+        if own and position + 1 < len(owners):
+            processes.send(total, owners[position + 1])
         processes.broadcast(total, owners[-1])
         parts = total.split([p.numel() for p in self.parameters])
         for parameter, part in zip(self.parameters, parts):

@@ -1,6 +1,7 @@
 import json
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -463,6 +464,14 @@ def test_a_vocabulary_may_leave_ids_out(rows, tmp_path):
         torch.testing.assert_close(model(torch.tensor([ids])), llama(torch.tensor([ids])).logits, atol=1e-5, rtol=1e-5)
     hf.export(model, tokenizer, tmp_path / "a")
     assert tokenizer_files(load_source(str(tmp_path / "a"))[1]) == tokenizer_files(tokenizer)
+
+
+def test_decoding_does_not_build_the_vocabulary_for_every_id(monkeypatch):
+    vocabulary = TokenizerJSON(byte_level_json("<|im_start|>", "<|im_end|>").encode())
+    tokenizer = Tokenizer(vocabulary, chat_template("chatml"))
+    ids = tokenizer.encode("a fox")
+    monkeypatch.setattr(vocabulary, "pieces", SimpleNamespace(decode=vocabulary.pieces.decode))  # no get_vocab
+    assert tokenizer.decode(ids) == "a fox"
 
 
 CHATML_JINJA = """{% for m in messages %}<|im_start|>{{ m['role'] }}
