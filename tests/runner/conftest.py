@@ -1,9 +1,8 @@
 import shutil
 
+import drawing
 import pytest
 from small_run import minisr, write_config
-
-from minisr import cli
 
 
 @pytest.fixture(scope="session")
@@ -11,14 +10,11 @@ def config(tmp_path_factory):
     return write_config(tmp_path_factory.mktemp("config"))
 
 
-WRITE_PAGE = cli._write_page
-
-
 @pytest.fixture(scope="module")
-def no_page():
-    """Runs that the command line starts in this process write no report.html: its charts take a second each."""
+def no_drawing():
+    """The pages of runs in this process have no charts, only their titles."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cli, "_write_page", lambda folder: None)
+        drawing.replace_by_titles(patch)
         yield
 
 
@@ -26,7 +22,7 @@ def no_page():
 def session_run(config, tmp_path_factory):
     folder = tmp_path_factory.mktemp("run") / "whole"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cli, "_write_page", WRITE_PAGE)  # also if a file with no_page comes first
+        drawing.restore(patch)  # also if a file with no_drawing comes first
         code, out, _ = minisr("run", config, "--out", folder)
     assert code == 0
     return folder, out

@@ -17,7 +17,7 @@ SHORT = ("dtype=bfloat16", "iterations=1", "seed_data.ift=8", "seed_data.evaluat
 
 
 @pytest.fixture(scope="module")
-def runs(no_page, tmp_path_factory):
+def runs(no_drawing, tmp_path_factory):
     """(exit code, stderr, folder) of the same run on a CPU with and on one without bfloat16 instructions."""
     root, made = tmp_path_factory.mktemp("bfloat16"), []
     (root / "config.toml").write_text(CONFIG)

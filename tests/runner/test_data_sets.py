@@ -3,6 +3,7 @@
 import json
 from random import Random
 
+import drawing
 import pytest
 from small_run import jsonl, minisr
 from tiny import tiny_lm
@@ -229,12 +230,14 @@ FORMATS = {  # name in the table: (prompt, response) -> record; a record that ca
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_a_run_on_one_file_in_a_common_format(name, tmp_path):
+def test_a_run_on_one_file_in_a_common_format(name, tmp_path, monkeypatch):
     to_format, useless, reason = FORMATS[name]
     records = [to_format(record["prompt"], record["response"]) for record in PEOPLES]
     (tmp_path / "my.json").write_text(json.dumps([useless, *records]))
     (tmp_path / "run.toml").write_text(CONFIG)
     iterations = 1 if name == "Alpaca" else 0  # once the whole loop; for the others until M1 is evaluated
+    if name != "Alpaca":
+        drawing.replace_by_titles(monkeypatch)
     code, out, err = minisr("run", tmp_path / "run.toml", "--set", f"seed_data.source={tmp_path}/my.json",
                             "--set", f"iterations={iterations}", "--out", tmp_path / "run")
     assert code == 0, err
@@ -256,7 +259,8 @@ def test_open_assistants_flat_rows(tmp_path):
     assert run.ift == PEOPLES[:16] and "OASST 24" in run.data_table
 
 
-def test_the_table_is_printed_once(folder, tmp_path):
+def test_the_table_is_printed_once(folder, tmp_path, monkeypatch):
+    drawing.replace_by_titles(monkeypatch)
     (tmp_path / "run.toml").write_text(CONFIG.replace("eft_by", "judge_evaluation = 2, eft_by"))
     command = ("run", tmp_path / "run.toml", "--set", f"seed_data.source={folder}", "--set", "iterations=0",
                "--out", tmp_path / "run")

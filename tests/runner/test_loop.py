@@ -11,6 +11,7 @@ from math import log
 from pathlib import Path
 from statistics import mean
 
+import drawing
 import pytest
 import torch
 from small_run import MODELS, files, jsonl, minisr, model_of, prompts_of
@@ -32,9 +33,17 @@ from minisr.sampler import Completion
 from minisr.worlds.tiny import oracle
 from minisr.worlds.tiny.corpus import held_out
 
+pytestmark = pytest.mark.usefixtures("no_drawing")
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """The pages of runs have their charts, as that of session_run has."""
+    drawing.restore(monkeypatch)
+
 
 @pytest.mark.parametrize("iterations", [1, pytest.param(2, marks=pytest.mark.slow)])
-def test_the_same_seed_gives_the_same_files_bit_for_bit(iterations, config, finished, tmp_path):
+def test_the_same_seed_gives_the_same_files_bit_for_bit(iterations, config, finished, drawn, tmp_path):
     minisr("run", config, "--out", tmp_path / "again", "--set", f"iterations={iterations}")
     again, whole = files(tmp_path / "again"), files(finished)
     assert again.keys() >= {"M1/pairs.jsonl", "M2/model.pt", "M2/answers.jsonl"}
@@ -64,7 +73,7 @@ def test_another_seed_draws_other_responses_from_the_same_model_and_prompts(copy
 @pytest.mark.slow
 @pytest.mark.parametrize("renamed", [True, False])
 def test_a_run_interrupted_at_every_file_and_resumed_gives_the_same_files(
-        renamed, config, finished, tmp_path, monkeypatch):
+        renamed, config, finished, drawn, tmp_path, monkeypatch):
     # renamed: interrupted as soon as a file that ends a step exists. Otherwise: interrupted just before any file is
     # renamed, so that its .part remains and its step must be repeated.
     rename, stopped_at = os.replace, []

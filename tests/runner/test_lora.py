@@ -285,7 +285,7 @@ def test_gradient_checkpointing_gives_the_same_adapters():
 
 
 @pytest.mark.slow
-def test_a_run_with_lora_from_the_command_line_and_its_export(tmp_path, no_page):
+def test_a_run_with_lora_from_the_command_line_and_its_export(tmp_path, no_drawing):
     transformers = pytest.importorskip("transformers")
     (tmp_path / "config.toml").write_text(CONFIG)
     changes = ("iterations=1", "lora.rank=4", "judge.by=random", "prompts.count=3", "seed_data.ift=8",

@@ -12,7 +12,7 @@ from minisr.runner.run import Run, check_resumable
 from minisr.runner.steps import StoredModel, keep
 from minisr.runner.stop import Stop
 
-pytestmark = pytest.mark.usefixtures("no_page")
+pytestmark = pytest.mark.usefixtures("no_drawing")
 FREE = ("threads=3", "device=cpu", "engine=plain", "responses.rows=8", "judge.rows=8", "evaluate.rows=3",
         "sft.micro_batch=2", "dpo.micro_batch=2", "sft.save_every=7", "dpo.save_every=7")
 DECIDING = ("seed=1", "dtype=float64", "prompts.round_size=8", "responses.candidates=3", "sft.batch_size=4",
