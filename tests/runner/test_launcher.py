@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="shell scripts")
 def launch(tmp_path, monkeypatch, capfd):
     """Launch a script in three processes: the exit code, and what they wrote to standard error."""
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    monkeypatch.setattr(launcher, "GRACE_SECONDS", 1.0)
+    monkeypatch.setattr(launcher, "GRACE_SECONDS", 0.3)
 
     def launch(script):
         program = tmp_path / "program"
@@ -44,7 +44,8 @@ def test_every_process_gets_the_arguments_its_rank_and_their_number(launch, tmp_
 @pytest.mark.parametrize("victim", [0, 2])
 def test_a_process_that_fails_ends_the_others_and_is_named(victim, end, how, launch, tmp_path):
     start = time.monotonic()
-    code, errors = launch(f"if [ $RANK = {victim} ]; then {end}; fi; exec sleep 20")
+    all_started = "until [ -e pid.0 -a -e pid.1 -a -e pid.2 ]; do sleep 0.01; done"
+    code, errors = launch(f"if [ $RANK = {victim} ]; then {all_started}; {end}; fi; exec sleep 20")
     assert (code, errors) == (130, f"minisr: process {victim} of 3 {how}; {RESUME}")
     assert time.monotonic() - start < 10
     for rank in range(3):
@@ -52,7 +53,8 @@ def test_a_process_that_fails_ends_the_others_and_is_named(victim, end, how, lau
             os.kill(int((tmp_path / f"pid.{rank}").read_text()), 0)
 
 
-def test_a_process_that_lost_another_one_is_not_to_blame(launch):
+def test_a_process_that_lost_another_one_is_not_to_blame(launch, monkeypatch):
+    monkeypatch.setattr(launcher, "GRACE_SECONDS", 5.0)  # time for the one that is killed; nothing waits for it to pass
     code, errors = launch(f"if [ $RANK = 1 ]; then sleep 0.1; kill -9 $$; fi; exit {EXIT_CODE_LOST}")
     assert (code, errors) == (130, f"minisr: process 1 of 3 was killed by signal 9; {RESUME}")
 

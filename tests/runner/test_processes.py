@@ -12,7 +12,7 @@ from pathlib import Path
 import kills
 import pytest
 import torch
-from small_run import write_config
+from small_run import minisr, settings, write_config
 
 from minisr import InputError
 from minisr.runner import launcher, processes
@@ -43,11 +43,11 @@ def config(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def expected(config):
+def expected(config, no_drawing):
     """The files of a run in one process."""
     out = config.parent / "one"
-    done = run(config, out)
-    assert done.returncode == 0, done.stderr
+    code, _, errors = minisr("run", config, "--out", out)
+    assert code == 0, errors
     return kills.files(out)
 
 
@@ -159,10 +159,10 @@ def run_workers(code: str, folder) -> list[tuple[str, int]]:
 
 @pytest.mark.parametrize("changes", ["nonsense=1", pytest.param("seed_model=/nowhere", marks=pytest.mark.slow)])
 def test_wrong_input_is_one_line_in_several_processes_too(config, changes, tmp_path):
-    alone = run(config, tmp_path / "run", "--set", changes)
+    code, _, errors = minisr("run", config, "--out", tmp_path / "run", *settings(changes))
     together = run(config, tmp_path / "run", "--set", changes, "--processes", "2")
-    assert alone.returncode == together.returncode == 2
-    assert together.stderr == alone.stderr and together.stderr.count("\n") == 1
+    assert code == together.returncode == 2
+    assert together.stderr == errors and errors.count("\n") == 1
     assert not (tmp_path / "run").exists()
 
 
@@ -183,9 +183,9 @@ raise SystemExit(2)
 
 @pytest.mark.parametrize("n", ["0", "-1", "two", "1.5", "5000"])
 def test_a_wrong_number_of_processes_is_refused(config, n, tmp_path):
-    done = run(config, tmp_path / "run", f"--processes={n}")
-    assert done.returncode == 2
-    assert re.fullmatch(r"minisr: --processes must be a number from 1 to 1024 .*\n", done.stderr)
+    code, out, errors = minisr("run", config, "--out", tmp_path / "run", f"--processes={n}")
+    assert (code, out) == (2, "") and not (tmp_path / "run").exists()
+    assert re.fullmatch(r"minisr: --processes must be a number from 1 to 1024 .*\n", errors)
 
 
 def test_auto_means_one_process_a_core_without_a_gpu(monkeypatch):

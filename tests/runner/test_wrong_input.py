@@ -2,8 +2,6 @@ import io
 import json
 import os
 import pickle
-import subprocess
-import sys
 from contextlib import redirect_stderr, redirect_stdout
 from random import Random
 
@@ -440,12 +438,11 @@ def test_an_evil_model_would_do_harm_if_it_were_trusted(at):
 
 
 @pytest.mark.parametrize("size, named", [(60, "vocab_size 60"), (9000, "vocab_size 9000")])
-def test_a_vocabulary_that_does_not_suit_the_text_is_one_line(size, named, tmp_path):
-    # In a process of its own, because SentencePiece writes to stderr directly.
-    (tmp_path / "pretrain.toml").write_text(f"tokenizer_documents = 20\nmodel = {{vocab_size = {size}}}\n")
-    done = subprocess.run([sys.executable, "-m", "minisr", "pretrain", tmp_path / "pretrain.toml",
-                           "--out", tmp_path / "M0"], capture_output=True, text=True)
-    one_line(done.returncode, done.stdout, done.stderr, named)
+def test_a_vocabulary_that_does_not_suit_the_text_is_one_line(size, named, tmp_path, capfd):
+    # capfd, because SentencePiece writes to stderr directly.
+    (tmp_path / "pretrain.toml").write_text(f"threads = 1\ntokenizer_documents = 20\nmodel = {{vocab_size = {size}}}\n")
+    code = main(["pretrain", str(tmp_path / "pretrain.toml"), "--out", str(tmp_path / "M0")])
+    one_line(code, *capfd.readouterr(), named)
     assert not (tmp_path / "M0").exists()
 
 
