@@ -1,3 +1,4 @@
+import gc
 import os
 from random import Random
 
@@ -13,6 +14,10 @@ from minisr.worlds.tiny import corpus
 # Several processes test at the same time, so each uses one thread, and so does each process that a test starts.
 os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1)
+
+
+def pytest_collection_finish():
+    gc.freeze()  # the collector passes over what all the imports have made, hundreds of thousands of objects
 
 
 @pytest.fixture(autouse=True)
