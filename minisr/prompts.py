@@ -17,7 +17,9 @@ from minisr.rng import derive_seed
 from minisr.sampler import SamplingConfig
 
 # Characters of scripts without spaces between words: Thai, Lao, Burmese, Khmer, Japanese, Chinese.
-UNSPACED = re.compile("[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3005-\u30ff\u3400-\u9fff\U00020000-\U0003ffff]")
+UNSPACED = re.compile("[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3005-\u312f\u3400-\u9fff\U00020000-\U0003ffff]")
+# Characters that make no other word: soft hyphen, tatweel, joiners, marks of direction, variation selectors, keycap.
+IGNORED = "[\xad\u061c\u0640\u200b-\u200f\u202a-\u202e\u2060-\u206f\u20e3\ufe00-\ufe0f\ufeff\U000e0000-\U000e0fff]"
 
 
 @dataclass(frozen=True)
@@ -86,8 +88,7 @@ class PromptPool:
     """The prompts accepted so far, and the filters that a new one must pass."""
 
     def __init__(self, seed_prompts: list[str], held_out: set[str], config: PromptConfig):
-        self.config, self.counts = config, Counter(accepted=0)
-        self.accepted: list[str] = []
+        self.config, self.accepted, self.counts = config, [], Counter(accepted=0)
         self.known = {normalize(prompt): split_words(prompt) for prompt in seed_prompts}
         self.held_out_texts = {normalize(prompt) for prompt in held_out}
 
@@ -138,10 +139,12 @@ def lcs_length(a: list[str], b: list[str]) -> int:
 
 
 def split_words(text: str) -> list[str]:
-    """Words: runs of letters, digits, underscores and combining marks. A character of UNSPACED is a word by itself."""
-    text = unicodedata.normalize("NFC", text.lower())
+    """Words: runs of letters, digits, underscores and combining marks. A character of UNSPACED is a word by itself.
+
+    Words that differ in case, width or IGNORED characters are the same, as in Unicode's NFKC_Casefold."""
+    text = re.sub(IGNORED, "", text)
     text = "".join(c if c.isalnum() or c == "_" or unicodedata.category(c)[0] == "M" else " " for c in text)
-    return UNSPACED.sub(r" \g<0> ", text).split()
+    return UNSPACED.sub(r" \g<0> ", unicodedata.normalize("NFKC", text).casefold()).split()
 
 
 def normalize(text: str) -> str:

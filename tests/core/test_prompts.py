@@ -7,7 +7,7 @@ from itertools import combinations
 from random import Random
 
 import pytest
-from hypothesis import assume, given
+from hypothesis import given
 from hypothesis import strategies as st
 from tiny import ENGINES, chain, tiny_lm, tiny_tokenizer
 
@@ -177,16 +177,36 @@ def test_the_cost_of_a_comparison_goes_by_the_shorter_text():
     ("한국어 시를 써라", ["한국어", "시를", "써라"]),  # Korean has spaces
     ("हिन्दी में कविता लिखो।", ["हिन्दी", "में", "कविता", "लिखो"]),  # vowel signs do not split words
     ("கவிதை எழுது", ["கவிதை", "எழுது"]), ("اُكْتُبْ قصيدة؟", ["اُكْتُبْ", "قصيدة"]),
-    ("Cafe\u0301 déjà", ["café", "déjà"]), ("𠀀𠀁", ["𠀀", "𠀁"]), ("。、!? ", [])])
+    ("Cafe\u0301 déjà", ["café", "déjà"]), ("𠀀𠀁", ["𠀀", "𠀁"]), ("。、!? ", []),
+    ("ﾗｰﾒﾝとｺﾞﾊﾝ", list("ラーメンとゴハン")), ("３つのＡＩ", ["3", "つ", "の", "ai"]), ("ㄅㄆ", ["ㄅ", "ㄆ"]),
+    ("می\u200cخواهم", ["میخواهم"]), ("क्\u200dष", ["क्ष"]), ("كـــتاب", ["كتاب"]), ("soft\xadhyphen", ["softhyphen"]),
+    ("\u200fمرحبا\u200e!", ["مرحبا"]), ("❤\ufe0f ☀\ufe0f 1\ufe0f\u20e3", ["1"]), ("👨\u200d👩\u200d👧 we", ["we"]),
+    ("it´s", ["it", "s"]), ("Straße", ["strasse"]), ("ΣΊΣΥΦΟΣ", ["σίσυφοσ"]), ("½ x²", ["1⁄2", "x2"])])
 def test_words_of_many_scripts(text, words):
     assert split_words(text) == words
 
 
-@given(st.text(st.characters(max_codepoint=0x2ff)))
+@given(st.text(st.characters(max_codepoint=0x2ff, exclude_characters="\xad")))
 def test_words_of_texts_without_marks_are_those_of_the_regular_expression(text):
-    text = unicodedata.normalize("NFC", text)
-    assume(not any(unicodedata.category(c)[0] == "M" for c in text.lower()))  # the lower case of İ has one
-    assert split_words(text) == re.findall(r"\w+", text.lower())
+    words = re.findall(r"\w+", text)
+    assert split_words(text) == [unicodedata.normalize("NFKC", word).casefold() for word in words]
+
+
+@pytest.mark.parametrize("text, other", [
+    ("Nenne drei STRASSEN in Rom.", "Nenne drei Straßen in Rom"), ("ラーメンを３つ選んで", "ﾗｰﾒﾝを3つ選んで"),
+    ("یک شعر می\u200cخواهم", "یک شعر میخواهم"), ("اكتب قصيدة عن البحر", "\u202bاكتب قصـــيدة عن البحر\u202c"),
+    ("Viết một bài thơ", unicodedata.normalize("NFD", "Viết một bài thơ")),
+    ("시를 써라 제발", unicodedata.normalize("NFD", "시를 써라 제발")),
+    ("Draw me a ❤ now", "Draw me a ❤\ufe0f now"),
+    ("ΓΡΆΨΕ ΈΝΑΝ ΜΎΘΟ ΓΙΑ ΤΟΝ ΌΡΜΟ ΤΗΣ", "γράψε έναν μύθο για τον όρμο της")])
+def test_prompts_that_differ_in_case_width_or_what_is_not_seen_are_the_same(text, other):
+    for seed, prompt in ((text, other), (other, text)):
+        assert PromptPool([seed], set(), PromptConfig(keywords=())).rejection_reason(prompt, True) == "exact match"
+        assert PromptPool([], {seed}, PromptConfig(keywords=())).rejection_reason(prompt, True) == "evaluation prompt"
+
+
+def test_symbols_without_words_are_no_prompt():
+    assert PromptPool([], set(), PromptConfig()).rejection_reason("❤\ufe0f ☀\ufe0f ✌\ufe0f ☎\ufe0f", True) == "length"
 
 
 @pytest.mark.parametrize("seed, other, near", [

@@ -450,3 +450,12 @@ def test_the_oracle_can_only_judge_its_own_world(tmp_path):
     assert not Run(tmp_path, config).has_oracle
     with pytest.raises(InputError, match='needs seed_data.source = "world" or "words"'):
         Run(tmp_path, replace(config, judge=replace(config.judge, by="oracle")))
+
+
+def test_two_symbols_are_two_prompts(folder):
+    hearts = [{"prompt": symbol, "response": "Yes."} for symbol in ("\u2764\ufe0f", "\u2600\ufe0f", "\u2764\ufe0f")]
+    write_jsonl(folder / "ift.jsonl", hearts)
+    write_jsonl(folder / "evaluation.jsonl", [{"prompt": "\u2764\ufe0f"}])
+    data, sets = load(folder, judge_evaluation=1)
+    assert [record["prompt"] for record in data["ift"]] == ["\u2600\ufe0f"]
+    assert sets["ift"].left_out == {"prompt held out for evaluation": ["line 1", "line 3"]}
