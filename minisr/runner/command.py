@@ -19,9 +19,12 @@ from dataclasses import dataclass
 
 from minisr import InputError
 from minisr.judge import MAX_SCORE, Judgement
+from minisr.runner.files import HALF_CHARACTER, has_half_character, printable
+from minisr.runner.json_records import unique_keys
 from minisr.runner.stop import Stop
 
 BATCH = 64  # records for one start of the program
+REST = 1.0  # seconds of silence after the program has ended, in which what it has started may still write
 # What a launcher sets for minisr's processes; a program that uses torch.distributed itself must not join them.
 LAUNCHER_VARIABLES = re.compile("(LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE)|ROLE_NAME|MASTER_.*|TORCHELASTIC_.*|"
                                 "GLOO_SOCKET_IFNAME|MINISR_RENDEZVOUS")
@@ -67,18 +70,27 @@ class Command:
                     raise InputError(f"{self.name} wrote more lines than the {len(records)} it was given, after "
                                      f"{label(len(records) - 1)}; it must write one line for each")
                 try:
-                    answers.append(read_answer(json.loads(line)))
-                except (ValueError, RecursionError) as error:
-                    raise InputError(f"{self.name}, {label(len(answers))}: {error}; it wrote {line[:80]!r}") from error
-            waiting = f", without an answer to {label(len(answers))}" if len(answers) < len(records) else ""
-            code = program.exit_code()
-            if code is None:
-                raise InputError(f"{self.name} was silent for {self.timeout} seconds{waiting}; make it faster, or "
-                                 "set a longer timeout")
-            if code or waiting:
-                raise InputError(f"{self.name} ended with exit code {code}{waiting}{program.last_words()}; fix it, "
-                                 "then run the same command again: finished batches are kept")
+                    answer = parse_line(line)
+                    check_order(answer, records, len(answers))
+                    answers.append(read_answer(answer))
+                except ValueError as error:
+                    wrote = line.decode(errors="replace")[:80]
+                    raise InputError(f"{self.name}, {label(len(answers))}: {error}; it wrote {wrote!r}") from error
+            self.check_end(program, label(len(answers)) if len(answers) < len(records) else None)
         return answers
+
+    def check_end(self, program: "Program", unanswered: str | None) -> None:
+        """Raise InputError unless the program has ended well and answered every record."""
+        code, waiting = program.exit_code(), f", without an answer to {unanswered}" if unanswered else ""
+        if code is None and not unanswered:
+            raise InputError(f"{self.name} has answered every record, but did not end within {self.timeout} seconds; "
+                             "it must end when it has read its whole input")
+        if code is None:
+            raise InputError(f"{self.name} was silent for {self.timeout} seconds{waiting}; make it faster, or "
+                             "set a longer judge.timeout")
+        if code or unanswered:
+            raise InputError(f"{self.name} ended with exit code {code}{waiting}{program.last_words()}; fix it, "
+                             "then run the same command again: finished batches are kept")
 
 
 class Program:
@@ -123,7 +135,9 @@ class Program:
                 self.errors = line.strip() or self.errors
 
     def lines(self):
-        """Each line that the program writes, until it closes its output or is silent for too long."""
+        """Each line that the program writes, until it closes its output, is silent for too long, or has ended.
+
+        What it has started, such as a server, may keep the output open after its end."""
         deadline = time.monotonic() + self.command.timeout
         while True:
             try:
@@ -131,15 +145,17 @@ class Program:
             except queue.Empty:
                 if Stop.requested:
                     raise KeyboardInterrupt from None
-                self.hung = time.monotonic() > deadline
-                if self.hung:
+                if self.process.poll() is not None:
+                    deadline = min(deadline, time.monotonic() + REST)
+                if time.monotonic() > deadline:
+                    self.hung = self.process.poll() is None
                     return
                 continue
             if line is None:
                 return
             deadline = time.monotonic() + self.command.timeout
             if line.strip():
-                yield line.decode(errors="replace").strip()
+                yield line.strip()
 
     def exit_code(self) -> int | None:
         """None if it is hung."""
@@ -148,16 +164,18 @@ class Program:
         return None
 
     def last_words(self) -> str:
-        """The last line on standard error."""
+        """The last line on standard error, of a progress bar its last state."""
         time.sleep(0.1)  # for the thread that reads it
-        text = self.errors.decode(errors="replace")
+        text = printable(self.errors.decode(errors="replace").rpartition("\r")[2])
         return f" ({text[:200]})" if text else ""
 
 
 def environment() -> dict[str, str]:
-    """The program's environment: minisr's own without its launcher's variables. Python buffers no output in it."""
+    """The program's environment: minisr's own without its launcher's variables.
+
+    Programs in Python write UTF-8 in it and buffer no output."""
     kept = {name: value for name, value in os.environ.items() if not LAUNCHER_VARIABLES.fullmatch(name)}
-    return {**kept, "PYTHONUNBUFFERED": "1"}
+    return {**kept, "PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8"}
 
 
 def judge_command(config) -> Command:
@@ -171,6 +189,31 @@ def command_judgements(config, workspace, prompts: list[str], responses: list[st
     records = [{"prompt": x, "response": y, "judgement": j} for x, y in zip(prompts, responses) for j in range(J)]
     answers = judge_command(config).ask(records, read_score, workspace, "command")
     return [[Judgement(text, score) for score, text in of_response] for of_response in groups(answers, J)]
+
+
+def parse_line(line: bytes):
+    """The JSON value in one line of a program's output. Raises ValueError that says what is wrong with it."""
+    try:
+        return json.loads(line, object_pairs_hook=unique_keys)
+    except UnicodeDecodeError as error:
+        raise ValueError("the line is not UTF-8") from error
+    except json.JSONDecodeError as error:
+        raise ValueError(f"the line is not JSON ({error.msg}); only answers may go to standard output, everything "
+                         "else to standard error") from error
+    except RecursionError as error:
+        raise ValueError("the line is nested too deeply") from error
+
+
+def check_order(answer, records: list[dict], i: int) -> None:
+    """Raise ValueError if the answer to record i repeats the prompt or response of another record instead.
+
+    A program that asks in parallel and writes each answer as it comes mixes up their order."""
+    def is_repeated(record: dict) -> bool:
+        return all(answer[key] == record[key] for key in texts)
+
+    texts = [key for key in records[i] if isinstance(answer, dict) and isinstance(answer.get(key), str)]
+    if not is_repeated(records[i]) and any(map(is_repeated, records)):
+        raise ValueError("the line repeats the texts of another record; answers must come in the order of the records")
 
 
 def read_score(answer: dict) -> tuple[float | None, str]:
@@ -189,7 +232,8 @@ def read_text_of(answer: dict) -> str:
     text = answer.get("text") or ""
     if not isinstance(text, str):
         raise ValueError("text must be a text")
-    text.encode()  # half a surrogate pair is a ValueError
+    if has_half_character(text):
+        raise ValueError(f"{HALF_CHARACTER} in the text")
     return text
 
 

@@ -32,6 +32,10 @@ README = Path(__file__).parents[2] / "tiny_configs" / "README.md"
 RECORDS = [{"prompt": f"Prompt {i}", "response": f"{i % 6}"} for i in range(5)]
 EACH = "import json, sys\nfor n, line in enumerate(sys.stdin, 1):\n    asked = json.loads(line)\n    "
 ECHO = EACH + "print(json.dumps({'score': int(asked['response']), 'text': asked['prompt']}))"
+BACKWARDS = ("import json, sys\nfor asked in [json.loads(line) for line in sys.stdin][::-1]: "
+             "print(json.dumps({**asked, 'score': int(asked['response'])}))")
+SERVER = ("import subprocess, sys\n"  # a process that keeps the program's output open after its end
+          "subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])\n")
 ORACLE = EACH + ("from minisr.worlds.tiny import oracle; "
                  "print(json.dumps({'score': oracle.score(asked['prompt'], asked['response'])}))")
 
@@ -52,6 +56,33 @@ def test_every_record_gets_its_answer_in_order():
 def test_a_score_may_be_missing_and_a_text_too():
     assert ask(EACH + "print('{\"score\": null}')") == [(None, "")] * 5
     assert ask("import sys\nsys.stdin.read()\nprint('\\n'.join(['{\"score\": 2.5}'] * 5))") == [(2.5, "")] * 5
+
+
+def test_an_answer_may_repeat_what_was_asked():
+    assert ask(ECHO.replace("{", "{**asked, ")) == ask(ECHO)
+    assert ask(ECHO.replace("{", "{'prompt': 'Rate ' + asked['prompt'], 'response': '0', ")) == ask(ECHO)
+
+
+@pytest.mark.parametrize("begin, end", [("", "\\r\\n"), ("\\ufeff", "\\n"), ("\\n \\n", " \\t\\n")])
+def test_a_line_may_end_and_begin_as_elsewhere(begin, end):
+    assert ask(EACH + f"print('{begin}{{\"score\": 3}}', end='{end}')") == [(3, "")] * 5
+
+
+def test_a_program_in_python_writes_utf_8(monkeypatch):
+    monkeypatch.setenv("PYTHONIOENCODING", "latin-1")
+    assert ask(EACH + "print(json.dumps({'score': 1, 'text': 'schön'}, ensure_ascii=False))") == [(1, "schön")] * 5
+
+
+def test_much_noise_on_standard_error_stops_nothing():
+    noise = "sys.stderr.write('INFO ' * 100_000)"
+    assert ask(f"import sys; {noise}\n{ECHO}; {noise}") == ask(ECHO)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="process groups")
+def test_a_server_that_the_program_has_started_is_not_waited_for():
+    start = time.monotonic()
+    assert ask(SERVER + ECHO) == ask(ECHO)
+    assert time.monotonic() - start < 15
 
 
 def answers(last: str) -> str:
@@ -81,15 +112,29 @@ FAILURES = {  # the program, and what the error says
     "true": (answers('{"score": true}'), "record 3 .*from 0 to 5"),
     "text of another type": (answers('{"score": 4, "text": [1]}'), "record 3 .*text must be a text"),
     "half a character": (answers('{"score": 4, "text": "\\ud800"}'), "record 3"),
-    "deep": (answers("[" * 100_000), "record 3"),
+    "deep": (answers("[" * 100_000), "record 3 .*nested too deeply"),
+    "two scores": (answers('{"score": 1, "score": 5}'), "record 3 .*the key 'score' comes twice"),
+    "a log line": ("print('Loading the judge', flush=True)\n" + ECHO,
+                   "record 1 .*only answers may go to standard output.*it wrote 'Loading the judge'"),
+    "a progress bar": ("print('50%|###', end='')\n" + ECHO, "record 1 .*standard output.*it wrote '50%|###"),
+    "Latin-1": (EACH + "sys.stdout.buffer.write('{\"score\": 1, \"text\": \"schön\"}\\n'.encode('latin-1'))",
+                "record 1 .*not UTF-8"),
+    "another order": (BACKWARDS, "record 1 .*another record; answers must come in the order of the records"),
+    "a bar and colours": ("import sys; sys.stderr.write('\\r 10%\\r 90%\\r\\x1b[31mno memory\\x1b[0m\\n'); sys.exit(1)",
+                          r"exit code 1, .* \(\\x1b\[31mno memory\\x1b\[0m\)"),
+    "a server outlives it": (SERVER + "sys.exit(3)", "exit code 3, without an answer to record 1"),
+    "does not end": (ECHO + "\n__import__('time').sleep(60)",
+                     "answered every record, but did not end within 1 seconds"),
 }
 
 
 @pytest.mark.parametrize("name", FAILURES)
 def test_a_failure_is_one_line_that_names_the_record(name):
     code, message = FAILURES[name]
+    start = time.monotonic()
     with pytest.raises(InputError, match=message) as error:
-        ask(code)
+        ask(code, timeout=1 if name == "does not end" else 20)
+    assert time.monotonic() - start < 15
     assert "\n" not in str(error.value) and str(error.value).startswith("judge.command")
 
 
@@ -331,3 +376,11 @@ def test_a_comparison_goes_on_where_it_failed(copy, tmp_path):
     broken.unlink()
     assert shutil.which("ps") and minisr("eval", copy, "--judge", python(code))[0] == 0
     assert log.read_text().split() == ["start"] * (3 + 3)  # two of five contests were kept
+
+
+def test_one_model_alone_is_compared_with_none(copy):
+    for name in ("M1", "M2", "M3"):
+        shutil.rmtree(copy / name)
+    code, out, error = minisr("eval", copy, "--judge", python(EACH + "print('{\"better\": \"tie\"}')"))
+    assert (code, out) == (2, "") and "has only SFT so far" in error and error.count("\n") == 1
+    assert not (copy / "head_to_head.json").exists()
