@@ -12,7 +12,7 @@ from random import Random
 from minisr import InputError
 from minisr.judge import judge_prompt
 from minisr.prompts import few_shot_prompt, normalize
-from minisr.runner.files import printable
+from minisr.runner.files import file_digest, printable
 
 SHORTEST_JUDGEMENT = "Score: 5"
 NO_REASONS = 'no reasons; add them, or set seed_data.eft_by to "baseline", or seed_data.reasons to false'
@@ -66,6 +66,7 @@ class DataSet:
         """What seed/counts.json says of this set."""
         return {"file": self.path.name if self.path else None, "records": self.total, "formats": dict(self.formats),
                 "used": self.used, "later_turns": self.later_turns,
+                "sha256": file_digest(self.path) if self.path else None,
                 "left_out": {reason: {"count": len(places), "where": places[:STORED_PLACES]}
                              for reason, places in self.left_out.items()}}
 
@@ -80,6 +81,34 @@ class Context:
         if length > max_seq_len and config.judge.by in ("self", "M1"):
             raise InputError(f"the judge prompt alone has {length} tokens, and the model's context is {max_seq_len}: "
                              "name a shorter judge prompt in judge.template, or another seed_model")
+        self.check_examples()
+
+    def check_examples(self) -> None:
+        """Raise InputError if the context cannot hold an example prompt and a new one of prompts.max_new_tokens."""
+        config = self.config.prompts
+        room = self.max_seq_len - self.list_length("a")
+        if config.source == "self" and config.max_new_tokens > room:
+            raise InputError(f"prompts.max_new_tokens = {config.max_new_tokens} leaves no room for an example in the "
+                             f"model's context of {self.max_seq_len} tokens; set it to {max(1, room // 2)} or less")
+
+    def check_cut_off(self, data: dict[str, list[dict]]) -> None:
+        """Raise InputError if most training examples are longer than what the model may write in their place.
+
+        It would learn to write texts that are cut off, which get no reward, and nobody would be told."""
+        if self.config.iterations:
+            self.check_lengths("responses", "IFT answers", [record["response"] for record in data["ift"]])
+        if self.config.judge.by in ("self", "M1") and self.config.seed_data.eft_by == "annotator":
+            reasons = self.config.seed_data.reasons
+            self.check_lengths("judge", "judgements of EFT data",
+                               [text for record in data["ranked"] for text in annotator_judgements(record, reasons)])
+
+    def check_lengths(self, section: str, what: str, texts: list[str]) -> None:
+        limit = getattr(self.config, section).max_new_tokens
+        lengths = [len(self.tokenizer.encode_response(text)) for text in texts]
+        longer = sum(length > limit for length in lengths)
+        if 2 * longer > len(lengths):
+            raise InputError(f"{section}.max_new_tokens = {limit} is too small: {longer} of {len(lengths)} {what} are "
+                             f"longer, up to {max(lengths)} tokens, so what the model learns to write would be cut off")
 
     @property
     def too_long(self) -> str:
@@ -94,9 +123,12 @@ class Context:
         length = self.chat_length(record["prompt"], record["response"])
         if self.config.prompts.source != "self":
             return length
-        text = few_shot_prompt(self.tokenizer, [record["prompt"]], [], self.config.prompts, Random(0), 0)
-        ids = [*self.tokenizer.bos_ids, *self.tokenizer.encode(text)]
-        return max(length, len(ids) + 1)  # one new token
+        return max(length, self.list_length(record["prompt"]) + 1)  # one new token
+
+    def list_length(self, prompt: str) -> int:
+        """Tokens of the list of examples for new prompts, with this as the only example."""
+        text = few_shot_prompt(self.tokenizer, [prompt], [], self.config.prompts, Random(0), 0)
+        return len(self.tokenizer.bos_ids) + len(self.tokenizer.encode(text))
 
     def prompt_length(self, record: dict) -> int:
         """Tokens of a prompt with an empty answer."""

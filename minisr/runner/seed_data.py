@@ -56,16 +56,18 @@ def load_seed_data(config, seed: int, context: Context | None = None,
 
     answer(prompts) samples M0's answers to prompts of the words world, {"prompt", "responses", "finished"} records.
     Without it, plain sentences stand in for them: enough to find out whether the data fit.
-    Raises InputError if nothing is left of a set, or if config.too_long is "refuse" and a record does not fit."""
+    Raises InputError if nothing is left of a set, if config.too_long is "refuse" and a record does not fit, or if most
+    answers or judgements are longer than max_new_tokens."""
     if config.source == "world":
         data, sets = world_sets(tiny_world_data(config, seed), context, "the tiny world")
     elif config.source == "words":
         data, sets = world_sets(words_world_data(config, seed, answer or stand_in), context, "the words world")
     else:
-        source = ENGLISH if config.source == "english" else Path(config.source).expanduser()
-        data, sets = user_sets(source, config, context)
+        data, sets = user_sets(source_path(config), config, context)
     if context and config.too_long == "refuse":
         refuse_too_long(sets, context)
+    if context:
+        context.check_cut_off(data)
     return data, sets
 
 
@@ -132,6 +134,11 @@ def world_sets(world_data: dict[str, list[dict]], context: Context | None,
 
 
 # Files.
+
+def source_path(config) -> Path:
+    """The file or folder of the seed data."""
+    return ENGLISH if config.source == "english" else Path(config.source).expanduser()
+
 
 def user_sets(source: Path, config, context: Context | None) -> tuple[dict[str, list[dict]], dict[str, DataSet]]:
     """From a folder with ift, judged and evaluation files, or from one file of instructions.

@@ -91,14 +91,16 @@ class StoredModel(SelfRewardingModel):
         return self.keep_trainable(super().new_prompts())
 
     def keep_trainable(self, prompts: list[str]) -> list[str]:
-        """The prompts that do not belong to the evaluation of the run's world, and that are its requests if the config
-        asks for that."""
+        """The prompts that leave room for an answer, do not belong to the evaluation of the run's world, and are its
+        requests if the config asks for that."""
         world, kept = self.run.world, []
         for prompt in prompts:
             if world and not world.may_train(prompt):
                 reason = "evaluation words"
             elif self.config.prompts.requests_only and world.oracle.parse_request(prompt) is None:
                 reason = "no request"
+            elif len(self.lm.tokenizer.encode_prompt(prompt)) >= self.lm.max_seq_len:
+                reason = "longer than the context"
             else:
                 kept.append(prompt)
                 continue

@@ -1,16 +1,19 @@
 """What is read, what is left out and why: before anything is made, in the table and in seed/counts.json."""
 
 import json
+from collections import Counter
+from dataclasses import replace
 from random import Random
 
 import drawing
 import pytest
-from small_run import jsonl, minisr
+from small_run import jsonl, minisr, model_of
 from tiny import tiny_lm
 
-from minisr import InputError
+from minisr import InputError, prompts
 from minisr.prompts import PromptConfig, few_shot_prompt
 from minisr.runner.config import Config, SeedConfig
+from minisr.runner.config import PromptConfig as PromptConfigOfRun
 from minisr.runner.data_sets import SHORTEST_JUDGEMENT, Context, reject_too_long
 from minisr.runner.files import write_jsonl
 from minisr.runner.run import WORLD_TEMPLATE, Run
@@ -89,6 +92,61 @@ def test_a_judge_prompt_that_fills_the_context_is_an_error_before_anything_is_ma
         Run.open(tmp_path / "run", Config(threads=1, judge=type(config.judge)(template=str(tmp_path / "judge.txt")),
                                           seed_data=config.seed_data))
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("max_new_tokens, message", [
+    (255, r"prompts\.max_new_tokens = 255 leaves no room for an example in the model's context of 256 tokens; set"),
+    (4096, "prompts.max_new_tokens = 4096 leaves no room"), (40, None)])
+def test_a_new_prompt_must_leave_room_for_examples(max_new_tokens, message, folder, tmp_path):
+    config = replace(config_for(folder), prompts=PromptConfigOfRun(max_new_tokens=max_new_tokens))
+    if message is None:
+        Run.open(tmp_path / "run", config)
+        return
+    with pytest.raises(InputError, match=message) as error:
+        Run.open(tmp_path / "run", config)
+    assert "\n" not in str(error.value) and not (tmp_path / "run").exists()
+    Run.open(tmp_path / "run", replace(config, prompts=replace(config.prompts, source="people"), seed_data=SeedConfig(
+        ift=4, ranked=4, judge_evaluation=2, evaluation=2)))  # nobody is shown a list
+
+
+@pytest.mark.parametrize("changed, message", [
+    ("output", r"responses\.max_new_tokens = 64 is too small: 3 of 5 IFT answers are longer, up to \d+ tokens"),
+    ("reasons", r"judge\.max_new_tokens = 40 is too small: \d+ of \d+ judgements of EFT data are longer"),
+    (None, None)])
+def test_what_the_model_learns_to_write_must_not_be_cut_off(changed, message, folder, tmp_path):
+    text = "Write a story about a sad pig. " * 10
+    instructions = [{"instruction": f"Say {i}.", "output": text if changed == "output" and i < 3 else "No."}
+                    for i in range(5)]
+    write_jsonl(folder / "ift.jsonl", instructions)
+    reasons = [text, "Bad."] if changed is None else [text, text] if changed == "reasons" else ["Good.", "Bad."]
+    write_jsonl(folder / "judged.jsonl", [JUDGED | {"prompt": f"{i}?", "reasons": reasons} for i in range(4)])
+    config = config_for(folder)
+    config = replace(config, judge=replace(config.judge, max_new_tokens=40))
+    if message is None:  # no more than half of them
+        Run.open(tmp_path / "run", config)
+        return
+    with pytest.raises(InputError, match=message) as error:
+        Run.open(tmp_path / "run", config)
+    assert "\n" not in str(error.value) and not (tmp_path / "run").exists()
+    Run.open(tmp_path / "run", replace(config, responses=replace(config.responses, max_new_tokens=200),
+                                      judge=replace(config.judge, max_new_tokens=200)))
+
+
+def test_what_no_model_writes_may_be_long(folder, tmp_path):
+    text = "Write a story about a sad pig. " * 10
+    write_jsonl(folder / "ift.jsonl", [{"instruction": f"Say {i}.", "output": text} for i in range(5)])
+    write_jsonl(folder / "judged.jsonl", [JUDGED | {"prompt": f"{i}?", "reasons": [text, text]} for i in range(4)])
+    config = config_for(folder, reasons=False)
+    Run.open(tmp_path / "run", replace(config, iterations=0))  # the judgements have no reasons, and nobody responds
+
+
+def test_a_new_prompt_that_leaves_no_room_for_an_answer_is_dropped(copy, monkeypatch):
+    new = ["Write a story about a sad pig at the river.", LONG, "News?"]
+    monkeypatch.setattr(prompts, "new_prompts", lambda *_: (list(new), Counter(accepted=3)))
+    model = model_of(copy, "M1")
+    x = model.new_prompts()
+    assert x == [new[0], new[2]] and model.counts["prompts"] == {"accepted": 2, "longer than the context": 1}
+    assert len(model.respond(x)) == 2
 
 
 def test_nothing_that_fits_is_an_error(folder, tmp_path):
