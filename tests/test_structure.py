@@ -35,9 +35,9 @@ ORDER = """
     interop.sentencepiece_json interop.names
     runner.judge_prompt runner.checkpoint interop.hf interop.gguf interop.source
     runner.stop runner.storage runner.journal runner.muon runner.lora runner.resumable runner.gradients runner.sharding
-    runner.training runner.engine runner.command runner.config runner.json_records runner.record_formats
-    runner.data_sets runner.seed_data runner.pretrain runner.run runner.evaluation runner.variants runner.steps
-    runner.head_to_head runner.reuse runner.experiment_plan runner.experiment
+    runner.training runner.engine runner.json_records runner.command runner.config runner.record_formats
+    runner.data_sets runner.seed_data runner.sources runner.pretrain runner.run runner.evaluation runner.variants
+    runner.steps runner.head_to_head runner.reuse runner.experiment_plan runner.experiment
     report report.table report.head_to_head_table report.show report.chat report.seed_statistics report.experiment_table
     report.figures report.markup report.chart_data report.run_files report.run_charts report.transcripts report.page
     bench runner.bench_processes cli __main__

@@ -14,7 +14,7 @@ from minisr.bench import MODELS, WORKS, model_names, prepare, seconds, summary, 
 from minisr.interop.source import load_source
 from minisr.runner import processes
 from minisr.runner.engine import Workspace, run_lm_class
-from minisr.runner.training import DEFAULT_MICRO_BATCHES
+from minisr.runner.resumable import DEFAULT_MICRO_BATCHES
 
 
 def bench(name: str | None, only: list[str], repeats: int, threads: int, dtype: str = "auto") -> None:

@@ -20,7 +20,7 @@ from pathlib import Path
 from minisr import InputError
 from minisr.runner.config import Config, command_of, load_config
 from minisr.runner.files import read_text
-from minisr.runner.run import load_template
+from minisr.runner.run import check_config
 
 REQUIRED_KEYS = {"base", "seeds"}
 OPTIONAL_KEYS = {"variant_seeds", "common", "variants"}
@@ -55,9 +55,10 @@ def read_plan(path: Path) -> Plan:
     common = tuple(overrides(content.get("common", {})))
     plan = Plan(Path(path).parent / os.path.expanduser(content["base"]), common, changes, seeds)
     for name in plan.variants:  # report a wrong config before the first run starts
-        template = plan.config(name).judge.template
-        if template:
-            load_template(Path(template))
+        try:
+            check_config(plan.config(name))
+        except InputError as error:
+            raise InputError(f"experiment {path}, {name}: {error}") from error
     return plan
 
 

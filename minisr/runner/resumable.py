@@ -5,7 +5,8 @@
   and by which code. A sample's random numbers do not depend on its batch, so only rounding differs, which may turn a
   sampled token.
 
-With dropout, micro_batch, engine and device decide which units are dropped, so they may not change.
+With dropout, micro_batch, engine and device decide which units are dropped, so they may not change; the default and
+the same value spelled out are no change.
 """
 
 import dataclasses
@@ -18,10 +19,13 @@ from minisr.runner.files import read_jsonl, write_jsonl
 CHANGES = "config_changes.jsonl"
 FREE = ("threads", "save_every", "gradient_checkpointing", "rows", "timeout")
 FREE_WITHOUT_DROPOUT = ("micro_batch", "engine", "device")
+DEFAULT_MICRO_BATCHES = 4  # of a batch, so that up to four processes can share them
 
 
 def deciding_values(config) -> dict:
     """The values of a config, or of a section of one, that decide results, as nested dicts."""
+    if getattr(config, "rank", None) == 0:  # [lora] is off, whatever else it says
+        return {"rank": 0}
     values = {}
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
@@ -31,6 +35,10 @@ def deciding_values(config) -> dict:
             values[field.name] = value
     if "dtype" in values:
         values["dtype"] = dtype_name(config)
+    if "device" in values:
+        values["device"] = "cuda" if on_gpu(config) else "cpu"
+    if "micro_batch" in values:
+        values["micro_batch"] = micro_batch_size(config)
     return values
 
 
@@ -46,10 +54,19 @@ def uses_dropout(section) -> bool:
 
 def dtype_name(config) -> str:
     """The config's dtype; "auto" is bfloat16 if the fast engine runs on a GPU, else float32."""
-    on_gpu = config.device == "cuda" or config.device == "auto" and torch.cuda.is_available()
     if config.dtype != "auto":
         return config.dtype
-    return "bfloat16" if on_gpu and config.engine == "fast" else "float32"
+    return "bfloat16" if on_gpu(config) and config.engine == "fast" else "float32"
+
+
+def on_gpu(config) -> bool:
+    """Whether a run with this config uses a GPU of this machine."""
+    return config.device == "cuda" or config.device == "auto" and torch.cuda.is_available()
+
+
+def micro_batch_size(config) -> int:
+    """Examples in memory at once: micro_batch, by default a part of the batch."""
+    return min(config.micro_batch or -(-config.batch_size // DEFAULT_MICRO_BATCHES), config.batch_size)
 
 
 def record_changes(folder: Path, changes: list[str]) -> None:

@@ -14,7 +14,7 @@ from minisr.lm import LM, ResponseConfig, respond
 from minisr.rng import derive_seed
 from minisr.runner import processes, seed_data
 from minisr.runner.checkpoint import SEED_MODEL, digest, load_model, model_hash
-from minisr.runner.command import command_judgements
+from minisr.runner.command import command_judgements, judge_command
 from minisr.runner.config import Config, differences, load_stored_config, to_toml
 from minisr.runner.data_sets import Context, DataSet, describe
 from minisr.runner.engine import Workspace, run_lm_class
@@ -22,6 +22,7 @@ from minisr.runner.files import json_bytes, jsonl_bytes, read_jsonl, read_text, 
 from minisr.runner.journal import Journal, remove_journals
 from minisr.runner.judge_prompt import check_judge_prompt
 from minisr.runner.resumable import deciding_values, dtype_name, record_changes
+from minisr.runner.sources import changed_files, with_stored_paths
 from minisr.runner.storage import folder_lock, verify_checksum, write_with_checksum
 from minisr.worlds.catalog import WORLDS
 from minisr.worlds.words import corpus as words_corpus
@@ -55,10 +56,14 @@ class Run:
     @classmethod
     def open(cls, folder: Path, config: Config) -> "Run":
         """A new run, or one to resume, for which all that decides its results must be the same; see resumable.py."""
-        run, stored = cls(folder, config), Path(folder) / "config.toml"
+        stored = Path(folder) / "config.toml"
         old = load_stored_config(stored) if stored.exists() else None
         if old:
+            config = with_stored_paths(old, config, Path(folder))
+        run = cls(folder, config)
+        if old:
             check_resumable(old, config, folder)
+            run.note_changed_files()
         else:
             check_new(run.folder)
         if not (run.folder / "M0").exists():  # report errors in these before anything is written
@@ -73,6 +78,13 @@ class Run:
         processes.wait_for_all()  # until process 0 has written them
         processes.check_same((stored.exists(), run.fingerprint), run.folder)
         return run
+
+    def note_changed_files(self) -> None:
+        """Print a line for each file that has changed since the run copied it."""
+        if processes.is_main():
+            for path in changed_files(self.config, self.folder):
+                print(f"minisr: {path} has changed since {self.folder} was made from it; this run goes on with a copy. "
+                      "For a new run choose another folder with --out", file=sys.stderr)
 
     def load_seed_model(self):
         """(decoder, tokenizer) of M0's source; read once."""
@@ -199,6 +211,17 @@ class Run:
             raise InputError("no judgement of the SFT baseline ranks the responses correctly; provide more ranked "
                              'prompts, or set seed_data.eft_by to "annotator"')
         return records
+
+
+def check_config(config: Config) -> None:
+    """Raise InputError for what a run of this config would report when it starts, before it reads data and model."""
+    check_consistency(config)
+    uses_gpu(config)
+    choose_dtype(config)
+    if config.judge.template:
+        load_template(Path(config.judge.template))
+    if config.judge.by == "command":
+        judge_command(config).arguments()
 
 
 def check_consistency(config: Config) -> None:

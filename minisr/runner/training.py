@@ -9,10 +9,8 @@ from minisr import InputError, train
 from minisr.rng import derive_seed
 from minisr.runner import processes
 from minisr.runner.files import write_jsonl
-from minisr.runner.resumable import deciding_values
+from minisr.runner.resumable import deciding_values, micro_batch_size
 from minisr.runner.stop import Stop
-
-DEFAULT_MICRO_BATCHES = 4  # of a batch, so that up to four processes can share them
 
 
 class ResumableTraining:
@@ -20,8 +18,7 @@ class ResumableTraining:
 
     def __init__(self, lm, batches: list, loss_fn, config):
         self.lm, self.work, self.batches, self.loss_fn = lm, lm.workspace, batches, loss_fn
-        micro_batch = config.micro_batch or -(-config.batch_size // DEFAULT_MICRO_BATCHES)
-        self.config = replace(config, micro_batch=micro_batch)
+        self.config = replace(config, micro_batch=micro_batch_size(config))
         self.dropout_seed = torch.initial_seed()
         self.optimizer = lm.prepare_training(self.config)
         self.state = lm.training_state(

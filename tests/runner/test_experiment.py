@@ -77,6 +77,11 @@ def test_a_plan_has_the_base_and_its_variants_with_their_seeds(plan):
     ('base = "base.toml"\nseeds = ["a"]', "seeds must be a list"),
     ('base = "base.toml"\nseeds = [[0]]', "seeds must be a list"),
     ('base = "base.toml"\nseeds = [0]\nvariants = 3', "each variant a section"),
+    ('base = "base.toml"\nseeds = [0]\n[variants.a]\njudge.by = "command"', "plan.toml, a: judge.by = \"command\" and"),
+    ('base = "base.toml"\nseeds = [0]\n[variants.a]\njudge.by = "command"\njudge.command = "no-such-program x"',
+     "no-such-program"),
+    ('base = "base.toml"\nseeds = [0]\n[variants.a]\nlora.rank = 4\nengine = "plain"', "lora.rank needs engine"),
+    ('base = "base.toml"\nseeds = [0]\n[variants.a]\ndtype = "bfloat16"\nengine = "plain"', "bfloat16"),
     ('base = "base.toml"\nseeds = [0]\nvariants.a = 3', "each variant a section"),
 ])
 def test_a_wrong_plan_is_an_error_before_anything_runs(text, named, plan):

@@ -17,7 +17,7 @@ from small_run import minisr, settings, write_config
 from minisr import InputError
 from minisr.runner import launcher, processes
 from minisr.runner.gradients import GradientSum
-from minisr.runner.training import DEFAULT_MICRO_BATCHES
+from minisr.runner.resumable import DEFAULT_MICRO_BATCHES
 
 # Uneven numbers of batches, micro-batches that do not divide, dropout, and a judge that writes the EFT data.
 CONFIG = """

@@ -1,12 +1,17 @@
 """A run goes on with another value of a key that changes no result, or only its last bit, and with no other change."""
 
+import shutil
 from dataclasses import replace
 
 import pytest
+import torch
 from small_run import MODELS, files, jsonl, minisr, model_of, prompts_of, settings
+from tiny import tiny_model, tiny_tokenizer
 
 from minisr import InputError
-from minisr.runner.config import Config, load_config
+from minisr.runner.checkpoint import save_model
+from minisr.runner.config import Config, JudgeConfig, SeedConfig, load_config
+from minisr.runner.files import write_jsonl
 from minisr.runner.journal import Journal
 from minisr.runner.run import Run, check_resumable
 from minisr.runner.steps import StoredModel, keep
@@ -14,10 +19,10 @@ from minisr.runner.stop import Stop
 
 pytestmark = pytest.mark.usefixtures("no_drawing")
 FREE = ("threads=3", "device=cpu", "engine=plain", "responses.rows=8", "judge.rows=8", "evaluate.rows=3",
-        "sft.micro_batch=2", "dpo.micro_batch=2", "sft.save_every=7", "dpo.save_every=7")
+        "lora.alpha=5.0", "sft.micro_batch=2", "dpo.micro_batch=2", "sft.save_every=7", "dpo.save_every=7")
 DECIDING = ("seed=1", "dtype=float64", "prompts.round_size=8", "responses.candidates=3", "sft.batch_size=4",
             "dpo.dropout=0.1", "responses.max_new_tokens=9", "sft.optimizer=muon", "chat=tiny")
-NOT_WITH_DROPOUT = ("engine=plain", "sft.micro_batch=2", "device=cpu")
+NOT_WITH_DROPOUT = ("engine=plain", "sft.micro_batch=2", "device=cuda")
 
 
 @pytest.fixture(autouse=True)
@@ -52,9 +57,21 @@ def test_a_key_that_decides_results_may_not_change(change, empty):
 
 
 @pytest.mark.parametrize("change", NOT_WITH_DROPOUT)
-def test_what_decides_the_dropped_units_may_not_change_with_dropout(change, empty):
+def test_what_decides_the_dropped_units_may_not_change_with_dropout(change, empty, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(InputError, match=f"{change.partition('=')[0]}: "):
         check_resumable(empty("sft.dropout=0.1"), empty("sft.dropout=0.1", change), "run")
+
+
+@pytest.mark.parametrize("change", ["device=cpu", "sft.micro_batch=4", "dpo.micro_batch=4"])
+def test_a_default_that_is_spelled_out_changes_nothing(change, empty, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    dropout = ("sft.dropout=0.1", "dpo.dropout=0.1")
+    check_resumable(empty(*dropout), empty(*dropout, change), "run")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    if change == "device=cpu":
+        with pytest.raises(InputError, match="device: 'cuda' -> 'cpu'"):
+            check_resumable(empty(*dropout), empty(*dropout, change), "run")
 
 
 def test_another_device_may_not_change_the_dtype():
@@ -147,3 +164,66 @@ def test_a_folder_with_what_an_interrupted_start_or_a_system_leaves_becomes_a_ru
         (tmp_path / "run" / name).write_text("")
     Run.open(tmp_path / "run", empty())
     assert (tmp_path / "run/config.toml").exists()
+
+
+# The files that a run was made from
+
+def own_files(folder, judge_text="Score: N. Rate {response} to {prompt}\n"):
+    """A seed model, a judge prompt and data of a user's own, and a config that names them."""
+    save_model(folder / "model", tiny_model(context=320), tiny_tokenizer(), {"made_by": "test"})
+    (folder / "judge.txt").write_text(judge_text)
+    (folder / "data").mkdir()
+    write_jsonl(folder / "data/ift.jsonl", [{"prompt": f"Say {i}.", "response": "No."} for i in range(6)])
+    write_jsonl(folder / "data/judged.jsonl", [{"prompt": f"{i}?", "responses": ["Blue.", "No."], "scores": [5, 0],
+                                                "reasons": ["Good.", "Bad."]} for i in range(4)])
+    return config_of(folder)
+
+
+def config_of(folder):
+    return Config(threads=1, seed_model=str(folder / "model"), judge=JudgeConfig(template=str(folder / "judge.txt")),
+                  seed_data=SeedConfig(source=str(folder / "data"), judge_evaluation=1, evaluation=2))
+
+
+@pytest.fixture
+def begun(tmp_path):
+    """The folder of own_files, in a folder of its own, and a run that has copied them."""
+    (tmp_path / "old").mkdir()
+    run = Run.open(tmp_path / "run", own_files(tmp_path / "old"))
+    assert len(run.ift) == 4
+    StoredModel(run, "M0").copy_seed_model()
+    return tmp_path
+
+
+def test_a_run_goes_on_where_its_files_have_moved_or_are_gone(begun, capsys):
+    old = config_of(begun / "old")
+    before = Run.open(begun / "run", old).fingerprint
+    (begun / "old").rename(begun / "new")
+    for config in (old, config_of(begun / "new")):
+        run = Run.open(begun / "run", config)
+        assert run.config == old and run.fingerprint == before and len(run.ift) == 4
+    assert capsys.readouterr().err == "" and not (begun / "run/config_changes.jsonl").exists()
+    (begun / "new/data/evaluation.jsonl").write_text('{"prompt": "What is new?"}\n')
+    with pytest.raises(InputError, match="another config .*seed_data.source: "):
+        Run.open(begun / "run", config_of(begun / "new"))
+
+
+@pytest.mark.parametrize("name, key", [("judge.txt", "judge.template"), ("data/judged.jsonl", "seed_data.source"),
+                                       ("model/meta.json", "seed_model")])
+def test_other_files_elsewhere_are_another_config(name, key, begun):
+    shutil.copytree(begun / "old", begun / "new")
+    path = begun / "new" / name
+    text = path.read_text().replace("Good", "Fine").replace("Rate", "Judge")
+    path.write_text(text.replace('"hash": "', '"hash": "0'))
+    with pytest.raises(InputError, match=f"another config \\({key}: "):
+        Run.open(begun / "run", config_of(begun / "new"))
+
+
+@pytest.mark.parametrize("name", ["judge.txt", "data/judged.jsonl", "data/ift.jsonl"])
+def test_a_run_says_that_it_goes_on_with_its_copy_of_a_file_that_has_changed(name, begun, capsys):
+    config = config_of(begun / "old")
+    path = begun / "old" / name
+    path.write_text(path.read_text().replace("o", "a"))
+    run = Run.open(begun / "run", config)
+    assert capsys.readouterr().err == (f"minisr: {path} has changed since {begun}/run was made from it; this run goes "
+                                       "on with a copy. For a new run choose another folder with --out\n")
+    assert run.judge_template.startswith("Score: N. Rate") and run.ift[0]["response"] == "No."
