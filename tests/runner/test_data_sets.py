@@ -7,10 +7,11 @@ from random import Random
 
 import drawing
 import pytest
-from small_run import jsonl, minisr, model_of
+from small_run import jsonl, minisr
 from tiny import tiny_lm
 
 from minisr import InputError, prompts
+from minisr.lm import ResponseConfig
 from minisr.prompts import PromptConfig, few_shot_prompt
 from minisr.runner.config import Config, SeedConfig
 from minisr.runner.config import PromptConfig as PromptConfigOfRun
@@ -18,6 +19,7 @@ from minisr.runner.data_sets import SHORTEST_JUDGEMENT, Context, reject_too_long
 from minisr.runner.files import write_jsonl
 from minisr.runner.run import WORLD_TEMPLATE, Run
 from minisr.runner.seed_data import eft_by_annotator, eft_record, load_seed_data
+from minisr.runner.steps import StoredModel
 from minisr.sampler import SamplingConfig
 from minisr.sft import encode_examples
 from minisr.worlds.tiny import corpus
@@ -140,13 +142,14 @@ def test_what_no_model_writes_may_be_long(folder, tmp_path):
     Run.open(tmp_path / "run", replace(config, iterations=0))  # the judgements have no reasons, and nobody responds
 
 
-def test_a_new_prompt_that_leaves_no_room_for_an_answer_is_dropped(copy, monkeypatch):
+def test_a_new_prompt_that_leaves_no_room_for_an_answer_is_dropped(folder, tmp_path, monkeypatch):
     new = ["Write a story about a sad pig at the river.", LONG, "News?"]
     monkeypatch.setattr(prompts, "new_prompts", lambda *_: (list(new), Counter(accepted=3)))
-    model = model_of(copy, "M1")
-    x = model.new_prompts()
-    assert x == [new[0], new[2]] and model.counts["prompts"] == {"accepted": 2, "longer than the context": 1}
-    assert len(model.respond(x)) == 2
+    config = replace(config_for(folder), responses=ResponseConfig(max_new_tokens=8))
+    M0 = StoredModel(Run.open(tmp_path / "run", config), "M0").copy_seed_model()
+    x = M0.new_prompts()
+    assert x == [new[0], new[2]] and M0.counts["prompts"] == {"accepted": 2, "longer than the context": 1}
+    assert len(M0.respond(x)) == 2
 
 
 def test_nothing_that_fits_is_an_error(folder, tmp_path):
