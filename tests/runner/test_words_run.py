@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from small_run import files, jsonl, minisr
+from tiny import tiny_lm
 
 from minisr import prompts as core_prompts
 from minisr.report.run_charts import answer_charts
@@ -116,7 +117,7 @@ def test_prompts_of_the_models_own_are_filtered(config, tmp_path, monkeypatch):
     monkeypatch.setattr(Run, "ift", [])
     monkeypatch.setattr(Run, "held_out", set())
     model = StoredModel(run, "M1")
-    model.lm = object()
+    model.lm = tiny_lm(context=256)
     kept = model.new_prompts()
     assert kept == [prompt for prompt in written if may_train(prompt)] and written[3] in kept
     assert not set(written[1:3]).intersection(kept)
