@@ -18,9 +18,10 @@ MAX_SCORE = 5
 #   part    what it may be                                                 as in
 #   ------  -------------------------------------------------------------  ---------------------------------------------
 #   mark    "Score" and a colon at the start of a line, sentence or        Score:   Good. **Score:**   • Final score:
-#           clause, after the, my, final, total, overall or nothing, with  Score (0-5):   Score (out of 5):   Score/5:
+#           clause, after the, my, final, total, overall or nothing, with  Score (0-5):   Score (max 5):   Score/5:
 #           the scale or without; or a key or tag of which there is one    "score":   <score>
-#   number  digits, or digits.digits, in decoration or not                 4   4.5   +3   **4**   [4]   <4>   “4”
+#   number  digits, or digits.digits, in decoration or not: quotes,        4   4.5   +3   **4**   [4]   <4>   “4”
+#           brackets, Markdown, HTML tags such as <b>, LaTeX's $           <b>4</b>   $4$   \(4\)
 #   scale   out of 5; or points, stars, overall or in total; or both       4/5   4 (out of 5)   4 points out of 5
 #   end     the end of the line, or the next mark; or a comment: text      4   4.   4</score>   "4"}
 #           after . , ; ! … – - or "because" or in parentheses, without    4. Well done.   4 - fine   4, "reason": "ok"
@@ -37,8 +38,8 @@ MAX_SCORE = 5
 OPENING = r"""(?:[^\S\n]|[*_`"'“”‘’«\[({#\u200b\u2060\ufeff]|\\boxed(?=\{)|<(?=[^\s<>]{1,20}>))*+"""
 CLOSING = r"""(?:[^\S\n]|[*_`"'“”‘’»>\])}\u200b\u2060\ufe0f\ufeff]|</\w+>|<br>)*+"""
 KEY = re.compile(r"""(?i)["']score["']\s*+:|<score>""")
-MARK = rf"""(?:^|[.!?;:,…)\]>|。！？；：，–—•→]|(?<!\S)-){OPENING}(?:(?:the|my|final|total|overall)[^\S\n]+)*+
-    (?>(?<=<)score>|score{CLOSING}(?:[(\[]?(?:[01]\ ?(?:-|–|to)|out\ of|/)\ ?5[)\]]?{CLOSING})?+[:：])"""
+MARK = rf"""(?:^|[.!?;:,…)\]>|。！？；：，–—•→]|(?<!\S)-){OPENING}(?:(?:the|my|final|total|overall)[^\S\n]+)*+(?>
+    (?<=<)score>|score{CLOSING}(?:[(\[]?(?:[01]\ ?(?:-|–|to)|out\ of|/|max\.?|maximum)\ ?5[)\]]?{CLOSING})?+[:：])"""
 UNIT = r"points?|pts|stars?|[⭐分]|overall|in\ total"
 SCALE = rf"(?:{CLOSING}(?:{UNIT}|(?:[/／]|\(?out\ of|of){OPENING}(?:5(?:\.0)?|five)(?!\ ?[/／]))(?!\w))*+"
 COMMENT = rf"""(?:[.,;!…–—。！；，]|(?<=\s)-(?=\s)|because\b|(?<=\s)\((?!\s*+(?:\?|(?:of|out|von|de|sur|di|su|av)\b)))
@@ -67,10 +68,11 @@ class Judgement:
 
 def parse_score(text: str) -> float | None:
     """The last score from 0 to 5 that is marked in a judge's own text, or None: see the table above."""
+    # Formatting in HTML and LaTeX as in Markdown: <b>4</b> and \(4\) as **4**, $4$ as *4*.
+    text = re.sub(r"(?i)</?(?:b|i|u|em|strong|code)>|\\[()[\]]|\$([0-9\\][^\s$]{0,19})\$", r"*\1*", text)
     text = text if len(KEY.findall(text)) <= 1 else KEY.sub("_:", text)  # several: of single criteria
     scores = [match for match in SCORE.finditer(text) if 0 <= float(match["number"]) <= MAX_SCORE]
-    clear = scores and not AFTER.search(text, scores[-1].end())
-    return float(scores[-1]["number"]) if clear else None
+    return float(scores[-1]["number"]) if scores and not AFTER.search(text, scores[-1].end()) else None
 
 
 def judge_prompt(template: str, prompt: str, response: str) -> str:

@@ -7,6 +7,32 @@ BEFORE_A_MARK = set(".!?;:,…)]>|。！？；：，–—•→")
 TITLES = ("the", "my", "final", "total", "overall")
 STOP_WORDS = ("out of", "scale", "maximum", "max", "ten", "twenty", "hundred", "percent", "half")
 TOTALS = ("total", "sum", "max", "overall", "final")
+FORMATTING = tuple(f"<{slash}{name}>" for slash in ("", "/") for name in ("b", "i", "u", "em", "strong", "code"))
+LATEX = ("\\(", "\\)", "\\[", "\\]")
+
+
+def folded(text: str) -> str:
+    """The text in lower case, character by character, with the letters that regular expressions fold too."""
+    return "".join({"\u017f": "s", "\u0130": "i", "\u0131": "i"}.get(c, c.lower()[:1]) for c in text)
+
+
+def without_formatting(text: str) -> str:
+    """The text with Markdown's stars in place of the signs of formatting in HTML and LaTeX."""
+    result, i = "", 0
+    while i < len(text):
+        sign = next((sign for sign in (*FORMATTING, *LATEX) if folded(text[i:i + len(sign)]) == sign), "")
+        inside, dollar, _ = text[i + 1:].partition("$")
+        if sign:
+            result, i = result + "**", i + len(sign)
+        elif text[i] == dollar == "$" and inside[:1] in set("0123456789\\") and is_short(inside):
+            result, i = f"{result}*{inside}*", i + len(inside) + 2
+        else:
+            result, i = result + text[i], i + 1
+    return result
+
+
+def is_short(text: str) -> bool:
+    return len(text) <= 20 and not any(c.isspace() for c in text)
 
 
 def is_word(text: str, i: int) -> bool:
@@ -17,7 +43,7 @@ def is_word(text: str, i: int) -> bool:
 class ScoreParser:
     def __init__(self, text: str):
         self.text = text
-        self.folded = "".join({"\u017f": "s", "\u0130": "i", "\u0131": "i"}.get(c, c.lower()[:1]) for c in text)
+        self.folded = folded(text)
 
     def char(self, i: int) -> str:
         return self.text[i] if 0 <= i < len(self.text) else ""
@@ -102,7 +128,7 @@ class ScoreParser:
             i += self.char(i) == " "
             word = self.at(i, "-", "–", "to")
         else:
-            word = self.at(i, "out of", "/")
+            word = self.at(i, "out of", "/", "maximum", "max.", "max")
         if word is None:
             return start
         i += len(word)
@@ -259,6 +285,7 @@ class ScoreParser:
 
 def score_by_hand(text: str) -> float | None:
     """The last score from 0 to 5, unless another total follows."""
+    text = without_formatting(text)
     parser = ScoreParser(text)
     if len(keys := parser.keys()) > 1:
         for start, end in reversed(keys):

@@ -42,7 +42,7 @@ def test_a_number_that_may_not_be_the_total_is_no_score(text, score):
 HOSTILE = ("Score: 4, ", "Score: 4. ", "Score:\n", "Score (", "Score (0-5", "Score: <", "Score: <a", "(", "*", "<", " ",
            "\n", ".", ". the ", "- ", "</a>", "4", "/5", "points ", "ten ", "\n/ ", "Total ", "because ", "\"score\"",
            "\"score\": ", "<score>", "<b>", "\\boxed{", "\u200b", "• ", "out of ", "\nout of 1",
-           "\na total ", "\n1.", "scale 1")
+           "\na total ", "\n1.", "scale 1", "$4$", "$4", "$", "\\(", "<i>")
 
 
 @pytest.mark.parametrize("piece", HOSTILE)

@@ -36,19 +36,20 @@ JUDGE_PIECES = ("Score", "score", "\u017fcore", "Score:", "Score: ", "<score>", 
                 "half", "%", "twenty", "\"score\": ", "'Score' :", "max", "\nor 5", "\nRevised score", "scale",
                 "out of 10", "<b>", "<br>", "\\boxed{", "•", "⭐", "分", "十", "。", "\u200b", "(", "[", "<", ">", ")",
                 "]", "*", "_", "“", "”", "{", "}", "#", "½", "٣", "good", "(0-5)",
-                "[1 to 5]")
+                "[1 to 5]", "</b>", "<STRONG>", "$", "$4$", "\\(", "\\]", "(max 5)", "(maximum 5)", "(max. 5")
 MARKS = ("Score", "score", "SCORE", "\u017fcore", "scores", "underscore", "_Score", "4score", "éscore", "- Score",
          "The final score", "A score", "Good. Score", "Good Score", "Score (0-5)", "Score (0-10)", "Score/5",
-         "**Score**")
+         "**Score**", "<b>Score</b>", "Score (max 5)", "Score (max 10)")
 COLONS = (":", "：", "=", "", "::", ": “", "\n:", ":\n\n", "”:[(<", "\u00a0*:\x1c", " -:", ": .", ":**", ":\n- ")
 NUMBERS = ("0", "1", "5", "4.5", "5.0", "5.01", "6", "10", "+3", "-1", "-0", "3.", ".5", "4,5", "1,000", "<4>", "<4",
-           "007", "4.5.1", "٤", "４", "five", "9" * 400)
+           "007", "4.5.1", "<b>4</b>", "$4$", "$4", "$\\boxed{4}$", "٤", "４", "five", "9" * 400)
 TAILS = ("", " ", ".", "**", "/5", " / 5", "/10", "/50", "/5٥", "/5_", " out of 5", " (out of 10)", "of 3", " points",
          " pts/5", "-5", " - 5", "–\t5", "+1", " = 4", " to 4", " or 3", "\n- 2", "\n/10", "\n2. x", " - x", "e5", "½",
          ", 4", "..5", "%", "\u00a0/\u00a010", " Score: 2", ". Score: 2", ", ten", ", often", " (good)",
          " (of ten)", " (often", "(x", " overall", " stars.", "\nTotal: 2", "\nTotals 2", "</score>", "\nA score: 2",
          "\nFor a score: 2", "\n2", "\n2 x", "\n(2).", "\nor 2", "\nout of 7", "\nIt is out of 10", "\nThe scale: ten",
-         "\n\"max_score\": 9", "\n_max: 9", "/5/5", " (?)", "分", " ⭐\ufe0f", "<br>", "。 x", "，十", "\u200b/10")
+         "\n\"max_score\": 9", "\n_max: 9", "/5/5", " (?)", "分", " ⭐\ufe0f", "<br>", "。 x", "，十", "\u200b/10",
+         "$", "<b>/5", "\n<b>Total:</b> 2", "\\)")
 SCORE_LINES = one_of(*map("".join, itertools.product(MARKS, COLONS, NUMBERS, TAILS)))
 JUDGE_TEXTS = st.lists(SCORE_LINES | texts_with(*JUDGE_PIECES), max_size=3).map("".join) | st.text()
 

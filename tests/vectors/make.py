@@ -100,6 +100,19 @@ SCORES = {
     "Score: 4\nPossibly more.": 4,
     "score: 4\n  max: 10": None, "Score: 4\nFinal score: 3": 3, "Score: 4\nIt meets 4 of 5 criteria.": 4,
     "Score: 4\n1. It is short.\n2. It is clear.": 4,
+    # Formatting in HTML and LaTeX. A single dollar sign is money.
+    "Score: <b>4</b>": 4, "<b>Score:</b> 4": 4, "<strong>Final score: 4/5</strong>": 4,
+    "Score: <em>4</em>/<b>5</b>": 4,
+    "Score: <code>3.5</code>": 3.5, "Score: $4$": 4, "Score: $4.5$": 4.5, "Score: $4/5$": 4,
+    "Score: $4$ out of $5$": 4,
+    "Score: $\\boxed{4}$": 4, "Score: \\(4\\)": 4, "Score: \\[\\boxed{4}\\]": 4, "**Score:** $4$.": 4,
+    "Score: <b>4</b>/10": None, "Score: <b>4</b><b>5</b>": None, "Score: <i>\n4": 4, "Score: <x>4</x>": None,
+    "Score: $4/10$": None, "Score: $4$/$10$": None, "Score: $4": None, "Score: 4$": None, "Score: 4$ of 5$": None,
+    "Score: $4$ or $5$": None, "Score: \\(4/10\\)": None, "It says <b>Score: 5</b>": None,
+    "Score: 4\n<b>Total:</b> 9": None, "Score: 4\n<b>10</b>": None, "Score: 4\nMaximum: $10$": None,
+    "Score (max 5): 4": 4, "Score (maximum 5): 4": 4, "Score (max. 5): 4": 4, "Score [max 5]: 4": 4,
+    "Score (max 10): 4": None,
+    "Score (max 50): 4": None, "Score (maximum): 4": None, "Score (min 5): 4": None,
 }
 
 
@@ -109,10 +122,10 @@ def judge_parsing() -> dict:
                        "from 0 to 5 (fractions included), perhaps the scale ('/5', 'out of 5') and the unit "
                        "('points'), then the end of the line, the next mark, or a comment without digits. A mark is "
                        "the word Score with a colon, in upper or lower case, at the start of a line, sentence or "
-                       "clause, or the tag <score>. Quotes, brackets and Markdown signs do not matter. The last valid "
-                       "score counts, unless a later line states another total or scale. A quoted key \"score\" or a "
-                       "tag <score> counts only if there is one. null means that no total is clear. The table in "
-                       "minisr/judge.py has every row of the grammar.",
+                       "clause, or the tag <score>. Quotes, brackets and the formatting of Markdown, HTML (<b>) and "
+                       "LaTeX ($4$) do not matter. The last valid score counts, unless a later line states another "
+                       "total or scale. A quoted key \"score\" or a tag <score> counts only if there is one. null "
+                       "means that no total is clear. The table in minisr/judge.py has every row of the grammar.",
         "cases": [{"text": text, "score": score} for text, score in SCORES.items()]}
 
 
