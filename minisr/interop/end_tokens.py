@@ -1,7 +1,8 @@
 """Which token ids end a response, according to a model's files.
 
 They may be declared in several places: config.json, generation_config.json and tokenizer_config.json of a Hugging
-Face folder, or the keys eos, eot and eom of a GGUF file. All of them count.
+Face folder, or the keys eos, eot and eom of a GGUF file. All of them count. Of the stop_strings in
+generation_config.json, those that are special tokens count.
 """
 
 from pathlib import Path
@@ -27,10 +28,20 @@ def ids_in_folder(folder: Path, specials: dict[str, int]) -> set[int]:
     ids = set()
     for name in CONFIGS:
         ids |= declared_ids(read_settings(folder / name), "eos_token_id", folder / name)
-    eos = special_tokens(folder).get("eos_token")
-    if eos in specials:
-        ids.add(specials[eos])
+    for text in (special_tokens(folder).get("eos_token"), *stop_strings(folder)):
+        if text in specials:
+            ids.add(specials[text])
     return ids or ids_by_name(specials)
+
+
+def stop_strings(folder: Path) -> list[str]:
+    """The texts that end a response according to generation_config.json: one, a list of them, or none (null)."""
+    path = folder / CONFIGS[1]
+    value = read_settings(path).get("stop_strings")
+    texts = [] if value is None else value if isinstance(value, list) else [value]
+    if not all(isinstance(text, str) for text in texts):
+        raise InputError(f"{path}: stop_strings must be a text or a list of texts, not {value!r}")
+    return texts
 
 
 def ids_in_gguf(metadata: dict, specials: dict[str, int], path: Path) -> set[int]:

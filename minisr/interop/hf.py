@@ -14,10 +14,17 @@ import torch
 
 from minisr import InputError
 from minisr.interop import names
-from minisr.interop.chat_templates import choose_chat_template, to_jinja
-from minisr.interop.end_tokens import added_tokens, ids_in_folder, read_settings, special_names, special_tokens
+from minisr.interop.chat_templates import choose_chat_template, note, to_jinja
+from minisr.interop.end_tokens import (
+    added_tokens,
+    ids_in_folder,
+    read_settings,
+    special_names,
+    special_tokens,
+    stop_strings,
+)
 from minisr.interop.jinja_templates import JinjaTemplate
-from minisr.interop.sentencepiece_json import has_dummy_prefix, to_tokenizer_json
+from minisr.interop.sentencepiece_json import has_dummy_prefix, to_tokenizer_json, without_bos
 from minisr.interop.shape import check_downloaded
 from minisr.interop.tokenizer_json import TokenizerJSON, with_special_tokens
 from minisr.model import Decoder, ModelConfig
@@ -167,6 +174,8 @@ def load_tokenizer(folder: Path, template: str = "") -> Tokenizer:
     if kind is SentencePiece and not exported_by_minisr:
         vocabulary = with_prefix_of_transformers(folder, vocabulary)
     stop_ids = ids_in_folder(folder, vocabulary.specials)
+    if ignored := [text for text in stop_strings(folder) if text not in vocabulary.specials]:
+        note(f"{folder}: minisr ignores the stop_strings {ignored} of {GENERATION_CONFIG}; only tokens end a response")
     if (folder / "chat.txt").exists() and not template:
         return Tokenizer(vocabulary, read_text(folder / "chat.txt", "chat template"), stop_ids)
     template = choose_chat_template(folder, vocabulary, read_jinja(folder), stop_ids, template)
@@ -177,8 +186,10 @@ def with_prefix_of_transformers(folder: Path, vocabulary: SentencePiece) -> Sent
     """The vocabulary of a folder without tokenizer.json, with the dummy prefix as transformers adds it.
 
     With legacy=False, the default of LlamaTokenizer, it does not add it after a special token. Tokens that the folder
-    adds to tokenizer.model in other files are in the vocabulary, too."""
+    adds to tokenizer.model in other files are in the vocabulary, too. add_bos_token=False: no BOS begins a text."""
     settings, added = read_settings(folder / "tokenizer_config.json"), added_tokens(folder, len(vocabulary))
+    if settings.get("add_bos_token") is False:
+        vocabulary = without_bos(vocabulary)
     is_llama = is_llama_tokenizer(settings)
     legacy = settings.get("legacy", not is_llama)
     if not added and (legacy and not is_llama or not has_dummy_prefix(vocabulary)):
@@ -201,6 +212,7 @@ def read_jinja(folder: Path) -> JinjaTemplate:
         jinja = default_template(settings.get("chat_template"), folder / "tokenizer_config.json")
     has_defaults = is_llama_tokenizer(settings) or not (folder / TokenizerJSON.FILE).exists()
     defaults = {"bos_token": "<s>", "eos_token": "</s>"} if has_defaults else {}
+    defaults = {key: token for key, token in defaults.items() if settings.get(key, token) is not None}  # null: none
     return JinjaTemplate(jinja, defaults | special_tokens(folder))
 
 

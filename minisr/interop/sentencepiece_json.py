@@ -36,6 +36,13 @@ def has_dummy_prefix(vocabulary: SentencePiece) -> bool:
     return proto.normalizer_spec.add_dummy_prefix
 
 
+def without_bos(vocabulary: SentencePiece) -> SentencePiece:
+    """The same model without a BOS token: SentencePiece has none if its piece is not a control symbol."""
+    proto = need("sentencepiece.sentencepiece_model_pb2", "hf").ModelProto.FromString(vocabulary.content)
+    proto.trainer_spec.bos_piece = proto.trainer_spec.unk_piece
+    return SentencePiece(proto.SerializeToString())
+
+
 def check_exportable(proto) -> None:
     """Raise InputError for features that the conversion does not reproduce."""
     user_defined = [p for p in proto.pieces if p.type == p.USER_DEFINED and len(p.piece) > 1]

@@ -1,6 +1,7 @@
 """Checks of a ModelConfig and of weights of unknown origin: a config file, a checkpoint, another library."""
 
 import math
+import os
 from dataclasses import fields
 from pathlib import Path
 
@@ -60,6 +61,14 @@ def check_downloaded(path: Path) -> None:
     with open(path, "rb") as file:
         if file.read(len(GIT_LFS_POINTER)) == GIT_LFS_POINTER:
             raise InputError(f"{path} is a pointer of Git LFS, not the file itself; run git lfs pull in its folder")
+
+
+def check_links(folder: Path) -> None:
+    """Raise InputError for a link to a file that does not exist, which would count as a file that the folder lacks."""
+    for path in sorted(folder.glob("[!.]*")):
+        if path.is_symlink() and not path.exists():
+            raise InputError(f"{path} is a link to {os.readlink(path)}, which does not exist; copy the files that the "
+                             "links lead to (cp -rL), or download the folder again")
 
 
 def check_weight(name: str, weight: Tensor, where) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from minisr import InputError
 from minisr.interop import gguf, hf
 from minisr.interop.chat_templates import chat_template
+from minisr.interop.shape import check_links
 from minisr.model import Decoder
 from minisr.runner import checkpoint
 from minisr.runner.files import file_digest, short_reason
@@ -52,6 +53,8 @@ def load_path(path: Path, device: str, template: str) -> tuple[Decoder, Tokenize
         if not gguf.is_gguf(path):
             raise InputError(f"{path} is a file, but not a GGUF file; name the folder of a model, or a .gguf file")
         return gguf.load(path, device, template)
+    if path.is_dir():
+        check_links(path)
     if (path / hf.CONFIG).exists():
         return hf.load(path, device, template)
     if not path.exists():

@@ -1,6 +1,7 @@
 """A Hugging Face tokenizer.json as a vocabulary for Tokenizer (needs the tokenizers library, extra "hf")."""
 
 import json
+from itertools import chain
 
 from minisr.runner.files import need
 
@@ -75,8 +76,12 @@ def with_special_tokens(content: bytes, names: set[str]) -> bytes:
 
 def leading_special_ids(pieces) -> list[int]:
     """The ids that a tokenizer adds before a text; it may add others after it."""
-    added = pieces.encode("a").special_tokens_mask  # 1 for each token that does not come from the text
-    return pieces.encode("a").ids[:added.index(0)] if 0 in added else []
+    for text in chain("a", pieces.get_vocab()):  # a vocabulary without byte fallback drops a text that it lacks
+        encoding = pieces.encode(text)
+        added = encoding.special_tokens_mask  # 1 for each token that does not come from the text
+        if 0 in added:
+            return encoding.ids[:added.index(0)]
+    return []
 
 
 def without_first_prefix(settings: dict) -> dict | None:

@@ -10,6 +10,7 @@ from tiny import ENGINES, as_folder, byte_level_json, chain, change, random_llam
 from minisr import InputError
 from minisr.interop import hf
 from minisr.interop.chat_templates import chat_template
+from minisr.interop.sentencepiece_json import to_tokenizer_json
 from minisr.interop.source import load_source
 from minisr.interop.tokenizer_json import TokenizerJSON
 from minisr.runner.checkpoint import load_model, save_model
@@ -74,6 +75,9 @@ PLACES = {  # what is written where -> ids beside the template's <|im_end|>
     "nothing": ({}, [2]),
     "no token": ({"config.json": {"eos_token_id": -1}, "generation_config.json": {"eos_token_id": 3}}, [3]),
     "a declaration hides the names": ({"config.json": {"eos_token_id": 4}}, [4]),
+    "a stop string": ({"generation_config.json": {"eos_token_id": 2, "stop_strings": "<|end_of_msg|>"}}, [2, 4]),
+    "stop strings alone": ({"generation_config.json": {"stop_strings": ["<|turn_end|>", "\nUser:"]}}, [3]),
+    "no stop strings": ({"generation_config.json": {"eos_token_id": 2, "stop_strings": None}}, [2]),
 }
 
 
@@ -94,6 +98,23 @@ def test_an_end_that_is_no_token_id_is_refused(name, value, tmp_path):
     (tmp_path / name).exists() or (tmp_path / name).write_text("{}")
     change(tmp_path / name, eos_token_id=value)
     with pytest.raises(InputError, match=f"{name}: eos_token_id must be a token id or a list of token ids, not"):
+        stops(tmp_path)
+
+
+def test_stop_strings_that_are_no_special_tokens_are_named_in_one_line(tmp_path, capsys):
+    folder_of(tmp_path)
+    capsys.readouterr()  # the progress of save_pretrained
+    (tmp_path / "generation_config.json").write_text(json.dumps({"stop_strings": ["<|im_end|>", "\nUser:", "fox"]}))
+    assert stops(tmp_path) == (1,)
+    assert capsys.readouterr().err == (f"minisr: {tmp_path}: minisr ignores the stop_strings ['\\nUser:', 'fox'] of "
+                                       "generation_config.json; only tokens end a response\n")
+
+
+@pytest.mark.parametrize("value", [3, ["a", 3], {"a": "b"}, True])
+def test_stop_strings_that_are_no_texts_are_refused(value, tmp_path):
+    folder_of(tmp_path)
+    (tmp_path / "generation_config.json").write_text(json.dumps({"stop_strings": value}))
+    with pytest.raises(InputError, match="generation_config.json: stop_strings must be a text or a list of texts, not"):
         stops(tmp_path)
 
 
@@ -137,6 +158,52 @@ def test_a_plain_text_begins_with_what_the_tokenizer_adds_before_it(single, expe
     assert with_added(("<s>", "</s>"), single=single).bos_ids == expected
 
 
+AROUND = library.processors
+BEGIN = AROUND.TemplateProcessing(single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", 0)])
+POST_PROCESSORS = {"GPT-2": (AROUND.ByteLevel(trim_offsets=False), []),
+                   "Llama 3": (AROUND.Sequence([AROUND.ByteLevel(trim_offsets=False), BEGIN]), [0]),
+                   "RoBERTa": (AROUND.RobertaProcessing(("</s>", 1), ("<s>", 0)), [0]),
+                   "BERT": (AROUND.BertProcessing(("</s>", 1), ("<s>", 0)), [0])}
+
+
+@pytest.mark.parametrize("post_processor, expected", POST_PROCESSORS.values(), ids=POST_PROCESSORS)
+def test_every_kind_of_post_processor_says_what_begins_a_text(post_processor, expected):
+    made = library.Tokenizer.from_str(byte_level_json("<s>", "</s>"))
+    made.post_processor = post_processor
+    vocabulary = TokenizerJSON(made.to_str().encode())
+    assert vocabulary.bos_ids == expected
+    whole = vocabulary.pieces.encode("A fox.").ids
+    assert [*vocabulary.bos_ids, *vocabulary.encode("A fox.")] == [i for i in whole if i != 1]
+
+
+@pytest.mark.parametrize("single, expected", [("<s> $A", [0]), ("<s> $A </s>", [0]), ("$A </s>", []), ("$A", [])])
+def test_a_vocabulary_without_latin_letters_has_a_beginning_too(single, expected):
+    # Without byte fallback and unknown token, the tokens of a text that it lacks are none.
+    made = library.Tokenizer(library.models.BPE({"<s>": 0, "</s>": 1, "狐": 2, "熊": 3}, []))
+    made.add_special_tokens(["<s>", "</s>"])
+    made.post_processor = AROUND.TemplateProcessing(single=single, pair=f"{single} $B",
+                                                    special_tokens=[("<s>", 0), ("</s>", 1)])
+    vocabulary = TokenizerJSON(made.to_str().encode())
+    assert vocabulary.encode("a") == [] and vocabulary.bos_ids == expected
+
+
+@pytest.mark.parametrize("pre, changes, expected", [
+    ("gpt-2", {"add_bos_token": True}, [0]), ("gpt-2", {"add_bos_token": None}, []),
+    ("gpt-2", {"add_bos_token": True, "add_eos_token": True}, [0]), ("llama-bpe", {"add_bos_token": None}, [0]),
+    ("llama-bpe", {"add_bos_token": False, "bos_token_id": None}, []),
+    ("gpt-2", {"add_bos_token": True, "bos_token_id": None}, "'tokenizer.ggml.bos_token_id' is missing"),
+    ("llama-bpe", {"add_bos_token": None, "bos_token_id": None}, "'tokenizer.ggml.bos_token_id' is missing")])
+def test_a_byte_level_gguf_file_says_whether_a_text_begins_with_bos(pre, changes, expected, tmp_path):
+    # llama.cpp takes token 11, a comma in GPT-2's vocabulary, for a BOS token that the file does not name.
+    keys = byte_level_keys(pre, specials=SPECIALS) | {f"tokenizer.ggml.{key}": to for key, to in changes.items()}
+    path = whole(tmp_path / "x.gguf", random_llama(vocab_size=len(keys["tokenizer.ggml.tokens"])), keys)
+    if isinstance(expected, str):
+        with pytest.raises(InputError, match=expected):
+            load_source(str(path), chat="chatml")
+    else:
+        assert load_source(str(path), chat="chatml")[1].bos_ids == expected
+
+
 def test_a_prompt_for_new_prompts_begins_without_the_end_token(tmp_path):
     # Of a tokenizer with add_eos_token=true; the few-shot prompt began "<s></s>", as if the text had ended.
     vocabulary = with_added(("<s>", "</s>"), single="<s> $A </s>")
@@ -144,6 +211,41 @@ def test_a_prompt_for_new_prompts_begins_without_the_end_token(tmp_path):
     assert [*tokenizer.bos_ids, *tokenizer.encode("A fox.")] == vocabulary.pieces.encode("A fox.").ids[:-1]
     hf.export(tiny_model(len(vocabulary)), tokenizer, tmp_path)
     assert json.loads((tmp_path / "config.json").read_text())["bos_token_id"] == 0
+
+
+@pytest.mark.parametrize("settings, expected", [
+    ({}, [1]), ({"add_bos_token": True}, [1]), ({"add_bos_token": False}, []), ({"add_bos_token": None}, [1]),
+    ({"add_bos_token": False, "tokenizer_class": "LlamaTokenizer"}, []),
+    ({"add_bos_token": False, "tokenizer_class": "LlamaTokenizer", "legacy": True}, [])])
+def test_a_tokenizer_model_begins_a_text_as_the_settings_say(settings, expected, tmp_path):
+    folder = as_folder(random_llama(), tmp_path / "theirs")
+    (folder / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<s>", "eos_token": "</s>", **settings}))
+    model, tokenizer = load_source(str(folder), chat="tiny")
+    assert tokenizer.bos_ids == expected and tokenizer.encode_prompt("fox")[0] == 1  # the template's
+    if settings.get("add_bos_token") is not None:  # transformers 5 adds none unless the settings say so
+        auto = transformers.AutoTokenizer.from_pretrained(folder)
+        assert [*tokenizer.bos_ids, *tokenizer.encode("A fox.")] == auto.encode("A fox.")
+    save_model(tmp_path / "M0", model, tokenizer, {})
+    assert load_model(tmp_path / "M0")[1].bos_ids == expected
+
+
+CHAT = ("{{ bos_token }}{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] }}{% endfor %}"
+        "{% if not add_generation_prompt %}</s>{% endif %}")
+FILES = {"tokenizer.model": tiny_tokenizer().vocabulary.content,
+         "tokenizer.json": to_tokenizer_json(tiny_tokenizer().vocabulary)}
+
+
+@pytest.mark.parametrize("tokens", [{"bos_token": None}, {"bos_token": "<s>"}, {}])
+@pytest.mark.parametrize("tokenizer_class", ["LlamaTokenizer", "PreTrainedTokenizerFast"])
+@pytest.mark.parametrize("name", FILES)
+def test_null_is_no_special_token_for_a_chat_template(name, tokenizer_class, tokens, tmp_path):
+    (tmp_path / name).write_bytes(FILES[name])
+    settings = {"tokenizer_class": tokenizer_class, "eos_token": "</s>", "chat_template": CHAT, **tokens}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "eos_token_id": 2}))
+    auto = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    messages = [{"role": "user", "content": "{prompt}"}, {"role": "assistant", "content": "{response}"}]
+    assert hf.load_tokenizer(tmp_path).template == auto.apply_chat_template(messages, tokenize=False)
 
 
 @pytest.mark.parametrize("adds", [None, True, False])

@@ -276,6 +276,25 @@ def a_folder_with_an_adapter(folder):
     (folder / "adapter_config.json").write_text("{}")
 
 
+@damage("tokenizer_config.json is a link to ../blobs/0a1b, which does not exist", "cp -rL")
+def a_link_to_a_file_that_was_not_copied(folder):  # as in the cache of huggingface_hub
+    (folder / "tokenizer_config.json").unlink()
+    (folder / "tokenizer_config.json").symlink_to("../blobs/0a1b")
+
+
+@damage("model.safetensors is a link to ../blobs/0a1b, which does not exist", "cp -rL")
+def a_link_to_weights_that_were_not_copied(folder):
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors").symlink_to("../blobs/0a1b")
+
+
+@damage("tokenizer.json", "Is a directory")
+def a_folder_in_place_of_a_file(folder):
+    for name in ("tokenizer.model", "tokenizer.json"):
+        (folder / name).unlink()
+    (folder / "tokenizer.json").mkdir()
+
+
 @damage("lm_head.weight is missing")
 def an_untied_model_without_a_head(folder):
     change(folder / "config.json", tie_word_embeddings=False)
@@ -449,6 +468,17 @@ def a_gguf_of_random_bytes(folder):
 def test_a_damaged_source_is_rejected_in_one_line(broken, named, folder):
     refused(broken(folder) or folder, *named)
     assert not (folder.parent / "executed").exists()
+
+
+def test_a_folder_of_links_is_read_as_the_files_that_they_lead_to(folder, tmp_path):
+    (tmp_path / "snapshot").mkdir()
+    for path in folder.iterdir():
+        (tmp_path / "snapshot" / path.name).symlink_to(f"../model/{path.name}")
+    (tmp_path / "snapshot/.#config.json").symlink_to("me@host.1:2")  # the lock of an editor
+    (tmp_path / "link").symlink_to(tmp_path / "snapshot")
+    for source in (tmp_path / "snapshot", f"{tmp_path}/link/"):
+        model, tokenizer = load_source(str(source))
+        assert torch.equal(model.embed.weight, tiny_model().embed.weight) and len(tokenizer) == 500
 
 
 def test_the_malicious_weights_execute_code_when_loaded_without_weights_only(folder):
