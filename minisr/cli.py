@@ -11,6 +11,7 @@ from pathlib import Path
 
 from minisr import InputError, __version__
 from minisr.runner import launcher, processes
+from minisr.runner.files import printable
 from minisr.runner.stop import Stop
 
 MODEL_SOURCES = ("a Hugging Face folder, a .gguf file, or package:NAME for the .gguf file in an installed "
@@ -52,7 +53,7 @@ def main(arguments: list[str] | None = None) -> int:
                   "run the same command again to resume", file=sys.stderr)
         return processes.EXIT_CODE_LOST
     except InputError as error:
-        print(f"minisr: {error}", file=sys.stderr)
+        print(f"minisr: {one_line(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("\nminisr: interrupted; to resume, run the same command again", file=sys.stderr)
@@ -64,6 +65,11 @@ def main(arguments: list[str] | None = None) -> int:
         reason = " ".join(str(error).split())[:300]
         print(f"minisr: {reason}; fix this, then run the same command again to resume", file=sys.stderr)
         return 2
+
+
+def one_line(error: InputError) -> str:
+    """The message in one line: it may name a file whose name has line breaks or moves the cursor."""
+    return printable(" ".join(str(error).splitlines()))
 
 
 class _Parser(argparse.ArgumentParser):

@@ -1,5 +1,6 @@
 """minisr's chat templates by name, which of them a model uses, and how they are written in Jinja."""
 
+import os
 import sys
 from pathlib import Path
 
@@ -15,11 +16,12 @@ FIX = ("name one of minisr's chat templates, or a text file with {prompt} and {r
 def chat_template(name: str) -> str:
     """The text of a template: one of minisr's by its name, or a file by its path."""
     path = FOLDER / f"{name}.txt"
-    if not path.exists():
+    if not os.path.exists(path):  # unlike Path.exists, False for a name that no file can have
         path = Path(name)
-    if not path.exists():
+    if not os.path.exists(path):
         known = ", ".join(sorted(file.stem for file in FOLDER.glob("*.txt")))
-        raise InputError(f"chat template {name!r} is neither a file nor one of {known}")
+        fix = "; write a template's text into a file, and name the file" if "{" in name else ""
+        raise InputError(f"chat template {name[:60]!r} is neither a file nor one of {known}{fix}")
     return read_text(path, "chat template").removesuffix("\n")
 
 

@@ -1,6 +1,7 @@
 """`minisr chat`: ask a model, which answers several times and judges each of its answers."""
 
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -64,19 +65,28 @@ def chat(source: str, question: str | None, n: int, template: Path | None, confi
     if question is not None:
         session.ask(question, seed)
         return
-    if sys.stdin.isatty():
-        print(f"Ask something, e.g. {EXAMPLE}   (Ctrl-D ends the chat)")
-    questions = (line.strip() for line in sys.stdin if line.strip())
-    for turn, asked in enumerate(questions):
+    for turn, asked in enumerate(questions()):
         try:
             session.ask(asked, seed + turn)
         except InputError as error:  # a question that is too long does not end the chat
             print(error, file=sys.stderr)
 
 
+def questions() -> Iterator[str]:
+    """The lines of standard input that are not empty. From a file or a program it is UTF-8."""
+    if sys.stdin.isatty():
+        print(f"Ask something, e.g. {EXAMPLE}   (Ctrl-D ends the chat)")
+    elif hasattr(sys.stdin, "reconfigure"):
+        sys.stdin.reconfigure(encoding="utf-8-sig", errors="strict")
+    try:
+        yield from (line.strip() for line in sys.stdin if line.strip())
+    except UnicodeDecodeError as error:
+        raise InputError("standard input is not UTF-8 text; save the questions as UTF-8") from error
+
+
 def default_template(source: str, lm: LM) -> Path:
     """The judge prompt of the run that a model's folder belongs to, else the one of the model's language."""
-    of_run = Path(source).parent / "judge.txt"
+    of_run = Path(source).resolve().parent / "judge.txt"  # also of "." and of a link to the model
     if of_run.exists() and (of_run.parent / "config.toml").exists():
         return of_run
     return WORLD_TEMPLATE if is_tiny_world(lm.tokenizer) else ENGLISH_TEMPLATE

@@ -11,12 +11,16 @@ from minisr.dpo import encode_pairs
 from minisr.lm import LM
 from minisr.report.table import label
 from minisr.runner.checkpoint import load_model
-from minisr.runner.files import printable, read_jsonl
+from minisr.runner.files import RESTORE, printable, read_jsonl
 from minisr.runner.storage import check_run
 from minisr.sft import Example
 from minisr.worlds.catalog import true_score
 
 MODEL_NAME = re.compile(r"M[1-9][0-9]*")  # a model that writes and judges responses
+# What is shown of each step's records.
+KEYS = {"responses": {"prompt": str, "responses": list, "finished": list},
+        "rewards": {"rewards": list, "scores": list, "judgements": list},
+        "pairs": {"prompt": str, "chosen": str, "rejected": str}}
 
 
 def show_prompt(run: Path, name: str, number: int) -> None:
@@ -29,16 +33,33 @@ def show_prompt(run: Path, name: str, number: int) -> None:
         raise InputError(f"{folder} has no prompts: all that it wrote were rejected, see prompts.counts.json there")
     if not 0 <= number < len(responses):
         raise InputError(f"{folder} has the prompts 0 to {len(responses) - 1}; there is no {number}")
+    if len(responses) != len(rewards):
+        raise InputError(f"{folder}: responses.jsonl has {len(responses)} records, rewards.jsonl has {len(rewards)}; "
+                         f"{RESTORE}")
+    _check_record(responses, number, folder / "responses.jsonl")
+    _check_record(rewards, number, folder / "rewards.jsonl")
     prompt = responses[number]["prompt"]
     print(f"{name}'s iteration, prompt {number} of {len(responses)} (choose with --model and --prompt)\n\n"
           f"x  {printable(prompt)}\n")
     _print_responses(responses[number], rewards[number])
-    pairs = [pair for pair in read_jsonl(folder / "pairs.jsonl", "pairs") if pair["prompt"] == prompt]
-    if not pairs:
+    if not (folder / "pairs.jsonl").exists():
+        print(f"{name}'s pairs are not selected yet")
+        return
+    pairs = read_jsonl(folder / "pairs.jsonl", "pairs")
+    number = next((i for i, pair in enumerate(pairs) if pair.get("prompt") == prompt), None)
+    if number is None:
         print("no pair: equal rewards, or fewer than two responses with a reward")
         return
-    print(printable(f"chosen    y_w  {pairs[0]['chosen']}\nrejected  y_l  {pairs[0]['rejected']}\n"))
-    _print_training(run, name, pairs[0])
+    _check_record(pairs, number, folder / "pairs.jsonl")
+    print(printable(f"chosen    y_w  {pairs[number]['chosen']}\nrejected  y_l  {pairs[number]['rejected']}\n"))
+    _print_training(run, name, pairs[number])
+
+
+def _check_record(records: list[dict], number: int, path: Path) -> None:
+    """Raise InputError for a record that lacks what is shown of it."""
+    for key, kind in KEYS[path.stem].items():
+        if not isinstance(records[number].get(key), kind):
+            raise InputError(f"{path}, line {number + 1}: {key!r} is missing or of the wrong type; {RESTORE}")
 
 
 def _check_iteration(run: Path, name: str) -> None:

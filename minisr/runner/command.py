@@ -19,8 +19,7 @@ from dataclasses import dataclass
 
 from minisr import InputError
 from minisr.judge import MAX_SCORE, Judgement
-from minisr.runner.files import HALF_CHARACTER, has_half_character, printable
-from minisr.runner.json_records import unique_keys
+from minisr.runner.files import HALF_CHARACTER, has_half_character, printable, unique_keys
 from minisr.runner.stop import Stop
 
 BATCH = 64  # records for one start of the program
@@ -41,7 +40,7 @@ class Command:
     def arguments(self) -> list[str]:
         """The program and its arguments. Raises InputError if there is no such program."""
         try:
-            arguments = shlex.split(self.line)
+            arguments = [os.path.expanduser(argument) for argument in shlex.split(self.line)]
         except ValueError as error:
             raise InputError(f"{self.name} {self.line!r} is no command line: {error}") from error
         if not arguments or shutil.which(arguments[0]) is None:

@@ -10,6 +10,7 @@ import math
 import os
 import tomllib
 import types
+import unicodedata
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import get_args, get_origin, get_type_hints
@@ -19,7 +20,7 @@ from minisr.interop.shape import MODEL_KEYS_RENAMED, model_config
 from minisr.lm import ResponseConfig
 from minisr.loop import LoopConfig
 from minisr.model import ModelConfig
-from minisr.runner.files import check_encodable, read_text
+from minisr.runner.files import check_encodable, parse_toml, read_text
 from minisr.runner.lora import LoRAConfig
 from minisr.sampler import SamplingConfig
 
@@ -146,10 +147,7 @@ RENAMED = {
 
 def load_config(path: Path, kind=Config, overrides: tuple[str, ...] = ()):
     """Read a TOML file into Config or PretrainConfig. Overrides are "section.key=value"."""
-    try:
-        table = tomllib.loads(read_text(path, "config"))
-    except tomllib.TOMLDecodeError as error:
-        raise InputError(f"config {path} is not valid TOML: {error}") from error
+    table = parse_toml(read_text(path, "config"), f"config {path}")
     command = command_of(table)
     if command and set(table) - set(get_type_hints(kind)):
         raise InputError(f"config {path} belongs to another command: minisr {command} {path}")
@@ -182,7 +180,7 @@ def apply_override(table: dict, override: str) -> None:
         raise InputError(f"--set {override}: write it as section.key=value, e.g. judge.by=random")
     try:
         value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (RecursionError, ValueError):
         value = text  # a bare word is a string
     *sections, key = name.strip().split(".")
     if key in PATHS and not isinstance(value, str):
@@ -224,6 +222,7 @@ def checked_value(kind, value, name: str, where: str):
         fix = f"; put it in quotes: {name} = \"{value}\"" if kind is str else ""
         raise InputError(f"{where}: {name} must be {describe_type(kind)}, not {value!r}{fix}")
     if name in PATHS:
+        check_path(value, name, where)
         value = os.path.expanduser(value)
     if name in CHOICES and value not in CHOICES[name]:
         raise InputError(f"{where}: {name} must be one of {', '.join(CHOICES[name])}, not {value!r}")
@@ -233,6 +232,13 @@ def checked_value(kind, value, name: str, where: str):
             allowed = f"be at least {low}" if high == math.inf else f"lie between {low} and {high}"
             raise InputError(f"{where}: {name} must {allowed}, not {value}")
     return value
+
+
+def check_path(value: str, name: str, where: str) -> None:
+    """Raise InputError for a control character, such as the tab that TOML reads in a Windows path in double quotes."""
+    if any(unicodedata.category(c) == "Cc" for c in value):
+        raise InputError(f"{where}: {name} must be a path, but {value[:60]!r} holds a control character; write a path "
+                         "with backslashes in single quotes")
 
 
 def checked_list(kind, value, name: str, where: str) -> tuple:

@@ -132,7 +132,7 @@ def export_answers(model, prompts: list[str], path: Path) -> None:
         sampled = sample_answers(model.lm, others, model.config.evaluate, model.seed("export"))
         answers |= {prompt: text for prompt, (text, _) in zip(others, sampled)}
         model.unload()
-    generator = f"minisr {model.run.folder.name} {model.name}"
+    generator = f"minisr {model.run.folder.resolve().name} {model.name}"
     write_json(path, [{"instruction": prompt, "output": answers[prompt], "generator": generator}
                       for prompt in prompts])
 

@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from minisr import InputError
-from minisr.runner.config import Config, command_of, load_config
-from minisr.runner.files import read_text
+from minisr.runner.config import Config, check_path, command_of, load_config, toml_value
+from minisr.runner.files import parse_toml, read_text
 from minisr.runner.run import check_config
 
 REQUIRED_KEYS = {"base", "seeds"}
@@ -64,10 +64,7 @@ def read_plan(path: Path) -> Plan:
 
 def _read_sections(path: Path) -> dict:
     """The content of an experiment file, its keys and their types checked."""
-    try:
-        content = tomllib.loads(read_text(path, "experiment"))
-    except tomllib.TOMLDecodeError as error:
-        raise InputError(f"experiment {path} is not valid TOML: {error}") from error
+    content = parse_toml(read_text(path, "experiment"), f"experiment {path}")
     command = command_of(content)
     if command in ("run", "pretrain"):
         raise InputError(f"config {path} belongs to another command: minisr {command} {path}")
@@ -79,6 +76,7 @@ def _read_sections(path: Path) -> dict:
         sections += sections[1].values()
     if not isinstance(content["base"], str) or not all(isinstance(table, dict) for table in sections):
         raise InputError(f"experiment {path}: base must be a file name, common and each variant a section")
+    check_path(content["base"], "base", f"experiment {path}")
     return content
 
 
@@ -103,8 +101,19 @@ def overrides(table: dict, prefix: str = "") -> list[str]:
     for name, value in table.items():
         if isinstance(value, dict):
             changes += overrides(value, f"{prefix}{name}.")
-        elif isinstance(value, bool):
-            changes.append(f"{prefix}{name}={str(value).lower()}")  # as TOML spells it
         else:
-            changes.append(f"{prefix}{name}={value}")
+            changes.append(f"{prefix}{name}={as_set_takes_it(value)}")
     return changes
+
+
+def as_set_takes_it(value) -> str:
+    """A value in TOML; a text without quotes, unless TOML would read it as something else, such as "true"."""
+    if isinstance(value, list):
+        value = tuple(value)
+    if not isinstance(value, str):
+        return toml_value(value)
+    try:
+        tomllib.loads(f"value = {value}")
+    except (RecursionError, ValueError):
+        return value
+    return toml_value(value)

@@ -7,6 +7,8 @@ import importlib
 import io
 import json
 import os
+import re
+import tomllib
 import unicodedata
 from pathlib import Path
 
@@ -116,14 +118,41 @@ def read_text(path: Path, what: str) -> str:
     return text
 
 
+def parse_toml(text: str, where: str) -> dict:
+    """The table of a TOML text."""
+    try:
+        return tomllib.loads(text)
+    except (RecursionError, ValueError) as error:  # not only TOMLDecodeError: a number may have thousands of digits
+        hint = "; write a path with backslashes in single quotes" if re.search("hex value|scaped", str(error)) else ""
+        raise InputError(f"{where} is not valid TOML: {short_reason(error)}{hint}") from error
+
+
 def parse_json(text: str, where: str):
     """The value of a JSON text."""
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
-        raise InputError(f"{where} is not valid JSON: line {error.lineno}: {error.msg}") from error
+        raise InputError(f"{where} is not valid JSON: line {error.lineno}: {json_fault(error)}") from error
     except (RecursionError, ValueError) as error:  # nested too deeply, or a number of thousands of digits
         raise InputError(f"{where} cannot be parsed as JSON: {short_reason(error)}") from error
+
+
+def json_fault(error: json.JSONDecodeError) -> str:
+    """What is wrong with a JSON text. Names comments, and characters that cannot be seen or look like JSON's."""
+    found = error.doc[error.pos:error.pos + 1]
+    if found and not found.isascii():
+        return f"{error.msg}, found U+{ord(found):04X} ({unicodedata.name(found, 'without a name').lower()})"
+    return f"{error.msg}; JSON has no comments" if found and found in "/#" else error.msg
+
+
+def unique_keys(pairs: list[tuple[str, object]]) -> dict:
+    """A JSON object of which no key comes twice, an object_pairs_hook."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the key {twice!r} comes twice in one object")
+    return found
 
 
 def read_json(path: Path, what: str):
@@ -150,7 +179,7 @@ def parse_record(line: str, where: str, texts: tuple[str, ...]) -> dict:
     try:
         record = json.loads(line)
     except json.JSONDecodeError as error:
-        raise InputError(f"{where} is not valid JSON: {error.msg}") from error
+        raise InputError(f"{where} is not valid JSON: {json_fault(error)}") from error
     except (RecursionError, ValueError) as error:
         raise InputError(f"{where} cannot be parsed as JSON: {short_reason(error)}") from error
     if not isinstance(record, dict):

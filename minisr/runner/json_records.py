@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 from minisr import InputError
-from minisr.runner.files import read_bytes, read_text, short_reason
+from minisr.runner.files import json_fault, read_bytes, read_text, short_reason, unique_keys
 
 # The keys of an object that holds records: {"data": [...]} of many exports, LMFlow's {"instances": [...]}.
 WRAPPERS = ("data", "instances", "examples", "records", "train")
@@ -14,7 +14,9 @@ OTHER_FILES = {b"PAR1": "a Parquet file", b"ARROW1": "an Arrow file", b"\x1f\x8b
                b"PK\x03\x04": "an archive (zip, xlsx)", b"\x28\xb5\x2f\xfd": "compressed (zstd)",
                b"SQLite format 3": "a database (SQLite)", b"version https://git-lfs": "a pointer of Git LFS"}
 SCALARS = ("null", "true", "false", *"-0123456789")  # JSON, but no records
-SPACES = re.compile(r"[\s\ufeff]*")  # between JSON values; files that were joined have byte order marks there
+# What may stand between JSON values: any space, and characters that cannot be seen. Files that were joined have byte
+# order marks there; text that was copied from a page has no-break and zero-width spaces.
+SPACES = re.compile(r"[\s\ufeff\u200b\u2060]*")
 
 
 def read_records(path: Path, what: str) -> list[tuple[str, object]]:
@@ -27,7 +29,7 @@ def read_records(path: Path, what: str) -> list[tuple[str, object]]:
     if kind := next((kind for start, kind in OTHER_FILES.items() if content.startswith(start)), None):
         raise InputError(f"{where} is {kind}, not JSON or JSON Lines; convert it to JSON Lines")
     text = read_text(path, what)
-    lines = [(number, line.strip(" \t\ufeff")) for number, line in enumerate(text.split("\n"), 1)]
+    lines = [(number, strip(line)) for number, line in enumerate(text.split("\n"), 1)]
     lines = [(number, line) for number, line in lines if line]
     if not lines:
         return []
@@ -48,6 +50,12 @@ def read_records(path: Path, what: str) -> list[tuple[str, object]]:
         raise InputError(f"{where} holds columns, not records; write one record a line (pandas: orient=\"records\", "
                          "lines=True)")
     return [(f"record {number}", record) for number, record in enumerate(unwrap(value), 1)]
+
+
+def strip(line: str) -> str:
+    """A line without what may stand before and after a JSON value."""
+    line = line[SPACES.match(line).end():]
+    return line[:len(line) - SPACES.match(line[::-1]).end()]
 
 
 def parse_line(line: str, where: str, number: int):
@@ -97,7 +105,8 @@ def decode(text: str, position: int, where: str, first_line: int = 1) -> tuple[o
     try:
         return DECODER.raw_decode(text, position)
     except json.JSONDecodeError as error:
-        raise InputError(f"{where}, line {error.lineno + first_line - 1} is not valid JSON: {error.msg}") from error
+        line = error.lineno + first_line - 1
+        raise InputError(f"{where}, line {line} is not valid JSON: {json_fault(error)}") from error
     except (RecursionError, ValueError) as error:  # nested too deeply, thousands of digits, or unique_keys
         line = text.count("\n", 0, position) + first_line
         raise InputError(f"{where}, line {line} cannot be read: {short_reason(error)}") from error
@@ -110,16 +119,6 @@ def check_end(text: str, position: int, where: str, first_line: int = 1) -> None
         line = text.count("\n", 0, position) + first_line
         raise InputError(f"{where}, line {line} is not valid JSON: {text[position:position + 20]!r} follows the end "
                          "of a record; write one record a line, or all records as one list")
-
-
-def unique_keys(pairs: list[tuple[str, object]]) -> dict:
-    """An object of which no key comes twice."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"the key {twice!r} comes twice in one object")
-    return found
 
 
 # strict=False accepts a tab or a line break inside a text.

@@ -102,6 +102,7 @@ class Run:
 
         answer: what answers the prompts of the words world, see seed_data.load_seed_data."""
         if self._seed_data is None or answer:
+            seed_data.check_source(self.config.seed_data)
             copied = (self.folder / "M0" / "meta.json").exists()
             model, tokenizer = load_model(self.folder / "M0") if copied else self.load_seed_model()
             context = Context(tokenizer, model.config.max_seq_len, self.judge_template, self.config)

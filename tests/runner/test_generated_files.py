@@ -20,6 +20,7 @@ from minisr.runner.config import (
     LIMITS,
     PROMPT_SOURCES,
     Config,
+    JudgeConfig,
     PretrainConfig,
     PromptConfig,
     SeedConfig,
@@ -125,6 +126,7 @@ TWO = [{"prompt": "Name a colour.", "response": "Blue."},
 LINES = [json.dumps(record, ensure_ascii=False) for record in TWO]
 TEXT = "\n".join(LINES)
 LIST = json.dumps(TWO, ensure_ascii=False)
+WANTED_LAST = TWO[1]
 
 
 @pytest.mark.parametrize("name", ["ift.jsonl", "ift.json"])
@@ -137,12 +139,24 @@ LIST = json.dumps(TWO, ensure_ascii=False)
     json.dumps(TWO, indent=2).replace("\n", "\r\n").encode(),
     f"\n{LINES[0]}\n\n  \n{LINES[1]}\n\n\n".encode(), f"{LINES[0]}\n\ufeff{LINES[1]}\n".encode(),  # joined files
     f"[\n{LINES[0]},\n{LINES[1]},\n]\n".encode(),  # a comma after the last record
+    f"\u00a0{LINES[0]}\u200b\n\u200b\n{LINES[1]} \u2028\n\u2060".encode(),  # copied from a page
+    f"\u200b[\u00a0{LINES[0]},\n\u00a0{LINES[1]}\u200b]\n".encode(),
+    f"\x1e{LINES[0]}\n\x1e{LINES[1]}\n".encode(),  # JSON text sequences (RFC 7464)
     json.dumps({"data": TWO}).encode(), json.dumps({"version": 1, "instances": TWO}, indent=2).encode(),
     TEXT.replace('"}', '", "input": NaN, "score": -Infinity}').encode(),  # of pandas
 ], ids=str)
 def test_instructions_are_read_whatever_the_file_is_called_and_whoever_saved_it(name, content, tmp_path):
     (tmp_path / name).write_bytes(content)
     assert read_instructions(tmp_path / name) == TWO
+
+
+@pytest.mark.parametrize("separator", ["\u2028", "\u2029", "\x85", "\x0b", "\x0c", "\x1c", "\x1e"])
+def test_only_line_breaks_separate_records(separator, tmp_path):
+    # str.splitlines splits at all of these; JSON texts may hold them.
+    texts = [{"prompt": f"a{separator}b", "response": f"{separator}c"}, WANTED_LAST]
+    (tmp_path / "ift.jsonl").write_text("".join(json.dumps(t, ensure_ascii=False) + "\n" for t in texts))
+    assert read_instructions(tmp_path / "ift.jsonl") == texts
+    assert read_jsonl(tmp_path / "ift.jsonl", "records") == texts
 
 
 def test_a_tab_and_a_line_break_inside_a_text_are_read(tmp_path):
@@ -172,6 +186,9 @@ def test_a_tab_and_a_line_break_inside_a_text_are_read(tmp_path):
     (b"PK\x03\x04ab", "is an archive"), (b"version https://git-lfs.github.com/spec/v1\n", "is a pointer of Git LFS"),
     (b"\ninstruction,output\nName,Blue\n", "line 2 is not JSON or JSON Lines: 'instruction,output'; convert"),
     (b"<html>Not found</html>", "line 1 is not JSON or JSON Lines: '<html>"),
+    ("{“prompt”: “a”}".encode(), r"line 1 is not valid JSON: .*found U\+201C \(left double quotation mark\)"),
+    (f'{LINES[0]}\n{{"prompt":\u00a0"a"}}'.encode(), r"line 2 is not valid JSON: .*found U\+00A0 \(no-break space\)"),
+    (f"[\n{LINES[0]},\n// colours\n{LINES[1]}]".encode(), "line 3 is not valid JSON: .*; JSON has no comments"),
 ], ids=lambda value: str(value)[:50])
 def test_what_is_not_json_is_named_by_file_and_line(content, message, tmp_path):
     (tmp_path / "ift.jsonl").write_bytes(content)
@@ -202,6 +219,34 @@ def test_a_config_that_is_no_text_is_named_by_its_line(content, line, tmp_path):
         load_config(tmp_path / "a.toml")
     with pytest.raises(InputError, match=rf"a\.toml: line {line} "):
         read_text(tmp_path / "a.toml", "text")
+
+
+@pytest.mark.parametrize("line, message", [
+    ('seed_model = "C:\\Users\\me"', "not valid TOML: .*line 1.*; write a path with backslashes in single quotes"),
+    ('chat = "C:\\models\\m"', "not valid TOML: .*line 1.*; write a path with backslashes in single quotes"),
+    ('seed_model = "C:\\temp\\new"',
+     r"seed_model must be a path, but 'C:\\temp\\new' holds a control character; write a path"),
+    ('judge = {template = "C:\\bin"}', r"template must be a path, but 'C:\\x08in' holds a control character"),
+    ("seed = 1" + "0" * 5000, "not valid TOML: Exceeds the limit"), ("seed = " + "[" * 100_000, "not valid TOML: "),
+    ("seed = 1\nseed = 2", "not valid TOML: Cannot overwrite a value"), ("seed: 1", "not valid TOML: .*line 1")])
+def test_what_is_no_toml_is_refused_with_the_way_to_mend_it(line, message, tmp_path):
+    (tmp_path / "a.toml").write_text(line)
+    with pytest.raises(InputError, match=rf"a\.toml.*{message}") as error:
+        load_config(tmp_path / "a.toml")
+    assert "\n" not in str(error.value)
+
+
+def test_a_windows_path_in_single_quotes_is_read(tmp_path):
+    (tmp_path / "a.toml").write_text("seed_model = 'C:\\temp\\new'\nchat = \"C:\\\\temp\"\n")
+    config = load_config(tmp_path / "a.toml", overrides=("seed_data.source=C:\\temp\\Users",))
+    assert (config.seed_model, config.chat, config.seed_data.source) == ("C:\\temp\\new", "C:\\temp", "C:\\temp\\Users")
+
+
+@pytest.mark.parametrize("value", ["[" * 100_000, "1" * 5000])
+def test_a_setting_that_python_cannot_hold_is_refused(value):
+    scratch_file().write_text("")
+    with pytest.raises(InputError, match="must be a whole number"):
+        load_config(scratch_file(), overrides=(f"seed={value}",))
 
 
 # Configs
@@ -243,6 +288,6 @@ def test_a_pretraining_config_comes_back_from_its_file(train, seed):
 
 @pytest.mark.parametrize("character", ["\n", "\r", "\x00", "\x1b", "\x7f"])
 def test_a_control_character_in_a_setting_comes_back_too(character):
-    config = Config(seed_model=f"a{character}b")
+    config = Config(judge=JudgeConfig(command=f"a{character}b"))
     scratch_file().write_bytes(to_toml(config).encode())
     assert load_config(scratch_file()) == config

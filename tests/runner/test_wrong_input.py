@@ -107,6 +107,18 @@ COMMANDS = {  # what is wrong: the command, and texts that the one line must con
     "no config": (lambda at: ["run", at / "no.toml", "--out", at / "run"], "cannot read config", "no.toml"),
     "no seed model": (lambda at: run(at, f"seed_model={at}/no", out="new"), "there is no model", f"{os.sep}no",
                       "a .gguf file, or package:NAME"),
+    "no such world": (lambda at: run(at, "seed_data.source=wolrd", out="new"),
+                      "seed_data.source: there is no file or folder wolrd"),
+    "source with a long name": (lambda at: run(at, f"seed_data.source={'x' * 300}", out="new"),
+                                "seed_data.source: there is no file or folder xxx"),
+    "run with a long name": (lambda at: ["show", at / ("x" * 300)], "there is no folder", "xxx"),
+    "name with a line break": (lambda at: ["eval", at / "a\nb"], "there is no folder", "a b"),
+    "template's text in place of its file": (
+        lambda at: ["import", at / "M0", "--out", at / "new", "--chat", "<s>{prompt}\n{response}</s>" + "!" * 300],
+        "chat template '<s>{prompt}\\n", "neither a file", "write a template's text into a file"),
+    "judge prompt's text in place of its file": (
+        lambda at: run(at, "judge.template=Rate {prompt}\n{response}\nScore: <total>", out="new"),
+        "template must be a path, but 'Rate {prompt}\\n"),
     "no judge prompt": (lambda at: [*chat(at), "--template", at / "no.txt"], "judge prompt", "no.txt"),
     # The tests may run as root, which ignores permissions: the folder is a file, or would be in one.
     "file as folder": (lambda at: run(at, out="run.toml"), "run.toml is a file", "choose a folder with --out"),
@@ -180,6 +192,36 @@ def show_of_an_iteration_without_prompts(at):
     for name in ("responses", "rewards"):
         write_jsonl(at / f"run/M1/{name}.jsonl", [])
     return ["show", at / "run"]
+
+
+RESPONSES = {"prompt": "News?", "responses": ["a", "b"], "finished": [True, True]}
+REWARDS = {"prompt": "News?", "rewards": [1, 0], "scores": [[1], [0]], "judgements": [["c"], ["d"]]}
+
+
+def iteration(at, responses, rewards):
+    write_jsonl(at / "run/M1/responses.jsonl", responses)
+    write_jsonl(at / "run/M1/rewards.jsonl", rewards)
+    return ["show", at / "run", "--prompt", str(len(responses) - 1)]
+
+
+@case("M1: responses.jsonl has 2 records, rewards.jsonl has 1", "restore it from a copy, or move it away")
+def show_of_an_iteration_with_fewer_rewards(at):
+    return iteration(at, [RESPONSES] * 2, [REWARDS])
+
+
+@case("responses.jsonl, line 2: 'finished' is missing or of the wrong type", "restore it from a copy")
+def show_of_responses_of_another_version(at):
+    return iteration(at, [RESPONSES, {**RESPONSES, "finished": None}], [REWARDS] * 2)
+
+
+@case("rewards.jsonl, line 1: 'judgements' is missing or of the wrong type", "restore it from a copy")
+def show_of_rewards_of_another_version(at):
+    return iteration(at, [RESPONSES], [{key: REWARDS[key] for key in ("prompt", "rewards", "scores")}])
+
+
+def test_an_iteration_whose_pairs_are_not_selected_yet_is_shown(at):
+    code, out, err = in_process(iteration(at, [RESPONSES], [REWARDS]))
+    assert (code, err) == (0, "") and out.endswith("M1's pairs are not selected yet\n")
 
 
 @case("run.toml", "not valid TOML", "line 1")
