@@ -19,7 +19,7 @@ from minisr.report.seed_statistics import over_seeds
 from minisr.report.table import LEGEND
 from minisr.report.transcripts import held_out_answers, iteration
 from minisr.runner.config import Config, differences, load_config
-from minisr.runner.files import read_json, write_bytes
+from minisr.runner.files import write_bytes
 
 # Metric, title and caption of the charts of an experiment's page.
 EXPERIMENT_CHARTS = (
@@ -83,7 +83,7 @@ def _settings(config: Config, meta: dict) -> list[str]:
 
 def experiment_page(folder: Path, out: Path) -> str:
     """The page of an experiment: means over seeds with intervals, and links to the pages of its runs."""
-    results = read_json(folder / "results.json", "results")
+    results = read_object(folder / "results.json")
     parts = ["<h2>Variants</h2>"]
     for variant in results:
         parts.append(_variant(folder, out, variant))

@@ -2,12 +2,13 @@
 
 from pathlib import Path
 
-from minisr.runner.files import check_object, read_json, read_jsonl
+from minisr.runner.files import check_object, read_json
+from minisr.runner.storage import read_step
 
 
 def read_records(path: Path) -> list[dict]:
     """The records of a JSONL file."""
-    return read_jsonl(path, "records") if path.exists() else []
+    return read_step(path) if path.exists() else []
 
 
 def read_object(path: Path) -> dict:

@@ -12,23 +12,19 @@ from minisr.lm import LM
 from minisr.report.table import label
 from minisr.runner.checkpoint import load_model
 from minisr.runner.files import RESTORE, printable, read_jsonl
-from minisr.runner.storage import check_run
+from minisr.runner.storage import check_run, read_step
 from minisr.sft import Example
 from minisr.worlds.catalog import true_score
 
 MODEL_NAME = re.compile(r"M[1-9][0-9]*")  # a model that writes and judges responses
-# What is shown of each step's records.
-KEYS = {"responses": {"prompt": str, "responses": list, "finished": list},
-        "rewards": {"rewards": list, "scores": list, "judgements": list},
-        "pairs": {"prompt": str, "chosen": str, "rejected": str}}
 
 
 def show_prompt(run: Path, name: str, number: int) -> None:
     """Print a prompt x_i, its responses, a judgement of each, the pair, and the effect of DPO on the pair."""
+    name = name.rstrip("/")  # of a shell that completes the name of a folder
     folder = run / name
     _check_iteration(run, name)
-    responses = read_jsonl(folder / "responses.jsonl", "responses")
-    rewards = read_jsonl(folder / "rewards.jsonl", "rewards")
+    responses, rewards = read_step(folder / "responses.jsonl"), read_step(folder / "rewards.jsonl")
     if not responses:
         raise InputError(f"{folder} has no prompts: all that it wrote were rejected, see prompts.counts.json there")
     if not 0 <= number < len(responses):
@@ -36,8 +32,6 @@ def show_prompt(run: Path, name: str, number: int) -> None:
     if len(responses) != len(rewards):
         raise InputError(f"{folder}: responses.jsonl has {len(responses)} records, rewards.jsonl has {len(rewards)}; "
                          f"{RESTORE}")
-    _check_record(responses, number, folder / "responses.jsonl")
-    _check_record(rewards, number, folder / "rewards.jsonl")
     prompt = responses[number]["prompt"]
     print(f"{name}'s iteration, prompt {number} of {len(responses)} (choose with --model and --prompt)\n\n"
           f"x  {printable(prompt)}\n")
@@ -45,21 +39,12 @@ def show_prompt(run: Path, name: str, number: int) -> None:
     if not (folder / "pairs.jsonl").exists():
         print(f"{name}'s pairs are not selected yet")
         return
-    pairs = read_jsonl(folder / "pairs.jsonl", "pairs")
-    number = next((i for i, pair in enumerate(pairs) if pair.get("prompt") == prompt), None)
-    if number is None:
+    pairs = [pair for pair in read_step(folder / "pairs.jsonl") if pair["prompt"] == prompt]
+    if not pairs:
         print("no pair: equal rewards, or fewer than two responses with a reward")
         return
-    _check_record(pairs, number, folder / "pairs.jsonl")
-    print(printable(f"chosen    y_w  {pairs[number]['chosen']}\nrejected  y_l  {pairs[number]['rejected']}\n"))
-    _print_training(run, name, pairs[number])
-
-
-def _check_record(records: list[dict], number: int, path: Path) -> None:
-    """Raise InputError for a record that lacks what is shown of it."""
-    for key, kind in KEYS[path.stem].items():
-        if not isinstance(records[number].get(key), kind):
-            raise InputError(f"{path}, line {number + 1}: {key!r} is missing or of the wrong type; {RESTORE}")
+    print(printable(f"chosen    y_w  {pairs[0]['chosen']}\nrejected  y_l  {pairs[0]['rejected']}\n"))
+    _print_training(run, name, pairs[0])
 
 
 def _check_iteration(run: Path, name: str) -> None:
@@ -133,6 +118,9 @@ def show_answers(run: Path, count: int) -> None:
     if not names:
         raise InputError(f"{run} has no evaluated model yet; minisr run evaluates each model that it trains")
     answers = [read_jsonl(run / name / "answers.jsonl", "answers", ("prompt", "sampled")) for name in names]
+    if len({*map(len, answers)}) > 1:
+        sizes = ", ".join(f"{name} {len(records)}" for name, records in zip(names, answers))
+        raise InputError(f"{run}: the models answered different numbers of prompts ({sizes}); {RESTORE}")
     for records in list(zip(*answers))[:count]:
         print(f"x    {printable(records[0]['prompt'])}\n")
         for name, record in zip(names, records):

@@ -14,8 +14,8 @@ from minisr.evaluate import bootstrap_ci, judge_metrics, mean, win_rates
 from minisr.judge import judge, reward
 from minisr.rng import derive_seed
 from minisr.runner.command import command_judgements
-from minisr.runner.files import read_json, read_jsonl, write_json
-from minisr.runner.storage import verify_checksum
+from minisr.runner.files import RESTORE, check_object, read_json, read_jsonl, write_json
+from minisr.runner.storage import read_step, verify_checksum
 from minisr.sampler import SamplingConfig
 from minisr.worlds.catalog import true_score
 
@@ -113,8 +113,7 @@ def judged_for_sft(model, ranked: list[dict]) -> list[dict]:
     path = model.run.folder / "SFT" / "judge_evaluation.jsonl"
     if model.name == "SFT" or not path.exists():
         return []
-    verify_checksum(path)
-    records = read_jsonl(path, "judge_evaluation")
+    records = read_step(path)
     asked = [{name: value for name, value in record.items() if name not in ("rewards", "given", "judgements")}
              for record in records]
     return records if asked == ranked else []
@@ -182,6 +181,14 @@ def model_metrics(model, answers: dict[str, list[dict]], judged: list[dict]) -> 
     return result
 
 
+def read_counts(path: Path, *keys: str) -> dict:
+    """What a step counted. Raises InputError for a file that lacks a number under one of these keys."""
+    counts = check_object(read_json(path, "counts"), path)
+    if missing := [key for key in keys if not isinstance(counts.get(key), int)]:
+        raise InputError(f"counts {path}: {missing[0]!r} is missing or no number; {RESTORE}")
+    return counts
+
+
 def training_summary(model) -> dict:
     """The pairs that trained a model, what became of the other prompts, how the responses were scored, and the seconds
     that training and evaluation took."""
@@ -190,8 +197,9 @@ def training_summary(model) -> dict:
         return {"pairs": 0, "seconds": seconds}
     parent = model.folder.with_name(f"M{int(model.name[1:]) - 1}")
     seconds += _seconds(parent, "prompts", "responses", "rewards", "pairs")
-    selection, responses, *counts = (read_json(parent / f"{name}.counts.json", "counts")
-                                     for name in ("pairs", "responses", "prompts", "rewards"))
+    selection = read_counts(parent / "pairs.counts.json", "pairs")
+    responses = read_counts(parent / "responses.counts.json", "finished", "cut", "distinct")
+    counts = (read_counts(parent / f"{name}.counts.json") for name in ("prompts", "rewards"))
     return {"pairs": selection["pairs"], "selection": selection, "seconds": seconds,
             "distinct": responses["distinct"] / max(responses["finished"] + responses["cut"], 1),
             **(pair_label_accuracy(parent) if model.run.has_oracle else {}),
@@ -201,7 +209,7 @@ def training_summary(model) -> dict:
 def pair_label_accuracy(folder: Path) -> dict:
     """Shares of the pairs in which the oracle agrees with the preference, and in which it prefers the rejected one."""
     scores = [(true_score(p["prompt"], p["chosen"]), true_score(p["prompt"], p["rejected"]))
-              for p in read_jsonl(folder / "pairs.jsonl", "pairs")]
+              for p in read_step(folder / "pairs.jsonl")]
     known = [(chosen, rejected) for chosen, rejected in scores if chosen is not None]
     if not known:
         return {}

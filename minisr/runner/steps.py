@@ -17,11 +17,11 @@ from minisr.loop import SelfRewardingModel, self_rewarding_training
 from minisr.runner import processes, variants
 from minisr.runner.checkpoint import SEED_MODEL, check_model_files, model_hash, save_model
 from minisr.runner.evaluation import answer_held_out, evaluate, histogram, judge_held_out
-from minisr.runner.files import json_bytes, jsonl_bytes, read_json, read_jsonl, write_json
+from minisr.runner.files import json_bytes, jsonl_bytes, read_json, write_json
 from minisr.runner.journal import Journal, TrainingState, remove_journals
 from minisr.runner.run import Run
 from minisr.runner.stop import Stop
-from minisr.runner.storage import verify_checksum, write_with_checksum
+from minisr.runner.storage import read_step, verify_checksum, write_with_checksum
 
 # Step -> the name of its file in the folder of the model that takes it.
 FILES = {"new_prompts": "prompts", "respond": "responses", "judge": "rewards", "select_pairs": "pairs",
@@ -156,8 +156,7 @@ def keep_records(step, *inputs) -> list:
     processes.wait_for_all()
     remove_journals(model.folder / f"{name}.journal")
     verify_checksum(counts_path)
-    verify_checksum(path)
-    records = read_jsonl(path, name)
+    records = read_step(path)
     return [record["prompt"] for record in records] if name == "prompts" else records
 
 

@@ -7,7 +7,17 @@ from pathlib import Path
 
 from minisr import InputError
 from minisr.runner import processes
-from minisr.runner.files import RESTORE, file_digest, read_json, write_bytes, write_failure, write_json
+from minisr.runner.files import RESTORE, file_digest, read_json, read_jsonl, write_bytes, write_failure, write_json
+
+# What the records of each step have, by the name of its file. Files of any version of minisr have these keys.
+KEYS = {
+    "prompts": {"prompt": str},
+    "responses": {"prompt": str, "responses": list, "finished": list},
+    "rewards": {"rewards": list, "scores": list, "judgements": list},
+    "pairs": {"prompt": str, "chosen": str, "rejected": str},
+    "answers": {"prompt": str, "sampled": str, "greedy": str},
+    "judge_evaluation": {"prompt": str, "scores": list, "rewards": list, "given": list, "judgements": list},
+}
 
 
 def check_run(folder: Path) -> None:
@@ -56,6 +66,17 @@ def write_with_checksum(path: Path, content: bytes) -> None:
     known = known if isinstance(known, dict) else {}  # verify_checksum has reported the damage
     write_json(index, {**known, path.name: hashlib.sha256(content).hexdigest()})
     write_bytes(path, content)
+
+
+def read_step(path: Path) -> list[dict]:
+    """The records of a step's file. Raises InputError for a file that is not what was written, or lacks a key."""
+    verify_checksum(path)
+    records = read_jsonl(path, path.stem)
+    for number, record in enumerate(records, 1):
+        for key, kind in KEYS.get(path.stem, {}).items():
+            if not isinstance(record.get(key), kind):
+                raise InputError(f"{path}, line {number}: {key!r} is missing or of the wrong type; {RESTORE}")
+    return records
 
 
 def verify_checksum(path: Path) -> None:

@@ -214,13 +214,42 @@ def show_of_responses_of_another_version(at):
     return iteration(at, [RESPONSES, {**RESPONSES, "finished": None}], [REWARDS] * 2)
 
 
+@case("the models answered different numbers of prompts (SFT 1, M1 0)", "restore it from a copy")
+def show_of_answers_of_which_some_are_missing(at):
+    write_jsonl(at / "run/SFT/answers.jsonl", [{"prompt": "News?", "sampled": "a", "greedy": "a"}])
+    write_jsonl(at / "run/M1/answers.jsonl", [])
+    return ["show", at / "run", "--answers", "2"]
+
+
+@case("rewards.jsonl is not the file that minisr wrote there (damaged or edited)", "restore it from a copy")
+def show_of_rewards_that_were_edited(at):
+    command = iteration(at, [RESPONSES], [REWARDS])
+    (at / "run/M1/hashes.json").write_text(json.dumps({"rewards.jsonl": "0"}))
+    return command
+
+
+@case("results.json is not a JSON object {...}")
+def report_of_results_of_another_type(at):
+    (at / "runs").mkdir()
+    (at / "runs/results.json").write_text("[]\n")
+    return ["report", at / "runs"]
+
+
+@case("answers.jsonl, line 1: 'sampled' is missing or of the wrong type", "restore it from a copy")
+def report_of_answers_of_another_version(at):
+    write_jsonl(at / "run/SFT/answers.jsonl", [{"prompt": "News?", "text": "a"}])
+    (at / "run/metrics.json").write_text('{"seed": 0, "models": {"SFT": {}}}')
+    return ["report", at / "run"]
+
+
 @case("rewards.jsonl, line 1: 'judgements' is missing or of the wrong type", "restore it from a copy")
 def show_of_rewards_of_another_version(at):
     return iteration(at, [RESPONSES], [{key: REWARDS[key] for key in ("prompt", "rewards", "scores")}])
 
 
 def test_an_iteration_whose_pairs_are_not_selected_yet_is_shown(at):
-    code, out, err = in_process(iteration(at, [RESPONSES], [REWARDS]))
+    command = [*iteration(at, [RESPONSES], [REWARDS]), "--model", "M1/"]
+    code, out, err = in_process(command)
     assert (code, err) == (0, "") and out.endswith("M1's pairs are not selected yet\n")
 
 
@@ -399,8 +428,7 @@ def export_over_a_model(at):
 
 @case("prompts 0 to 1", "there is no 2")
 def show_of_a_prompt_that_is_not_there(at):
-    for name in ("responses", "rewards"):
-        write_jsonl(at / f"run/M1/{name}.jsonl", [{"prompt": "a"}, {"prompt": "b"}])
+    iteration(at, [RESPONSES] * 2, [REWARDS] * 2)
     return ["show", at / "run", "--prompt", "2"]
 
 
