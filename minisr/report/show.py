@@ -32,19 +32,20 @@ def show_prompt(run: Path, name: str, number: int) -> None:
     if len(responses) != len(rewards):
         raise InputError(f"{folder}: responses.jsonl has {len(responses)} records, rewards.jsonl has {len(rewards)}; "
                          f"{RESTORE}")
-    prompt = responses[number]["prompt"]
+    prompt, pairs_path = responses[number]["prompt"], folder / "pairs.jsonl"
+    pairs = read_step(pairs_path) if pairs_path.exists() else None
     print(f"{name}'s iteration, prompt {number} of {len(responses)} (choose with --model and --prompt)\n\n"
           f"x  {printable(prompt)}\n")
     _print_responses(responses[number], rewards[number])
-    if not (folder / "pairs.jsonl").exists():
+    if pairs is None:
         print(f"{name}'s pairs are not selected yet")
         return
-    pairs = [pair for pair in read_step(folder / "pairs.jsonl") if pair["prompt"] == prompt]
-    if not pairs:
+    pair = next((pair for pair in pairs if pair["prompt"] == prompt), None)
+    if pair is None:
         print("no pair: equal rewards, or fewer than two responses with a reward")
         return
-    print(printable(f"chosen    y_w  {pairs[0]['chosen']}\nrejected  y_l  {pairs[0]['rejected']}\n"))
-    _print_training(run, name, pairs[0])
+    print(printable(f"chosen    y_w  {pair['chosen']}\nrejected  y_l  {pair['rejected']}\n"))
+    _print_training(run, name, pair)
 
 
 def _check_iteration(run: Path, name: str) -> None:

@@ -171,8 +171,8 @@ FAULTS = {
     ("judge", "judge"): [
         ("the first score counts", 'float(scores[-1]["number"]) if', 'float(scores[0]["number"]) if'),
         ("a score of 0 is unparsed", 'if 0 <= float(match["number"])', 'if 0 < float(match["number"])'),
-        ("a later total is ignored", "clear = scores and not AFTER.search(text, scores[-1].end())",
-         "clear = scores"),
+        ("a later total is ignored", " if scores and not AFTER.search(text, scores[-1].end())",
+         " if scores"),
         ("a comment may hold numbers", r"[^\d\n%十百])*+", r"[^\n%十百])*+"),
         ("a mark stands anywhere", r"(?:^|[.!?;:,…)\]>|。！？；：，–—•→]|(?<!\S)-){OPENING}", "{OPENING}"),
         ("a judgement that was cut off is parsed",

@@ -429,7 +429,7 @@ def test_show_says_why_there_is_no_pair_and_colors_the_loss_mask_in_a_terminal(c
     grey, green = (re.findall(rf"\033\[{color}m(.*?)\033\[0m", colored, re.DOTALL) for color in (90, 32))
     assert "\033" not in printed and pair["prompt"] in "".join(grey)
     assert pair["chosen"] in "".join(green) and pair["rejected"] in "".join(green)
-    write_jsonl(copy / "M1/pairs.jsonl", [])
+    write_with_checksum(copy / "M1/pairs.jsonl", b"")
     out = minisr("show", copy, "--model", "M1", "--prompt", number)[1]
     assert "no pair: equal rewards" in out and "y_w" not in out
 
