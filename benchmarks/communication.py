@@ -11,7 +11,6 @@ import argparse
 import json
 import multiprocessing
 import os
-import pickle
 import sys
 import tempfile
 from dataclasses import asdict, dataclass
@@ -72,7 +71,7 @@ def extrapolate(network: Network) -> list[dict]:
             rows.append({"model": model, "ranks": ranks, "gigabytes": chain_bytes(size, ranks) / 1e9,
                          "chain_seconds": chain_seconds(size, ranks, network),
                          "ring_seconds": 2 * ring_seconds(size, ranks, network),
-                         "gather_seconds": ring_seconds(ranks * len(pickle.dumps(OBJECT)), ranks, network, 2),
+                         "gather_seconds": ring_seconds(ranks * (8 + processes.SMALL), ranks, network),
                          "sharded_seconds": sharded_seconds(parameters, ranks, network)})
     return rows
 

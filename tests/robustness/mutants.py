@@ -168,6 +168,8 @@ FAULTS = {
         ("micro-batches of pairs count in full", "nll).sum() / batch_size,", "nll).sum() / len(part),")],
     ("dpo", "variants"): [
         ("another loss is ignored", "reward_w, reward_l = preference_loss(", "reward_w, reward_l = dpo_loss(")],
+    ("judge", "vectors"): [
+        ("one of several keys is the score", "<= 1 else KEY", "<= 99 else KEY")],
     ("judge", "judge"): [
         ("the first score counts", 'float(scores[-1]["number"]) if', 'float(scores[0]["number"]) if'),
         ("a score of 0 is unparsed", 'if 0 <= float(match["number"])', 'if 0 < float(match["number"])'),
@@ -183,7 +185,6 @@ FAULTS = {
         ("a judge prompt that fills the context is sampled", "if len(ids) < lm.max_seq_len]",
          "if len(ids) <= lm.max_seq_len]"),
         ("a closing tag in capitals closes the frame", r'r"(?i)</\s', r'r"</\s'),
-        ("one of several keys is the score", "<= 1 else KEY", "<= 99 else KEY"),
         ("a field spelled in a prompt is filled",
          r're.sub(r"\{prompt\}|\{response\}", lambda field: values[field[0]], template)',
          'template.replace("{prompt}", prompt).replace("{response}", response)')],
