@@ -83,13 +83,11 @@ class Vectors(GradientSum):
     """The sum of vectors that are there already, one a process."""
 
     def __init__(self, vector: torch.Tensor):
-        parameter = torch.nn.Parameter(torch.empty(0))
-        super().__init__(torch.optim.SGD([parameter]), [None] * processes.size(), 0)
-        self.parameters, self.vector = [torch.nn.Parameter(vector)], vector
+        super().__init__(torch.optim.SGD([torch.nn.Parameter(vector)]), [None] * processes.size(), 0)
+        self.vector = vector
 
-    def gradient(self, index: int) -> torch.Tensor:
-        self.parameters[0].grad = None
-        return self.vector.clone()
+    def backward(self, index: int) -> None:
+        self.parameters[0].grad = self.vector.clone()
 
 
 def loopback_bytes() -> int:
