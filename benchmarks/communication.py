@@ -71,7 +71,7 @@ def extrapolate(network: Network) -> list[dict]:
             rows.append({"model": model, "ranks": ranks, "gigabytes": chain_bytes(size, ranks) / 1e9,
                          "chain_seconds": chain_seconds(size, ranks, network),
                          "ring_seconds": 2 * ring_seconds(size, ranks, network),
-                         "gather_seconds": ring_seconds(ranks * (8 + processes.SMALL), ranks, network),
+                         "gather_seconds": ring_seconds(ranks * (8 + processes.SMALL_BYTES), ranks, network),
                          "sharded_seconds": sharded_seconds(parameters, ranks, network)})
     return rows
 

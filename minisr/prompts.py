@@ -18,7 +18,7 @@ from minisr.sampler import SamplingConfig
 
 # Characters of scripts without spaces between words: Thai, Lao, Burmese, Khmer, Japanese, Chinese.
 UNSPACED = re.compile("[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3005-\u312f\u3400-\u9fff\U00020000-\U0003ffff]")
-# Characters that make no other word: soft hyphen, tatweel, joiners, marks of direction, variation selectors, keycap.
+# Characters that do not distinguish words: soft hyphen, tatweel, joiners, direction marks, variation selectors, keycap.
 IGNORED = "[\xad\u061c\u0640\u200b-\u200f\u202a-\u202e\u2060-\u206f\u20e3\ufe00-\ufe0f\ufeff\U000e0000-\U000e0fff]"
 
 
@@ -141,7 +141,7 @@ def lcs_length(a: list[str], b: list[str]) -> int:
 def split_words(text: str) -> list[str]:
     """Words: runs of letters, digits, underscores and combining marks. A character of UNSPACED is a word by itself.
 
-    Words that differ in case, width or IGNORED characters are the same, as in Unicode's NFKC_Casefold."""
+    Words are compared by NFKC and casefold, without IGNORED characters."""
     text = re.sub(IGNORED, "", text)
     text = "".join(c if c.isalnum() or c == "_" or unicodedata.category(c)[0] == "M" else " " for c in text)
     return UNSPACED.sub(r" \g<0> ", unicodedata.normalize("NFKC", text).casefold()).split()

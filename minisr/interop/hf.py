@@ -6,6 +6,7 @@ number changes on the way in or out.
 """
 
 import json
+import os
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +17,8 @@ from minisr import InputError
 from minisr.interop import names
 from minisr.interop.chat_templates import choose_chat_template, note, to_jinja
 from minisr.interop.end_tokens import (
+    CONFIGS,
+    SETTINGS,
     added_tokens,
     ids_in_folder,
     read_settings,
@@ -25,7 +28,7 @@ from minisr.interop.end_tokens import (
 )
 from minisr.interop.jinja_templates import JinjaTemplate
 from minisr.interop.sentencepiece_json import has_dummy_prefix, to_tokenizer_json, without_bos
-from minisr.interop.shape import check_downloaded
+from minisr.interop.shape import check_downloaded, check_links
 from minisr.interop.tokenizer_json import TokenizerJSON, with_special_tokens
 from minisr.model import Decoder, ModelConfig
 from minisr.runner.checkpoint import GENERATION_CONFIG, build_decoder, check_vocab_size, tokenizer_files
@@ -37,6 +40,8 @@ ADAPTER = "adapter_config.json"
 # The first of these that exists holds the weights, or lists the shards that do. Transformers has the same order.
 WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json",
                 "pytorch_model.bin", "pytorch_model.bin.index.json")
+OTHER_FILES = (*CONFIGS, ADAPTER, SentencePiece.FILE, TokenizerJSON.FILE, *SETTINGS, "added_tokens.json",
+               "chat_template.jinja", "chat.txt")
 EMBEDDING, HEAD = names.HF_WEIGHTS["embed.weight"][0], names.HF_WEIGHTS["head.weight"][0]
 
 
@@ -64,6 +69,12 @@ def load(folder: Path, device: str = "cpu", template: str = "") -> tuple[Decoder
         return build_decoder(config, weights, device), tokenizer
     except RuntimeError as error:
         raise InputError(f"{folder}: {CONFIG} and weights do not agree: {short_reason(error)}") from error
+
+
+def files_to_read(folder: Path) -> list[str]:
+    """The names of the files that a model is read from, whether they are there or not. Shards are left out."""
+    weights = [name for name in WEIGHT_FILES if os.path.lexists(folder / name)]  # also a link that leads nowhere
+    return [*OTHER_FILES, *weights[:1]]
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -97,6 +108,8 @@ def read_index(index: Path) -> list[Path]:
         if not isinstance(name, str):
             raise InputError(f"{index} does not map weights to shards; download it again")
         is_outside = Path(name).is_absolute() or ".." in Path(name).parts
+        if not is_outside:
+            check_links(index.parent, [name])
         if is_outside or not (index.parent / name).is_file():
             raise InputError(f"{index} names the shard {name!r}, which does not exist in its folder; download it")
         shards.append(index.parent / name)

@@ -2,6 +2,7 @@
 
 import math
 import os
+from collections.abc import Iterable
 from dataclasses import fields
 from pathlib import Path
 
@@ -63,9 +64,9 @@ def check_downloaded(path: Path) -> None:
             raise InputError(f"{path} is a pointer of Git LFS, not the file itself; run git lfs pull in its folder")
 
 
-def check_links(folder: Path) -> None:
-    """Raise InputError for a link to a file that does not exist, which would count as a file that the folder lacks."""
-    for path in sorted(folder.glob("[!.]*")):
+def check_links(folder: Path, names: Iterable[str]) -> None:
+    """Raise InputError if one of these files is a link that leads nowhere, which would count as a missing file."""
+    for path in (folder / name for name in names):
         if path.is_symlink() and not path.exists():
             raise InputError(f"{path} is a link to {os.readlink(path)}, which does not exist; copy the files that the "
                              "links lead to (cp -rL), or download the folder again")

@@ -54,7 +54,7 @@ def load_path(path: Path, device: str, template: str) -> tuple[Decoder, Tokenize
             raise InputError(f"{path} is a file, but not a GGUF file; name the folder of a model, or a .gguf file")
         return gguf.load(path, device, template)
     if path.is_dir():
-        check_links(path)
+        check_links(path, ["meta.json", "model.pt", *hf.files_to_read(path)])
     if (path / hf.CONFIG).exists():
         return hf.load(path, device, template)
     if not path.exists():

@@ -86,9 +86,10 @@ def questions() -> Iterator[str]:
 
 def default_template(source: str, lm: LM) -> Path:
     """The judge prompt of the run that a model's folder belongs to, else the one of the model's language."""
-    of_run = Path(source).resolve().parent / "judge.txt"  # also of "." and of a link to the model
-    if of_run.exists() and (of_run.parent / "config.toml").exists():
-        return of_run
+    for path in (Path(source).absolute(), Path(source).resolve()):  # a run may hold a link to a model, or be linked to
+        of_run = path.parent / "judge.txt"
+        if of_run.exists() and (of_run.parent / "config.toml").exists():
+            return of_run
     return WORLD_TEMPLATE if is_tiny_world(lm.tokenizer) else ENGLISH_TEMPLATE
 
 

@@ -11,7 +11,7 @@ from minisr.dpo import encode_pairs
 from minisr.lm import LM
 from minisr.report.table import label
 from minisr.runner.checkpoint import load_model
-from minisr.runner.files import RESTORE, printable, read_jsonl
+from minisr.runner.files import RESTORE, printable
 from minisr.runner.storage import check_run, read_step
 from minisr.sft import Example
 from minisr.worlds.catalog import true_score
@@ -118,7 +118,7 @@ def show_answers(run: Path, count: int) -> None:
              if (run / name / "answers.jsonl").exists()]
     if not names:
         raise InputError(f"{run} has no evaluated model yet; minisr run evaluates each model that it trains")
-    answers = [read_jsonl(run / name / "answers.jsonl", "answers", ("prompt", "sampled")) for name in names]
+    answers = [read_step(run / name / "answers.jsonl") for name in names]
     if len({*map(len, answers)}) > 1:
         sizes = ", ".join(f"{name} {len(records)}" for name, records in zip(names, answers))
         raise InputError(f"{run}: the models answered different numbers of prompts ({sizes}); {RESTORE}")

@@ -23,7 +23,7 @@ from minisr.runner.files import HALF_CHARACTER, has_half_character, printable, u
 from minisr.runner.stop import Stop
 
 BATCH = 64  # records for one start of the program
-REST = 1.0  # seconds of silence after the program has ended, in which what it has started may still write
+GRACE_SECONDS = 1.0  # of silence after the program has ended, in which what it has started may still write
 # What a launcher sets for minisr's processes; a program that uses torch.distributed itself must not join them.
 LAUNCHER_VARIABLES = re.compile("(LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE)|ROLE_NAME|MASTER_.*|TORCHELASTIC_.*|"
                                 "GLOO_SOCKET_IFNAME|MINISR_RENDEZVOUS")
@@ -85,8 +85,9 @@ class Command:
             raise InputError(f"{self.name} has answered every record, but did not end within {self.timeout} seconds; "
                              "it must end when it has read its whole input")
         if code is None:
+            where = " in the run's config.toml" if self.name == "--judge" else ""  # minisr eval takes no --set
             raise InputError(f"{self.name} was silent for {self.timeout} seconds{waiting}; make it faster, or "
-                             "set a longer judge.timeout")
+                             f"set a longer judge.timeout{where}")
         if code or unanswered:
             raise InputError(f"{self.name} ended with exit code {code}{waiting}{program.last_words()}; fix it, "
                              "then run the same command again: finished batches are kept")
@@ -145,7 +146,7 @@ class Program:
                 if Stop.requested:
                     raise KeyboardInterrupt from None
                 if self.process.poll() is not None:
-                    deadline = min(deadline, time.monotonic() + REST)
+                    deadline = min(deadline, time.monotonic() + GRACE_SECONDS)
                 if time.monotonic() > deadline:
                     self.hung = self.process.poll() is None
                     return
@@ -204,14 +205,16 @@ def parse_line(line: bytes):
 
 
 def check_order(answer, records: list[dict], i: int) -> None:
-    """Raise ValueError if the answer to record i repeats the prompt or response of another record instead.
+    """Raise ValueError if the answer to record i repeats the prompt and response of another record instead.
 
-    A program that asks in parallel and writes each answer as it comes mixes up their order."""
-    def is_repeated(record: dict) -> bool:
-        return all(answer[key] == record[key] for key in texts)
+    A program that asks in parallel and writes each answer as it comes mixes up their order. Answers that repeat only
+    one of the two, or that compare pairs, are not checked."""
+    def texts(record: dict) -> tuple:
+        return record.get("prompt"), record.get("response")
 
-    texts = [key for key in records[i] if isinstance(answer, dict) and isinstance(answer.get(key), str)]
-    if not is_repeated(records[i]) and any(map(is_repeated, records)):
+    if not isinstance(answer, dict) or None in texts(answer) or texts(answer) == texts(records[i]):
+        return
+    if texts(answer) in map(texts, records):
         raise ValueError("the line repeats the texts of another record; answers must come in the order of the records")
 
 

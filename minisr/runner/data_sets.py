@@ -13,6 +13,7 @@ from minisr import InputError
 from minisr.judge import judge_prompt
 from minisr.prompts import few_shot_prompt, normalize
 from minisr.runner.files import file_digest, printable
+from minisr.worlds.words.edits import PLAIN
 
 SHORTEST_JUDGEMENT = "Score: 5"
 NO_REASONS = 'no reasons; add them, or set seed_data.eft_by to "baseline", or seed_data.reasons to false'
@@ -86,17 +87,26 @@ class Context:
     def check_examples(self) -> None:
         """Raise InputError if the context cannot hold an example prompt and a new one of prompts.max_new_tokens."""
         config = self.config.prompts
+        if config.source != "self" or not self.config.iterations:
+            return
         room = self.max_seq_len - self.list_length("a")
-        if config.source == "self" and config.max_new_tokens > room:
+        if room < 1:
+            raise InputError(f"the model's context of {self.max_seq_len} tokens is too small for an example prompt and "
+                             "a new one; choose another seed_model")
+        if config.max_new_tokens > room:
             raise InputError(f"prompts.max_new_tokens = {config.max_new_tokens} leaves no room for an example in the "
-                             f"model's context of {self.max_seq_len} tokens; set it to {max(1, room // 2)} or less")
+                             f"model's context of {self.max_seq_len} tokens; set it to {room} or less")
 
     def check_cut_off(self, data: dict[str, list[dict]]) -> None:
         """Raise InputError if most training examples are longer than what the model may write in their place.
 
-        It would learn to write texts that are cut off, which get no reward, and nobody would be told."""
+        The model would learn to write texts that are cut off and so get no reward. Answers that M0 has sampled (words
+        world) are not checked: it is too late to refuse them, and plain sentences were checked in their place."""
+        answers = [record["response"] for record in data["ift"]]
+        if self.config.seed_data.source == "words" and not set(answers) <= set(PLAIN):
+            return
         if self.config.iterations:
-            self.check_lengths("responses", "IFT answers", [record["response"] for record in data["ift"]])
+            self.check_lengths("responses", "IFT answers", answers)
         if self.config.judge.by in ("self", "M1") and self.config.seed_data.eft_by == "annotator":
             reasons = self.config.seed_data.reasons
             self.check_lengths("judge", "judgements of EFT data",
@@ -108,7 +118,8 @@ class Context:
         longer = sum(length > limit for length in lengths)
         if 2 * longer > len(lengths):
             raise InputError(f"{section}.max_new_tokens = {limit} is too small: {longer} of {len(lengths)} {what} are "
-                             f"longer, up to {max(lengths)} tokens, so what the model learns to write would be cut off")
+                             f"longer, up to {max(lengths)} tokens, so what the model learns to write would be cut "
+                             f"off; set it to {max(lengths)} or more")
 
     @property
     def too_long(self) -> str:

@@ -142,7 +142,8 @@ def json_fault(error: json.JSONDecodeError) -> str:
     found = error.doc[error.pos:error.pos + 1]
     if found and not found.isascii():
         return f"{error.msg}, found U+{ord(found):04X} ({unicodedata.name(found, 'without a name').lower()})"
-    return f"{error.msg}; JSON has no comments" if found and found in "/#" else error.msg
+    is_comment = error.doc.startswith(("//", "/*", "#"), error.pos)
+    return f"{error.msg}; JSON has no comments" if is_comment else error.msg
 
 
 def unique_keys(pairs: list[tuple[str, object]]) -> dict:

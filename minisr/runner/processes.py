@@ -20,7 +20,7 @@ from datetime import timedelta
 from minisr import InputError
 
 EXIT_CODE_LOST = 75  # of a process that lost the connection to another
-SMALL = 4096  # bytes of a value that gather sends at once
+SMALL_BYTES = 4096  # of a value that gather sends at once
 TIMEOUT = timedelta(days=7)  # one process may compute for hours while the others wait for it
 
 
@@ -57,8 +57,8 @@ def start(device: str = "cpu") -> None:
     import torch
     import torch.distributed as dist
 
-    # Its default arguments hold the group that exists when it is imported. If an optimizer imported it later, the
-    # group's threads would outlive disconnect, and could abort the process when it ends.
+    # The default arguments of this module's functions hold the group that exists when it is imported. If an optimizer
+    # imported it later, the group's threads would outlive disconnect, and could abort the process when it ends.
     import torch.distributed.nn.functional  # noqa: F401
     backend = "gloo"
     if device != "cpu" and torch.cuda.is_available():
@@ -138,10 +138,10 @@ def gather(value) -> list:
     if size() == 1:
         return [value]
     data = pickle.dumps(value)
-    messages = gather_bytes(len(data).to_bytes(8, "big") + data[:SMALL], 8 + SMALL)
+    messages = gather_bytes(len(data).to_bytes(8, "big") + data[:SMALL_BYTES], 8 + SMALL_BYTES)
     lengths = [int.from_bytes(message[:8], "big") for message in messages]
     values = [message[8:] for message in messages]
-    if max(lengths) > SMALL:
+    if max(lengths) > SMALL_BYTES:
         values = gather_bytes(data, max(lengths))
     return [pickle.loads(value) for value in values]  # ignores what follows the value
 

@@ -100,7 +100,7 @@ class StoredModel(SelfRewardingModel):
             elif self.config.prompts.requests_only and world.oracle.parse_request(prompt) is None:
                 reason = "no request"
             elif len(self.lm.tokenizer.encode_prompt(prompt)) >= self.lm.max_seq_len:
-                reason = "longer than the context"
+                reason = "no room for an answer"
             else:
                 kept.append(prompt)
                 continue

@@ -10,11 +10,12 @@ from minisr.runner import processes
 from minisr.runner.files import RESTORE, file_digest, read_json, read_jsonl, write_bytes, write_failure, write_json
 
 # What the records of each step have, by the name of its file. Files of any version of minisr have these keys.
-KEYS = {
+RECORD_KEYS = {
     "prompts": {"prompt": str},
     "responses": {"prompt": str, "responses": list, "finished": list},
     "rewards": {"rewards": list, "scores": list, "judgements": list},
-    "pairs": {"prompt": str, "chosen": str, "rejected": str},
+    "pairs": {"prompt": str, "chosen": str, "rejected": str, "chosen_reward": int | float,
+              "rejected_reward": int | float},
     "answers": {"prompt": str, "sampled": str, "greedy": str},
     "judge_evaluation": {"prompt": str, "scores": list, "rewards": list, "given": list, "judgements": list},
 }
@@ -73,7 +74,7 @@ def read_step(path: Path) -> list[dict]:
     verify_checksum(path)
     records = read_jsonl(path, path.stem)
     for number, record in enumerate(records, 1):
-        for key, kind in KEYS.get(path.stem, {}).items():
+        for key, kind in RECORD_KEYS.get(path.stem, {}).items():
             if not isinstance(record.get(key), kind):
                 raise InputError(f"{path}, line {number}: {key!r} is missing or of the wrong type; {RESTORE}")
     return records

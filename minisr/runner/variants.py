@@ -15,7 +15,7 @@ from minisr.prompts import PromptPool
 from minisr.rng import derive_seed
 from minisr.runner.command import command_judgements
 from minisr.runner.evaluation import sample_answers
-from minisr.runner.files import read_jsonl
+from minisr.runner.storage import read_step
 from minisr.worlds.catalog import true_score
 
 # Prompts: prompts.source
@@ -190,8 +190,8 @@ def dpo_variant(model):
 
 def train_on_positives(model, pairs: list[dict]):
     """No DPO: M0 is fine-tuned on the seed data and on every response with the full score (appendix A.4)."""
-    y = read_jsonl(model.folder / "responses.jsonl", "responses")
-    r = read_jsonl(model.folder / "rewards.jsonl", "rewards")
+    y = read_step(model.folder / "responses.jsonl")
+    r = read_step(model.folder / "rewards.jsonl")
     positives = set()
     for yi, ri in zip(y, r):
         positives |= {(yi["prompt"], text) for text, given in zip(yi["responses"], ri["rewards"]) if given == MAX_SCORE}
@@ -231,7 +231,7 @@ def restore_recorded_logps(model, pairs: list[dict]) -> None:
     """Give the fast engine the log-probabilities of M_t that the frozen reference reads."""
     if not hasattr(model.lm, "record_reference"):
         return
-    for record in read_jsonl(model.folder / "responses.jsonl", "responses"):
+    for record in read_step(model.folder / "responses.jsonl"):
         prompt = model.lm.tokenizer.encode_prompt(record["prompt"])
         for text, logp in zip(record["responses"], record["logps"]):
             if logp is not None:

@@ -288,6 +288,29 @@ def a_link_to_weights_that_were_not_copied(folder):
     (folder / "model.safetensors").symlink_to("../blobs/0a1b")
 
 
+@damage("model-2.safetensors is a link to ../blobs/0a1b, which does not exist", "cp -rL")
+def a_link_to_a_shard_that_was_not_copied(folder):
+    (folder / "model-2.safetensors").symlink_to("../blobs/0a1b")
+    index(folder, {"weight_map": {"a": "model-1.safetensors", Q: "model-2.safetensors"}})
+
+
+@damage("config.json is a link to ../blobs/0a1b, which does not exist", "cp -rL")
+def a_link_to_a_config_that_was_not_copied(folder):
+    (folder / "config.json").unlink()
+    (folder / "config.json").symlink_to("../blobs/0a1b")
+
+
+@damage("chat_template.jinja is a link to ../blobs/0a1b, which does not exist", "cp -rL")
+def a_link_to_a_chat_template_that_was_not_copied(folder):
+    (folder / "chat_template.jinja").symlink_to("../blobs/0a1b")
+
+
+@damage("model.safetensors is a link to ../blobs/0a1b, which does not exist", "cp -rL")
+def a_link_to_weights_beside_others(folder):
+    bin_of(folder, safetensors.load_file(folder / "model.safetensors"))
+    (folder / "model.safetensors").symlink_to("../blobs/0a1b")
+
+
 @damage("tokenizer.json", "Is a directory")
 def a_folder_in_place_of_a_file(folder):
     for name in ("tokenizer.model", "tokenizer.json"):
@@ -479,6 +502,13 @@ def test_a_folder_of_links_is_read_as_the_files_that_they_lead_to(folder, tmp_pa
     for source in (tmp_path / "snapshot", f"{tmp_path}/link/"):
         model, tokenizer = load_source(str(source))
         assert torch.equal(model.embed.weight, tiny_model().embed.weight) and len(tokenizer) == 500
+
+
+@pytest.mark.parametrize("name", ["README.md", "pytorch_model.bin", "model.safetensors.index.json", "onnx"])
+def test_a_link_to_a_file_that_is_not_read_may_lead_nowhere(name, folder):
+    (folder / name).symlink_to("../blobs/0a1b")
+    model, _ = load_source(str(folder))
+    assert torch.equal(model.embed.weight, tiny_model().embed.weight)
 
 
 def test_the_malicious_weights_execute_code_when_loaded_without_weights_only(folder):

@@ -37,7 +37,21 @@ def test_a_model_of_a_run_may_be_named_by_any_path(source, tmp_path, monkeypatch
     (tmp_path / "run/config.toml").write_text("")
     (tmp_path / "latest").symlink_to(tmp_path / "run/M1")
     monkeypatch.chdir(tmp_path / "run/M1")
-    assert default_template(source, lm) == tmp_path / "run/judge.txt"
+    assert default_template(source, lm).samefile(tmp_path / "run/judge.txt")
+
+
+@pytest.mark.parametrize("elsewhere", ["models", "other"])
+def test_a_run_may_hold_a_link_to_a_model(elsewhere, tmp_path, monkeypatch):
+    lm = SimpleNamespace(tokenizer=Tokenizer(tiny_tokenizer().vocabulary, "{prompt}\n{response}</s>"))
+    for run in ("run", "other"):  # other is a run, too
+        (tmp_path / run).mkdir()
+        (tmp_path / run / "judge.txt").write_text("{prompt} {response} Score:")
+        (tmp_path / run / "config.toml").write_text("")
+    (tmp_path / elsewhere / "M1").mkdir(parents=True)
+    (tmp_path / "run/M1").symlink_to(tmp_path / elsewhere / "M1")
+    assert default_template(str(tmp_path / "run/M1"), lm) == tmp_path / "run/judge.txt"
+    monkeypatch.chdir(tmp_path / "run")
+    assert default_template("M1/", lm).samefile(tmp_path / "run/judge.txt")
 
 
 def piped(content: bytes) -> io.TextIOWrapper:

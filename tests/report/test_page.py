@@ -268,6 +268,18 @@ def test_a_file_of_another_kind_is_named(no_drawing, tmp_path):
         write_page(folder)
 
 
+@pytest.mark.parametrize("key", ["chosen_reward", "rejected_reward"])
+def test_a_pair_without_a_reward_is_named(key, no_drawing, tmp_path):
+    folder = make_run(tmp_path / "run")
+    path = folder / "M1/pairs.jsonl"
+    pairs = read_jsonl(path, "pairs")
+    del pairs[1][key]
+    write_jsonl(path, pairs)
+    with pytest.raises(InputError, match=rf"M1/pairs\.jsonl, line 2: '{key}' is missing.*restore it") as error:
+        write_page(folder)
+    assert "\n" not in str(error.value)
+
+
 def test_a_run_without_an_oracle_has_no_points_and_no_wins(no_drawing, tmp_path):
     parsed = read(write_page(make_run(tmp_path / "run", source="english")))
     assert parsed.titles == TITLES[4:]

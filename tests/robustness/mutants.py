@@ -359,7 +359,7 @@ FAULTS = {
         ("a signal stops one process alone", "any(gather(flag))", "flag"),
         ("every process is the main one", "return rank() == 0", "return True")],
     ("runner/processes", "processes"): [
-        ("a long value is cut off", "if max(lengths) > SMALL:", "if False:"),
+        ("a long value is cut off", "if max(lengths) > SMALL_BYTES:", "if False:"),
         ("a long value has process 0's length", "gather_bytes(data, max(lengths))", "gather_bytes(data, lengths[0])")],
     ("runner/files", "shared_work"): [
         ("process 1 writes too", "if not (each_process or processes.is_main()):", "if False:")],

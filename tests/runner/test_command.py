@@ -23,6 +23,7 @@ from minisr.runner.command import BATCH, Command, read_score
 from minisr.runner.config import JudgeConfig, load_config
 from minisr.runner.engine import Workspace
 from minisr.runner.files import read_json
+from minisr.runner.head_to_head import read_verdict
 from minisr.runner.journal import Journal
 from minisr.runner.run import Run
 from minisr.runner.steps import StoredModel
@@ -61,6 +62,27 @@ def test_a_score_may_be_missing_and_a_text_too():
 def test_an_answer_may_repeat_what_was_asked():
     assert ask(ECHO.replace("{", "{**asked, ")) == ask(ECHO)
     assert ask(ECHO.replace("{", "{'prompt': 'Rate ' + asked['prompt'], 'response': '0', ")) == ask(ECHO)
+
+
+def test_an_answer_may_have_a_prompt_or_a_response_of_its_own():
+    own = [{"prompt": "Rate it.", "response": text} for text in ("No.", "Yes.", "Perhaps.")]
+    for fields in ("'response': 'Yes.', ", "'prompt': 'Rate it.', 'response': '0', ", "'prompt': 'Rate it.', "):
+        assert ask(EACH + f"print(json.dumps({{{fields}'score': n}}))", own) == [(1, ""), (2, ""), (3, "")]
+
+
+def test_answers_about_pairs_may_repeat_them_in_one_order():
+    pairs = [{"prompt": "Which?", "response_a": a, "response_b": b} for a, b in ("xy", "yx")]
+    code = EACH + ("a, b = sorted([asked['response_a'], asked['response_b']]); print(json.dumps("
+                   "{'prompt': 'Which?', 'response_a': a, 'response_b': b, 'better': 'tie'}))")
+    command = Command(python(code), "--judge", timeout=20)
+    assert command.ask(pairs, read_verdict, Workspace(), "key") == [("tie", "")] * 2
+
+
+@pytest.mark.parametrize("name, advice", [("judge.command", "set a longer judge.timeout$"),
+                                          ("--judge", "set a longer judge.timeout in the run's config.toml$")])
+def test_who_is_silent_too_long_is_told_what_works(name, advice):
+    with pytest.raises(InputError, match=advice):
+        Command(python("import time; time.sleep(60)"), name, timeout=1).ask(RECORDS, read_score, Workspace(), "key")
 
 
 @pytest.mark.parametrize("begin, end", [("", "\\r\\n"), ("\\ufeff", "\\n"), ("\\n \\n", " \\t\\n")])

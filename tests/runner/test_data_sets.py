@@ -1,6 +1,7 @@
 """What is read, what is left out and why: before anything is made, in the table and in seed/counts.json."""
 
 import json
+import re
 from collections import Counter
 from dataclasses import replace
 from random import Random
@@ -109,6 +110,21 @@ def test_a_new_prompt_must_leave_room_for_examples(max_new_tokens, message, fold
     assert "\n" not in str(error.value) and not (tmp_path / "run").exists()
     Run.open(tmp_path / "run", replace(config, prompts=replace(config.prompts, source="people"), seed_data=SeedConfig(
         ift=4, ranked=4, judge_evaluation=2, evaluation=2)))  # nobody is shown a list
+    Run.open(tmp_path / "run0", replace(config, iterations=0))  # nobody writes a prompt
+    limit = int(re.search(r"set it to (\d+) or less", str(error.value))[1])
+    _, tokenizer = Run(tmp_path / "run", config).load_seed_model()
+    for number in (limit, limit + 1):
+        changed = replace(config, prompts=PromptConfigOfRun(max_new_tokens=number))
+        assert passes(Context, tokenizer, 256, TEMPLATE, changed) == (number == limit)
+
+
+def test_a_context_without_room_for_an_example_prompt_is_named():
+    lm = tiny_lm(context=64)
+    config = Config(prompts=PromptConfigOfRun(max_new_tokens=1))
+    room = 64 - Context(lm.tokenizer, 64, TEMPLATE, config).list_length("a")
+    Context(lm.tokenizer, 65 - room, TEMPLATE, config)
+    with pytest.raises(InputError, match=rf"the model's context of {64 - room} tokens is too small for .* seed_model"):
+        Context(lm.tokenizer, 64 - room, TEMPLATE, config)
 
 
 @pytest.mark.parametrize("changed, message", [
@@ -130,8 +146,9 @@ def test_what_the_model_learns_to_write_must_not_be_cut_off(changed, message, fo
     with pytest.raises(InputError, match=message) as error:
         Run.open(tmp_path / "run", config)
     assert "\n" not in str(error.value) and not (tmp_path / "run").exists()
-    Run.open(tmp_path / "run", replace(config, responses=replace(config.responses, max_new_tokens=200),
-                                      judge=replace(config.judge, max_new_tokens=200)))
+    enough = int(re.search(r"; set it to (\d+) or more$", str(error.value))[1])
+    Run.open(tmp_path / "run", replace(config, responses=replace(config.responses, max_new_tokens=enough),
+                                      judge=replace(config.judge, max_new_tokens=enough)))
 
 
 def test_what_no_model_writes_may_be_long(folder, tmp_path):
@@ -142,13 +159,29 @@ def test_what_no_model_writes_may_be_long(folder, tmp_path):
     Run.open(tmp_path / "run", replace(config, iterations=0))  # the judgements have no reasons, and nobody responds
 
 
+def test_sampled_answers_of_the_words_world_are_never_refused(tmp_path):
+    config = Config(seed_data=SeedConfig(source="words", ift=4, ranked=2, judge_evaluation=2, evaluation=2))
+    config = replace(config, responses=ResponseConfig(max_new_tokens=8))
+    lm = tiny_lm(context=2048)
+    context = Context(lm.tokenizer, 2048, TEMPLATE, config)
+
+    def sampled(prompts):
+        text = "a b " * 40
+        return [{"prompt": x, "responses": [text] * 4, "finished": [True] * 4} for x in prompts]
+
+    with pytest.raises(InputError, match="responses.max_new_tokens = 8 is too small: 4 of 4 IFT answers are longer"):
+        load_seed_data(config.seed_data, 0, context)  # plain sentences, before anything is made
+    data, _ = load_seed_data(config.seed_data, 0, context, sampled)
+    assert len(data["ift"]) == 4
+
+
 def test_a_new_prompt_that_leaves_no_room_for_an_answer_is_dropped(folder, tmp_path, monkeypatch):
     new = ["Write a story about a sad pig at the river.", LONG, "News?"]
     monkeypatch.setattr(prompts, "new_prompts", lambda *_: (list(new), Counter(accepted=3)))
     config = replace(config_for(folder), responses=ResponseConfig(max_new_tokens=8))
     M0 = StoredModel(Run.open(tmp_path / "run", config), "M0").copy_seed_model()
     x = M0.new_prompts()
-    assert x == [new[0], new[2]] and M0.counts["prompts"] == {"accepted": 2, "longer than the context": 1}
+    assert x == [new[0], new[2]] and M0.counts["prompts"] == {"accepted": 2, "no room for an answer": 1}
     assert len(M0.respond(x)) == 2
 
 

@@ -27,7 +27,7 @@ from minisr.runner.config import (
     load_config,
     to_toml,
 )
-from minisr.runner.files import read_json, read_jsonl, read_text, write_jsonl
+from minisr.runner.files import parse_json, read_json, read_jsonl, read_text, write_jsonl
 from minisr.runner.json_records import read_records
 from minisr.runner.lora import TARGETS, LoRAConfig
 from minisr.runner.run import load_template
@@ -195,6 +195,14 @@ def test_what_is_not_json_is_named_by_file_and_line(content, message, tmp_path):
     with pytest.raises(InputError, match=rf"ift\.jsonl.*{message}") as error:
         read_instructions(tmp_path / "ift.jsonl")
     assert "remove" not in str(error.value) and "\n" not in str(error.value)  # it is the user's only copy
+
+
+@pytest.mark.parametrize("text, is_comment", [
+    ("[1, // one\n2]", True), ("[1, /* one */ 2]", True), ("[1, # one\n2]", True), ("[1, /2]", False), ("[/", False)])
+def test_only_comments_are_called_comments(text, is_comment):
+    with pytest.raises(InputError, match="is not valid JSON") as error:
+        parse_json(text, "it")
+    assert ("JSON has no comments" in str(error.value)) == is_comment
 
 
 SAVED = [lambda text: b"\xef\xbb\xbf" + text.encode(), lambda text: text.encode("utf-16"),

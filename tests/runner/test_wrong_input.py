@@ -228,6 +228,13 @@ def show_of_rewards_that_were_edited(at):
     return command
 
 
+@case("answers.jsonl is not the file that minisr wrote there (damaged or edited)", "restore it from a copy")
+def show_of_answers_that_were_edited(at):
+    write_jsonl(at / "run/SFT/answers.jsonl", [{"prompt": "News?", "sampled": "a", "greedy": "a"}])
+    (at / "run/SFT/hashes.json").write_text(json.dumps({"answers.jsonl": "0"}))
+    return ["show", at / "run", "--answers", "2"]
+
+
 @case("results.json is not a JSON object {...}")
 def report_of_results_of_another_type(at):
     (at / "runs").mkdir()
