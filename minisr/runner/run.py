@@ -22,7 +22,7 @@ from minisr.runner.files import json_bytes, jsonl_bytes, read_jsonl, read_text, 
 from minisr.runner.journal import Journal, remove_journals
 from minisr.runner.judge_prompt import check_judge_prompt
 from minisr.runner.resumable import deciding_values, dtype_name, record_changes
-from minisr.runner.sources import changed_files, with_stored_paths
+from minisr.runner.sources import changed_files, keep_stored_paths
 from minisr.runner.storage import folder_lock, verify_checksum, write_with_checksum
 from minisr.worlds.catalog import WORLDS
 from minisr.worlds.words import corpus as words_corpus
@@ -59,7 +59,7 @@ class Run:
         stored = Path(folder) / "config.toml"
         old = load_stored_config(stored) if stored.exists() else None
         if old:
-            config = with_stored_paths(old, config, Path(folder))
+            config = keep_stored_paths(old, config, Path(folder))
         run = cls(folder, config)
         if old:
             check_resumable(old, config, folder)

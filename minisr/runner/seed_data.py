@@ -39,6 +39,7 @@ from minisr.runner.record_formats import (
     parse_exchange,
     parse_instruction,
 )
+from minisr.worlds.catalog import WORLDS
 from minisr.worlds.tiny import corpus
 from minisr.worlds.words import corpus as words_corpus
 from minisr.worlds.words.edits import PLAIN
@@ -74,8 +75,8 @@ def load_seed_data(config, seed: int, context: Context | None = None,
 
 def check_source(config) -> None:
     """Raise InputError if the source is neither a world nor a file or folder with instructions."""
-    if config.source not in ("world", "words", "english"):
-        find_file(Path(config.source).expanduser(), "ift")
+    if config.source not in WORLDS:
+        find_file(source_path(config), "ift")
 
 
 def refuse_too_long(sets: dict[str, DataSet], context: Context) -> None:
@@ -204,7 +205,7 @@ def find_file(source: Path, name: str, needed: bool = True) -> Path | None:
         return source if name == "ift" else None
     if not os.path.isdir(source):
         raise InputError(f"seed_data.source: there is no file or folder {source}")
-    found = [path for path in (source / f"{name}.json", source / f"{name}.jsonl") if path.exists()]
+    found = [path for path in (source / f"{name}.json", source / f"{name}.jsonl") if os.path.exists(path)]
     if len(found) == 2:
         raise InputError(f"{source} has both {name}.json and {name}.jsonl; keep the one to use there")
     if needed and not found:

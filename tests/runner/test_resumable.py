@@ -9,13 +9,16 @@ from small_run import MODELS, files, jsonl, minisr, model_of, prompts_of, settin
 from tiny import tiny_model, tiny_tokenizer
 
 from minisr import InputError
-from minisr.runner.checkpoint import save_model
+from minisr.interop import hf
+from minisr.runner.checkpoint import load_model, save_model
 from minisr.runner.config import Config, JudgeConfig, SeedConfig, load_config
-from minisr.runner.files import write_jsonl
+from minisr.runner.files import read_json, write_json, write_jsonl
 from minisr.runner.journal import Journal
 from minisr.runner.run import Run, check_resumable
+from minisr.runner.sources import changed_files, keep_stored_paths
 from minisr.runner.steps import StoredModel, keep
 from minisr.runner.stop import Stop
+from minisr.tokenizer import Tokenizer
 
 pytestmark = pytest.mark.usefixtures("no_drawing")
 FREE = ("threads=3", "device=cpu", "engine=plain", "responses.rows=8", "judge.rows=8", "evaluate.rows=3",
@@ -227,3 +230,91 @@ def test_a_run_says_that_it_goes_on_with_its_copy_of_a_file_that_has_changed(nam
     assert capsys.readouterr().err == (f"minisr: {path} has changed since {begun}/run was made from it; this run goes "
                                        "on with a copy. For a new run choose another folder with --out\n")
     assert run.judge_template.startswith("Score: N. Rate") and run.ift[0]["response"] == "No."
+
+
+def save_seed_model_again(folder, **changes):
+    """The same weights with another chat template or other ids that end a response."""
+    model, tokenizer = load_model(folder)
+    values = {"template": tokenizer.template, "stop_ids": tokenizer.stop_ids} | changes
+    save_model(folder, model, Tokenizer(tokenizer.vocabulary, **values), {"made_by": "test"})
+
+
+@pytest.mark.parametrize("changes", [{"template": "<s>{prompt} ->{response}</s>"}, {"stop_ids": [5]}],
+                         ids=["template", "stop_ids"])
+def test_a_seed_model_of_the_same_weights_with_another_tokenizer_is_another_config(changes, begun):
+    (begun / "old").rename(begun / "new")
+    save_seed_model_again(begun / "new/model")
+    Run.open(begun / "run", config_of(begun / "new"))
+    save_seed_model_again(begun / "new/model", **changes)
+    with pytest.raises(InputError, match=r"another config \(seed_model: "):
+        Run.open(begun / "run", config_of(begun / "new"))
+
+
+@pytest.mark.parametrize("file, changes", [("config.json", {"rope_theta": 99.0}),
+                                           ("config.json", {"max_position_embeddings": 4096}),
+                                           ("generation_config.json", {"eos_token_id": [2, 5]}),
+                                           ("chat.txt", "<s>{prompt} ->{response}</s>")])
+def test_a_hugging_face_folder_of_the_same_weights_with_other_settings_is_another_config(file, changes, tmp_path):
+    pytest.importorskip("safetensors")
+    config = own_files(tmp_path)
+    model, old, new = (tmp_path / name for name in ("model", "old", "new"))
+    hf.export(*load_model(model), old)
+    StoredModel(Run.open(tmp_path / "run", replace(config, seed_model=str(old))), "M0").copy_seed_model()
+    old.rename(new)
+    moved = replace(config, seed_model=str(new))
+    assert Run.open(tmp_path / "run", moved).config.seed_model == str(old)
+    if isinstance(changes, dict):
+        write_json(new / file, read_json(new / file, "settings") | changes)
+    else:
+        (new / file).write_text(changes)
+    with pytest.raises(InputError, match=r"another config \(seed_model: "):
+        Run.open(tmp_path / "run", moved)
+
+
+def spoil(path, kind):
+    """Make a file one that cannot be read."""
+    path.unlink()
+    if kind == "folder":
+        path.mkdir()
+    elif kind == "link to itself":
+        path.symlink_to(path)
+    else:
+        path.write_bytes(b"\xff\xfe\xff")
+
+
+@pytest.mark.parametrize("kind", ["folder", "link to itself", "no text"])
+@pytest.mark.parametrize("name", ["judge.txt", "data/ift.jsonl", "data/judged.jsonl"])
+def test_a_file_that_cannot_be_read_counts_as_gone(name, kind, begun, capsys):
+    spoil(begun / "old" / name, kind)
+    Run.open(begun / "run", config_of(begun / "old"))
+    changed = kind == "no text" and name.startswith("data")  # its bytes are compared
+    assert ("has changed since" in capsys.readouterr().err) == changed
+
+
+def test_a_folder_that_may_not_be_read_and_a_name_that_is_too_long_count_as_gone(begun, monkeypatch):
+    config, run = config_of(begun / "old"), begun / "run"
+    long = replace(config, judge=replace(config.judge, template="x" * 5000),
+                   seed_data=replace(config.seed_data, source="x" * 5000))
+    assert changed_files(long, run) == [] and keep_stored_paths(config, long, run) == long
+
+    def refuse(*_, **__):
+        raise PermissionError(13, "Permission denied")
+    monkeypatch.setattr("minisr.runner.sources.find_file", refuse)
+    assert changed_files(config, run) == []
+    other = replace(config, seed_data=replace(config.seed_data, source="elsewhere"))
+    assert keep_stored_paths(config, other, run) == other
+
+
+@pytest.mark.parametrize("content", ["[]", "3", '{"ift": 3}', '{"ift": {"sha256": []}, "judged": []}', "{"])
+def test_counts_of_another_shape_tell_nothing_of_changes(content, begun, capsys):
+    (begun / "run/seed/counts.json").write_text(content)
+    for hashes in ("{}", None):
+        if hashes:
+            (begun / "run/seed/hashes.json").write_text(hashes)
+        else:
+            (begun / "run/seed/hashes.json").unlink()
+        Run.open(begun / "run", config_of(begun / "old"))
+    assert capsys.readouterr().err == ""
+    (begun / "old").rename(begun / "new")
+    with pytest.raises(InputError, match=r"another config \(seed_data.source: "):
+        Run.open(begun / "run", config_of(begun / "new"))
