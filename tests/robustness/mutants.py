@@ -448,7 +448,7 @@ FAULTS = {
         ("an exit code is ignored", "if code or unanswered:", "if unanswered:"),
         ("one judgement in place of J", "for x, y in zip(prompts, responses) for j in range(J)]",
          "for x, y in zip(prompts, responses) for j in [0]]"),
-        ("an answer to another record is taken", "and any(map(is_repeated, records))", "and False"),
+        ("an answer to another record is taken", "if texts(answer) in map(texts, records):", "if False:"),
         ("of two scores the last counts", ", object_pairs_hook=unique_keys", ""),
         ("the program outlives the run", "os.killpg(self.process.pid, signal.SIGKILL)", "os.getpid()")],
     ("runner/head_to_head", "command"): [
