@@ -31,7 +31,7 @@ def experiment(path: Path, out: Path, jobs: int, only: list[str] | None = None) 
 
     With `only`, run these variants and the base runs on their seeds. The result is
     {variant: {model: {metric: [value on each seed]}}}."""
-    plan = read_plan(path)
+    plan = read_plan(path, only)
     selected = _select_variants(path, plan, only)
     seeds = sorted({seed for name in selected for seed in plan.seeds[name]})
     base_runs = [("base", seed) for seed in seeds]

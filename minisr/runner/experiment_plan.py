@@ -44,8 +44,10 @@ class Plan:
         return load_config(self.base, overrides=self.changes(variant, seed))
 
 
-def read_plan(path: Path) -> Plan:
-    """Read and check an experiment file, including the config of each variant."""
+def read_plan(path: Path, only: list[str] | None = None) -> Plan:
+    """Read and check an experiment file, including the config of each variant.
+
+    With `only`, other variants but the base will not run: the programs and files that they name may be missing."""
     content = _read_sections(path)
     variants = {"base": {}} | content.get("variants", {})
     seeds = _seeds_by_variant(path, content, variants)
@@ -56,7 +58,9 @@ def read_plan(path: Path) -> Plan:
     plan = Plan(Path(path).parent / os.path.expanduser(content["base"]), common, changes, seeds)
     for name in plan.variants:  # report a wrong config before the first run starts
         try:
-            check_config(plan.config(name))
+            config = plan.config(name)
+            if not only or name == "base" or name in only:
+                check_config(config)
         except InputError as error:
             raise InputError(f"experiment {path}, {name}: {error}") from error
     return plan

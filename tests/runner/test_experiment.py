@@ -245,6 +245,17 @@ def test_a_missing_judge_prompt_is_an_error_before_anything_runs(plan):
         read_plan(plan('base = "base.toml"\nseeds = [0]\n[variants.a]\njudge.template = "nowhere.txt"'))
 
 
+def test_what_only_a_variant_that_does_not_run_needs_may_be_missing(started, plan, tmp_path):
+    path = plan(PLAN + 'c = {judge.by = "command", judge.command = "no-such-program"}\n'
+                'd = {judge.template = "nowhere.txt"}\n')
+    assert list(experiment(path, tmp_path / "out", 1, ["a"])) == ["base", "a"]
+    for only, missing in ((["a", "c"], "no-such-program"), (["d"], "nowhere.txt")):
+        with pytest.raises(InputError, match=missing):
+            experiment(path, tmp_path / "out", 1, only)
+    with pytest.raises(InputError, match="unknown key 'be'"):
+        experiment(plan(PLAN + 'c = {judge.be = "random"}\n'), tmp_path / "out", 1, ["a"])
+
+
 def test_a_signal_reaches_the_runs_once_and_no_other_run_begins(plan, tmp_path, monkeypatch):
     asked, begun = [], []
 
