@@ -13,7 +13,6 @@ from minisr import InputError
 from minisr.judge import judge_prompt
 from minisr.prompts import few_shot_prompt, normalize
 from minisr.runner.files import file_digest, printable
-from minisr.worlds.words.edits import PLAIN
 
 SHORTEST_JUDGEMENT = "Score: 5"
 NO_REASONS = 'no reasons; add them, or set seed_data.eft_by to "baseline", or seed_data.reasons to false'
@@ -100,13 +99,9 @@ class Context:
     def check_cut_off(self, data: dict[str, list[dict]]) -> None:
         """Raise InputError if most training examples are longer than what the model may write in their place.
 
-        The model would learn to write texts that are cut off and so get no reward. Answers that M0 has sampled (words
-        world) are not checked: it is too late to refuse them, and plain sentences were checked in their place."""
-        answers = [record["response"] for record in data["ift"]]
-        if self.config.seed_data.source == "words" and not set(answers) <= set(PLAIN):
-            return
+        The model would learn to write texts that are cut off and so get no reward."""
         if self.config.iterations:
-            self.check_lengths("responses", "IFT answers", answers)
+            self.check_lengths("responses", "IFT answers", [record["response"] for record in data["ift"]])
         if self.config.judge.by in ("self", "M1") and self.config.seed_data.eft_by == "annotator":
             reasons = self.config.seed_data.reasons
             self.check_lengths("judge", "judgements of EFT data",

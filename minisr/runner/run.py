@@ -60,12 +60,12 @@ class Run:
         old = load_stored_config(stored) if stored.exists() else None
         if old:
             config = keep_stored_paths(old, config, Path(folder))
+        else:  # at once: process 0 may write the config before the others look
+            check_new(Path(folder))
         run = cls(folder, config)
         if old:
             check_resumable(old, config, folder)
             run.note_changed_files()
-        else:
-            check_new(run.folder)
         if not (run.folder / "M0").exists():  # report errors in these before anything is written
             run.load_seed_model()
             data, _ = run.load_seed_data()

@@ -68,7 +68,7 @@ def load_seed_data(config, seed: int, context: Context | None = None,
         data, sets = user_sets(source_path(config), config, context)
     if context and config.too_long == "refuse":
         refuse_too_long(sets, context)
-    if context:
+    if context and not answer:  # what M0 has sampled comes too late to be refused
         context.check_cut_off(data)
     return data, sets
 
