@@ -14,7 +14,7 @@ import pytest
 import torch
 from small_run import minisr, settings, write_config
 
-from minisr import InputError
+from minisr import InputError, cli
 from minisr.runner import launcher, processes
 from minisr.runner.gradients import GradientSum
 from minisr.runner.resumable import DEFAULT_MICRO_BATCHES
@@ -196,6 +196,16 @@ def test_auto_means_one_process_a_core_without_a_gpu(monkeypatch):
     assert launcher.number_of_processes("3") == 3
     with pytest.raises(InputError, match="not 'many'"):
         launcher.number_of_processes("many")
+
+
+def test_more_threads_than_cores_are_one_line(monkeypatch, capsys):
+    monkeypatch.setenv("MINISR_RENDEZVOUS", "a file")  # in a process of the launcher
+    monkeypatch.setattr(launcher, "available_cores", lambda: 2)
+    for n, threads in ((2, 1), (3, 1), (1, 2)):
+        cli._warn_of_too_many_threads(n, threads)
+    assert capsys.readouterr().err == ""
+    cli._warn_of_too_many_threads(2, 2)
+    assert capsys.readouterr().err == "minisr: 2 processes of 2 threads each share 2 cores; --set threads=1 is faster\n"
 
 
 def test_there_are_at_most_as_many_processes_as_gpus(monkeypatch):
