@@ -47,7 +47,7 @@ class PromptConfig(prompts.PromptConfig):
 class JudgeConfig(judge.JudgeConfig):
     """Who judges, and how."""
 
-    by: str = "self"  # M_t; "M1": frozen; "oracle", "random": controls; "command": a program of yours
+    by: str = "self"  # M_t; "M1", "word_points", "oracle", "random": controls; "command": a program of yours
     command: str = ""  # its command line, e.g. "python my_judge.py"; see tiny_configs/README.md
     timeout: int = 600  # seconds without a line from it until it counts as hung
     template: str = ""  # a text file with {prompt} and {response}; "": the one of the seed data's language
@@ -123,7 +123,7 @@ class PretrainConfig:
 CHOICES = {
     "device": ("auto", "cpu", "cuda"), "engine": ("fast", "plain"), "dtype": ("auto", "float32", "bfloat16", "float64"),
     "eft_by": ("annotator", "baseline", "none"), "optimizer": ("adamw", "muon"),
-    "by": ("self", "M1", "oracle", "random", "command"), "rejected_from": ("self", "M1", "next"),
+    "by": ("self", "M1", "word_points", "oracle", "random", "command"), "rejected_from": ("self", "M1", "next"),
     "reference": ("previous", "M1"), "too_long": ("drop", "refuse"),
 }
 PATHS = ("seed_model", "chat", "template", "source")  # keys that may name a file or folder

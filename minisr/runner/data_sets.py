@@ -16,6 +16,7 @@ from minisr.runner.files import file_digest, printable
 
 SHORTEST_JUDGEMENT = "Score: 5"
 NO_REASONS = 'no reasons; add them, or set seed_data.eft_by to "baseline", or seed_data.reasons to false'
+BY_MODELS = ("self", "M1", "word_points")  # values of judge.by with which a trained model writes the judgements
 HELD_OUT = "prompt held out for evaluation"
 SHOWN_PLACES = 3  # of the records left out for one reason, in the table
 STORED_PLACES = 100
@@ -78,7 +79,7 @@ class Context:
         """template: the judge prompt; config: the run's. Raises InputError if the judge prompt alone is too long."""
         self.tokenizer, self.max_seq_len, self.template, self.config = tokenizer, max_seq_len, template, config
         length = self.chat_length(judge_prompt(template, "", ""), SHORTEST_JUDGEMENT)
-        if length > max_seq_len and config.judge.by in ("self", "M1"):
+        if length > max_seq_len and config.judge.by in BY_MODELS:
             raise InputError(f"the judge prompt alone has {length} tokens, and the model's context is {max_seq_len}: "
                              "name a shorter judge prompt in judge.template, or another seed_model")
         self.check_examples()
@@ -102,7 +103,7 @@ class Context:
         The model would learn to write texts that are cut off and so get no reward."""
         if self.config.iterations:
             self.check_lengths("responses", "IFT answers", [record["response"] for record in data["ift"]])
-        if self.config.judge.by in ("self", "M1") and self.config.seed_data.eft_by == "annotator":
+        if self.config.judge.by in BY_MODELS and self.config.seed_data.eft_by == "annotator":
             reasons = self.config.seed_data.reasons
             self.check_lengths("judge", "judgements of EFT data",
                                [text for record in data["ranked"] for text in annotator_judgements(record, reasons)])

@@ -231,6 +231,8 @@ def check_consistency(config: Config) -> None:
     sources = " or ".join(f'"{source}"' for source in WORLDS)
     if (config.judge.by == "command") != bool(config.judge.command):
         raise InputError('judge.by = "command" and judge.command go together: set both or neither')
+    if config.judge.by == "word_points" and config.seed_data.source != "words":
+        raise InputError('judge.by = "word_points" needs seed_data.source = "words": other data have no word points')
     if config.judge.by == "oracle" and not in_world:
         raise InputError(f'judge.by = "oracle" needs seed_data.source = {sources}: other data have no oracle')
     if config.prompts.source == "people" and not in_world:

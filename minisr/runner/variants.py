@@ -17,6 +17,7 @@ from minisr.runner.command import command_judgements
 from minisr.runner.evaluation import sample_answers
 from minisr.runner.storage import read_step
 from minisr.worlds.catalog import true_score
+from minisr.worlds.words.annotator import word_points
 
 # Prompts: prompts.source
 
@@ -43,6 +44,15 @@ def judge_by_M1(model, y: list[dict]) -> list[dict]:
     return judge_responses(lm, model.data.judge_template, y, model.config.judge, model.seed("judge"))
 
 
+def judge_by_word_points(model, y: list[dict]) -> list[dict]:
+    """Control of the words world: M_t judges, but only its points for the words count, not the sentence's."""
+    records = judge_responses(model.lm, model.data.judge_template, y, model.config.judge, model.seed("judge"))
+    judgements = [[Judgement(text, word_points(record["prompt"], text) if score is not None else None)
+                   for text, score in zip(texts, scores)]
+                  for record in records for texts, scores in zip(record["judgements"], record["scores"])]
+    return reward_records(y, judgements)
+
+
 def judge_by_oracle(model, y: list[dict]) -> list[dict]:
     """Control: the world's ground truth; no score for prompts that are no request of a world."""
     return reward_records(y, [[Judgement("", true_score(record["prompt"], response))]
@@ -63,7 +73,8 @@ def judge_by_command(model, y: list[dict]) -> list[dict]:
     return reward_records(y, command_judgements(model.config, model.run.workspace, prompts, responses))
 
 
-JUDGES = {"M1": judge_by_M1, "oracle": judge_by_oracle, "random": judge_at_random, "command": judge_by_command}
+JUDGES = {"M1": judge_by_M1, "word_points": judge_by_word_points, "oracle": judge_by_oracle, "random": judge_at_random,
+          "command": judge_by_command}
 
 
 # Pairs: pairs.length_control, pairs.rejected_from

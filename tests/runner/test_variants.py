@@ -206,6 +206,19 @@ dpo = {batch_size = 4}
 """
 
 
+def test_word_points_reward_the_words_that_a_judgement_finds(monkeypatch):
+    prompt = "In one sentence, use the words knife, cut, board, soup."
+    texts = ["knife: knife, 1. cut: cuts, 2. board: none, 2. soup: none, 2. Sentence: fine, 3.\nScore: 3",
+             "knife: none, 0. cut: cuts, 1. board: none, 1. soup: soup, 2.", "soup: soup, 1. Sentence: fine, 2.\nScore: 2"]
+    judged = {"prompt": prompt, "scores": [[3.0], [None], [2.0]], "judgements": [[text] for text in texts]}
+    monkeypatch.setattr(variants, "judge_responses", lambda *arguments: [judged])
+    model = SimpleNamespace(lm=None, seed=lambda purpose: 0, data=SimpleNamespace(judge_template=""), config=Config())
+    y = [{"prompt": prompt, "responses": ["a", "b", "c"], "finished": [True, True, False]}]
+    [record] = variants.judge_by_word_points(model, y)
+    assert record["scores"] == [[2], [None], [1]] and record["rewards"] == [2.0, None, None]
+    assert record["judgements"] == [[text] for text in texts]
+
+
 def run(tmp_path, *changes):
     (tmp_path / "small.toml").write_text(SMALL)
     config = load_config(tmp_path / "small.toml", overrides=("judge.by=random", *changes))

@@ -186,6 +186,7 @@ def test_the_reports_show_what_the_answers_are(finished):
     (("seed_data.source=english",), 'judge.by = "oracle" needs seed_data.source = "world" or "words"'),
     (("seed_data.source=english", "judge.by=self", "prompts.source=self", "prompts.requests_only=true"),
      'requests_only = true needs seed_data.source = "world" or "words"'),
+    (("seed_data.source=english", "judge.by=word_points"), 'judge.by = "word_points" needs seed_data.source = "words"'),
     (("seed_data.edited=1.5",), "edited must lie between 0 and 1")])
 def test_wrong_input_is_refused(config, changes, message, tmp_path):
     options = [option for change in changes for option in ("--set", change)]

@@ -14,7 +14,7 @@ from minisr.runner.config import SeedConfig
 from minisr.runner.run import load_template
 from minisr.runner.seed_data import build_seed_data, eft_by_annotator
 from minisr.worlds.catalog import WORLDS, true_score, world_of_prompt
-from minisr.worlds.words import corpus, measures, requests
+from minisr.worlds.words import annotator, corpus, measures, requests
 from minisr.worlds.words.annotator import judgement, read_points
 from minisr.worlds.words.edits import PLAIN, Editor
 from minisr.worlds.words.oracle import CRITERIA, examine, score
@@ -177,6 +177,23 @@ def test_the_evidence_is_quoted_as_it_stands(text, verb, end):
     assert (form.verb, form.end) == (verb, end)
 
 
+@pytest.mark.parametrize("text, start, length, about, repeated, listed", [
+    ("The cook cuts the soup meat on a board.", "The", "fine", "none", "none", "none"),
+    ("\"Stop it,\" he said to the dog.", "\"Stop", "fine", "none", "none", "none"),
+    ("a dog is a dog, a dog", "a", "fine", "none", "dog", "none"),
+    ("There is a dog, a catch, a frisbee, and a throw.", "There", "fine", "none", "none", "a dog, a catch"),
+    ("A dog, a catch, a frisbee, and a throw.", "A", "fine", "none", "none", "A dog, a catch"),
+    ("The words are dog, catch, frisbee and throw.", "The", "fine", "words", "none", "dog, catch, frisbee and"),
+    ("I am here with the dog/catch/frisbee and so on.", "I", "fine", "none", "none", "dog/catch/frisbee and so on"),
+    ("Soup.", "Soup", "short", "none", "none", "few small words"), ("", "none", "short", "none", "none", "none"),
+    ("It is the dog catch frisbee throw of the day.", "It", "fine", "none", "none", "dog catch frisbee throw"),
+    ("We go home " * 8 + "now.", "We", "long", "none", "we", "none")])
+def test_each_rule_has_its_evidence(text, start, length, about, repeated, listed):
+    form = check_sentence(text, DOG)
+    assert (form.start, form.length, form.about, form.repeated, form.listed) == (
+        start, length, about, repeated, listed)
+
+
 # The oracle. Points for: knife, cut, board, soup, sentence.
 
 @pytest.mark.parametrize("text, points", [
@@ -210,11 +227,13 @@ def test_any_answer_gets_a_judgement_that_can_be_read_back(parts):
 
 def test_a_judgement_adds_up_the_points():
     verdict = examine(KITCHEN, "The cook cuts the meat with a knife.")
-    assert judgement(KITCHEN, verdict) == ("knife: knife, 1. cut: cuts, 2. board: none, 2. soup: none, 2. Verb: cuts. "
-                                           "End: knife. end. Sentence: fine, 3.\nScore: 3")
+    assert judgement(KITCHEN, verdict) == ("knife: knife, 1. cut: cuts, 2. board: none, 2. soup: none, 2. Start: The. "
+                                           "End: knife. end. Length: fine. About: none. Repeats: none. List: none. "
+                                           "Verb: cuts. Sentence: fine, 3.\nScore: 3")
     verdict = examine(KITCHEN, "A board and a board with the board.")
-    assert judgement(KITCHEN, verdict) == ("knife: none, 0. cut: none, 0. board: board, 1. soup: none, 1. Verb: none. "
-                                           "End: board. end. Sentence: repeats board, 1.\nScore: 1")
+    assert judgement(KITCHEN, verdict) == ("knife: none, 0. cut: none, 0. board: board, 1. soup: none, 1. Start: A. "
+                                           "End: board. end. Length: fine. About: none. Repeats: board. List: none. "
+                                           "Verb: none. Sentence: repeats, 1.\nScore: 1")
 
 
 @pytest.mark.parametrize("text, points", [
@@ -222,6 +241,12 @@ def test_a_judgement_adds_up_the_points():
     ("board: Board, 1. Sentence: Fine, 2.", (None, None, True, None, True))])
 def test_points_that_a_judgement_does_not_mention_are_none(text, points):
     assert read_points(KITCHEN, text) == points
+
+
+def test_word_points_leave_out_the_sentence():
+    text = judgement(KITCHEN, examine(KITCHEN, "The cook cuts the meat with a knife."))
+    assert annotator.word_points(PROMPT, text) == 2 and annotator.word_points(PROMPT, "") == 0
+    assert annotator.word_points("Write a poem.", text) is None
 
 
 # Seed data.

@@ -1,20 +1,23 @@
 """How the oracle's verdict reads as a judgement: a justification that adds up the points, then the score line.
 
-    knife: knife, 1. cut: cuts, 2. board: none, 2. soup: soup, 3. Verb: cuts. End: soup. end. Sentence: fine, 4.
+    knife: knife, 1. cut: cuts, 2. board: none, 2. soup: soup, 3. Start: The. End: soup. end. Length: fine. About: none.
+    Repeats: none. List: none. Verb: cuts. Sentence: fine, 4.
     Score: 4
 
-Small models judge well only what they can copy: each word is quoted as it stands in the answer, and so is the evidence
-for the sentence's point.
+Small models judge well only what they can copy, and one thing at a time: each word is quoted as it stands in the
+answer, and so is the evidence for each rule of the sentence, whether or not it decides.
 """
 
 import re
 
 from minisr.worlds.words.oracle import Verdict
-from minisr.worlds.words.requests import Request
+from minisr.worlds.words.requests import Request, parse_request
 from minisr.worlds.words.sentence import FINE
 
-EVIDENCE = ("verb", "end")  # what is quoted of the sentence before it is judged, see Form; () for nothing
-HEADINGS = {"verb": "Verb", "end": "End"}
+# The evidence that is quoted before the sentence is judged, rule by rule: fields of Form.
+EVIDENCE = ("start", "end", "length", "about", "repeated", "listed", "verb")
+HEADINGS = {"start": "Start", "end": "End", "length": "Length", "about": "About", "repeated": "Repeats",
+            "listed": "List", "verb": "Verb"}
 SENTENCE_LINE = re.compile(r"Sentence: ([a-z ]+?)(?: \d+)?[,.]", re.IGNORECASE)
 
 
@@ -25,12 +28,18 @@ def reason(request: Request, verdict: Verdict) -> str:
         total += point
         parts.append(f"{word}: {found}, {total}.")
     parts += [f"{HEADINGS[name]}: {getattr(verdict.form, name)}." for name in EVIDENCE]
-    parts.append(f"Sentence: {verdict.form.reason}, {total + verdict.points[-1]}.")
+    parts.append(f"Sentence: {verdict.form.kind}, {total + verdict.points[-1]}.")
     return " ".join(parts)
 
 
 def judgement(request: Request, verdict: Verdict) -> str:
     return f"{reason(request, verdict)}\nScore: {verdict.score}"
+
+
+def word_points(prompt: str, text: str) -> int | None:
+    """How many requested words a judgement finds; None if the prompt is no request."""
+    request = parse_request(prompt)
+    return sum(map(bool, read_points(request, text)[:-1])) if request else None
 
 
 def read_points(request: Request, text: str) -> tuple[bool | None, ...]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from minisr.worlds.words.words import ALL_NOUNS, ALL_VERBS, GRAMMAR, inflections, plural, verb_forms
 
-FINE = "fine"
+FINE, NONE = "fine", "none"
 REASONS = ("no capital", "no end", "more than one", "too short", "too long", "about words", "repeats", "a list",
            "no verb")
 SHORTEST, LONGEST = 6, 22  # words
@@ -38,15 +38,21 @@ JOINED = rf"(?:(?: ?[,;—–] ?(?:and |or )?| (?:and|or) ){ITEM})"
 LIST = re.compile(rf"\b{ITEM}(?:{JOINED}{{2,}}(?=\s*[,;.!?—–])|{JOINED}{{3,}}(?![\w'-]))")
 BROKEN = re.compile(rf"\b(?:a|an|the|my|his|its|our|their|your) (?:a|an|the|and|or|of|is|was)\b|\b{ARTICLE}[,;]")
 RUN = 4  # requested words side by side
+QUOTE = 4  # words of a list
 
 
 @dataclass(frozen=True)
 class Form:
-    """Whether a text is a sentence, and the evidence that a careful reader quotes."""
+    """Whether a text is a sentence, and what a careful reader quotes as evidence. "none": there is nothing to quote."""
 
-    reason: str  # FINE, or one of REASONS; "repeats" with the word: "repeats dog"
-    verb: str  # the first finite verb, or "none"
-    end: str  # the word before the first end of a sentence, and the one after it: "ball. end", "ball. He"; or "none"
+    reason: str  # FINE, or the first broken one of REASONS; "repeats" with the word: "repeats dog"
+    start: str  # the first word: "The", "the"
+    end: str  # the word before the first end of a sentence, and the one after it: "ball. end", "ball. He"
+    length: str  # "short", "fine" or "long"
+    about: str  # what shows that the text is about words: "sentence"
+    repeated: str  # the word that occurs too often, or in a phrase that occurs twice
+    listed: str  # how a list begins: "a dog, a catch"
+    verb: str  # the first finite verb
 
     @property
     def kind(self) -> str:
@@ -59,15 +65,18 @@ def check_sentence(text: str, requested: tuple[str, ...] = ()) -> Form:
     text = plain_quotes(text.strip())
     words = WORD.findall(text)
     lower = [word.lower() for word in words]
-    verb, end = finite_verb(words), first_end(text)
-    return Form(broken_rule(text, lower, verb, requested), verb, end)
+    evidence = {
+        "start": first_token(text), "end": first_end(text), "length": length_of(words), "about": about_words(text, lower),
+        "repeated": repeated_word(lower) or NONE, "listed": list_begins(text, lower, requested),
+        "verb": finite_verb(words)}
+    return Form(broken_rule(text, lower, evidence), **evidence)
 
 
 def plain_quotes(text: str) -> str:
     return text.translate(str.maketrans("’‘“”", "''\"\""))
 
 
-def broken_rule(text: str, words: list[str], verb: str, requested: tuple[str, ...]) -> str:
+def broken_rule(text: str, words: list[str], evidence: dict[str, str]) -> str:
     """The first broken rule in the order of REASONS, or FINE. The words are in lower case."""
     bare = text.strip("\"'() ")
     if not re.match(r"[\"']?[A-Z0-9]", text):
@@ -76,17 +85,27 @@ def broken_rule(text: str, words: list[str], verb: str, requested: tuple[str, ..
         return "no end"
     if len(ends(text)) > 1:
         return "more than one"
-    if len(words) < SHORTEST:
-        return "too short"
-    if len(words) > LONGEST:
-        return "too long"
-    if talks_of_words(text, words):
+    if evidence["length"] != FINE:
+        return f"too {evidence['length']}"
+    if evidence["about"] != NONE:
         return "about words"
-    if repeated := repeated_word(words):
-        return f"repeats {repeated}"
-    if is_list(bare, words, requested):
+    if evidence["repeated"] != NONE:
+        return f"repeats {evidence['repeated']}"
+    if evidence["listed"] != NONE:
         return "a list"
-    return FINE if verb != "none" else "no verb"
+    return FINE if evidence["verb"] != NONE else "no verb"
+
+
+def first_token(text: str) -> str:
+    """The first word as it stands in the text, without what follows it: '"The', 'the'."""
+    found = re.match(r"[\"']?[\w'-]+|\S", text)
+    return found[0] if found else NONE
+
+
+def length_of(words: list[str]) -> str:
+    if len(words) < SHORTEST:
+        return "short"
+    return FINE if len(words) <= LONGEST else "long"
 
 
 def ends(text: str) -> list[re.Match]:
@@ -104,10 +123,11 @@ def first_end(text: str) -> str:
     return f"{before[-1] if before else ''}{stop} {after[0] if after else 'end'}"
 
 
-def talks_of_words(text: str, words: list[str]) -> bool:
-    """Whether a text speaks about words and sentences, or quotes single words."""
-    meta = {"word", "words", "sentence", "sentences"}.intersection(words)
-    return bool(meta or QUOTED_WORD.search(text) or re.match(r"(?:Here is|Here's|Sure|Answer)\b", text))
+def about_words(text: str, words: list[str]) -> str:
+    """What shows that a text speaks about words and sentences, or quotes single words; or "none"."""
+    meta = [word for word in words if word in ("word", "words", "sentence", "sentences")]
+    found = QUOTED_WORD.search(text) or re.match(r"(?:Here is|Here's|Sure|Answer)\b", text)
+    return meta[0] if meta else found[0] if found else NONE
 
 
 def repeated_word(words: list[str]) -> str:
@@ -125,14 +145,19 @@ def repeated_word(words: list[str]) -> str:
     return ""
 
 
-def is_list(text: str, words: list[str], requested: tuple[str, ...]) -> bool:
-    """Whether a text enumerates bare items, has few function words, or has the requested words side by side."""
-    if UNUSUAL.search(text) or LIST.search(text.lower()) or BROKEN.search(text.lower()):
-        return True
+def list_begins(text: str, words: list[str], requested: tuple[str, ...]) -> str:
+    """How a text begins to enumerate bare items, has few function words, or has requested words side by side: the
+    first of these in up to QUOTE words; or "none"."""
+    text = text.strip("\"'() ")
+    for pattern in (LIST, BROKEN, UNUSUAL):
+        if found := pattern.search(text.lower() if pattern is not UNUSUAL else text):
+            start = text.rfind(" ", 0, found.start()) + 1  # of the word in which it is found
+            return " ".join(text[start:].split()[:QUOTE]).rstrip(",;.!?—– ") or found[0]
     if sum(word in FUNCTION_WORDS for word in words) < FUNCTION_SHARE * len(words):
-        return True
+        return "few small words"
     forms = frozenset(form for word in requested for form in inflections(word))
-    return any(forms.issuperset(words[i:i + RUN]) for i in range(len(words) - RUN + 1))
+    rows = (words[i:i + RUN] for i in range(len(words) - RUN + 1))
+    return next((" ".join(row) for row in rows if forms.issuperset(row)), NONE)
 
 
 def finite_verb(words: list[str]) -> str:
