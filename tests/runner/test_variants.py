@@ -209,7 +209,8 @@ dpo = {batch_size = 4}
 def test_word_points_reward_the_words_that_a_judgement_finds(monkeypatch):
     prompt = "In one sentence, use the words knife, cut, board, soup."
     texts = ["knife: knife, 1. cut: cuts, 2. board: none, 2. soup: none, 2. Sentence: fine, 3.\nScore: 3",
-             "knife: none, 0. cut: cuts, 1. board: none, 1. soup: soup, 2.", "soup: soup, 1. Sentence: fine, 2.\nScore: 2"]
+             "knife: none, 0. cut: cuts, 1. board: none, 1. soup: soup, 2.",
+             "soup: soup, 1. Sentence: fine, 2.\nScore: 2"]
     judged = {"prompt": prompt, "scores": [[3.0], [None], [2.0]], "judgements": [[text] for text in texts]}
     monkeypatch.setattr(variants, "judge_responses", lambda *arguments: [judged])
     model = SimpleNamespace(lm=None, seed=lambda purpose: 0, data=SimpleNamespace(judge_template=""), config=Config())

@@ -66,9 +66,9 @@ def check_sentence(text: str, requested: tuple[str, ...] = ()) -> Form:
     words = WORD.findall(text)
     lower = [word.lower() for word in words]
     evidence = {
-        "start": first_token(text), "end": first_end(text), "length": length_of(words), "about": about_words(text, lower),
-        "repeated": repeated_word(lower) or NONE, "listed": list_begins(text, lower, requested),
-        "verb": finite_verb(words)}
+        "start": first_token(text), "end": first_end(text), "length": length_of(words),
+        "about": about_words(text, lower), "repeated": repeated_word(lower) or NONE,
+        "listed": list_begins(text, lower, requested), "verb": finite_verb(words)}
     return Form(broken_rule(text, lower, evidence), **evidence)
 
 
