@@ -12,9 +12,11 @@ COLUMNS = (
     ("exact %", "judge.exact", 100), ("Spearman", "judge.spearman", 1), ("Kendall", "judge.kendall", 1),
     ("parsed %", "judge.parse_rate", 100), ("chars", "length", 1), ("pairs", "pairs", 1),
     ("right %", "pairs_right", 100), ("distinct %", "distinct", 100), ("form %", "criteria.4", 100),
-    ("cover %", "words.all.cover", 100), ("unseen %", "words.unseen.cover", 100),
+    ("cover %", "words.all.cover", 100), ("unseen: cover %", "words.unseen.cover", 100),
+    ("flawless %", "words.unseen.flawless", 100), ("list %", "words.all.lists", 100),
+    ("words", "words.all.length", 1), ("words judged %", "judge.words_right", 100),
     ("form judged %", "judge.form_right", 100))
-OF_ONE_WORLD = ("words.all.cover", "words.unseen.cover", "judge.form_right")  # left out where nothing was measured
+OF_ONE_WORLD = {metric for _, metric, _ in COLUMNS[-7:]}  # left out where nothing was measured
 
 
 def results_table(results: dict) -> str:

@@ -23,6 +23,7 @@ from minisr.runner.stop import Stop
 METRICS = ("flawless", "flawless_greedy", "mean_score", "versus_m1.win", "versus_m1.lose", "judge.pairwise",
            "judge.five_best", "judge.exact", "judge.spearman", "judge.kendall", "judge.parse_rate", "length",
            "pairs", "pairs_right", "distinct", "criteria.4", "words.all.cover", "words.unseen.cover",
+           "words.unseen.flawless", "words.all.lists", "words.all.length", "judge.words_right",
            "judge.form_right")
 
 

@@ -342,7 +342,7 @@ def test_metrics_of_answers_by_hand():
     assert (seen["cover"], seen["form"], seen["flawless"], seen["length"]) == (1.0, 0.5, 0.5, 12.0)
     assert (unseen["cover"], unseen["form"], unseen["flawless"], unseen["length"]) == (0.0, 1.0, 0.0, 8.0)
     assert everything["cover"] == pytest.approx(2 / 3) and everything["single_words"] == pytest.approx(10 / 12)
-    assert seen["forms"] == {"fine": 0.5, "a list": 0.5}
+    assert seen["forms"] == {"fine": 0.5, "a list": 0.5} and (seen["lists"], unseen["lists"]) == (0.5, 0.0)
     assert measured["words_greedy"]["unseen"]["flawless"] == 1.0 and measured["words_greedy"]["seen"]["cover"] == 0.0
 
 

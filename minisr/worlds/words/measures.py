@@ -28,7 +28,7 @@ def measure_answers(answers: list[dict]) -> dict:
 
 def measure_texts(texts: list[tuple]) -> dict:
     """Shares of the answers with all four words ("cover"), that are a sentence ("form"), and with both ("flawless"),
-    their mean length in words, and how often each form occurred. texts: (request, answer)."""
+    and lists; their mean length in words, and how often each form occurred. texts: (request, answer)."""
     verdicts = [examine(request, text) for request, text in texts]
     points = np.array([verdict.points for verdict in verdicts])  # (answers, 5)
     cover, form, flawless = points[:, :-1].all(1), points[:, -1], points.all(1)
@@ -37,6 +37,7 @@ def measure_texts(texts: list[tuple]) -> dict:
             "form": float(form.mean()), "form_ci95": bootstrap_ci(form),
             "flawless": float(flawless.mean()), "flawless_ci95": bootstrap_ci(flawless),
             "single_words": float(points[:, :-1].mean()),
+            "lists": forms["a list"] / len(texts),
             "length": float(np.mean([len(WORD.findall(text)) for _, text in texts])),
             "forms": {name: count / len(texts) for name, count in forms.most_common()}}
 
