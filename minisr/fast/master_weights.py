@@ -16,8 +16,10 @@ def make_master_optimizer(model: Decoder, config: TrainConfig) -> torch.optim.Op
 
     def add_gradient_to(master):
         def hook(p):
-            gradient = p.grad.float()
-            master.grad = gradient if master.grad is None else master.grad + gradient
+            if master.grad is None:
+                master.grad = p.grad.float()
+            else:
+                master.grad += p.grad
             p.grad = None
         return hook
 

@@ -7,12 +7,15 @@ next process adds its gradients to this sum one by one, and so on; the last one 
 
 from collections import Counter
 from collections.abc import Callable
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
 from minisr.rng import derive_seed
 from minisr.runner import processes
+
+BUFFERS = WeakKeyDictionary()  # {optimizer: the vectors of its steps}, since new memory costs more than the sums
 
 
 class GradientSum:
@@ -23,6 +26,7 @@ class GradientSum:
     def __init__(self, optimizer, losses: list[Callable], seed: int):
         self.optimizer, self.losses, self.seed = optimizer, losses, seed
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        self.buffers: list[Tensor] = BUFFERS.setdefault(optimizer, [])
         # The losses of a DPO batch are those of its pairs, then those of its replayed examples. Interleaving both
         # halves gives every process some of either.
         half = -(-len(losses) // 2)
@@ -49,8 +53,8 @@ class GradientSum:
         if position == 0:
             for index in own:
                 self.backward(index)
-        gradients = [self.gradient(index) for index in own] if position else []
-        total = self.collect_gradients()  # (N,) N numbers are trained; zeros but in the first process
+        gradients = [self.gradient(index, number) for number, index in enumerate(own, 1)] if position else []
+        total = self.collect_gradients(0) if position == 0 else self.buffer(0)  # (N,) N numbers are trained
         if position:
             processes.receive(total, owners[position - 1])
             for gradient in gradients:
@@ -74,16 +78,25 @@ class GradientSum:
         except (MemoryError, RuntimeError) as error:
             self.error = error.with_traceback(None)  # which would keep what it computed in memory
 
-    def gradient(self, index: int) -> Tensor:
-        """The gradient of one loss: (N,)."""
+    def gradient(self, index: int, number: int) -> Tensor:
+        """The gradient of one loss, in a buffer: (N,)."""
         self.backward(index)
-        gradient = self.collect_gradients()
+        gradient = self.collect_gradients(number)
         self.optimizer.zero_grad()
         return gradient
 
-    def collect_gradients(self) -> Tensor:
-        """The present .grad of all parameters, zeros where there is none: (N,)."""
-        return torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in self.parameters])
+    def collect_gradients(self, number: int) -> Tensor:
+        """The present .grad of all parameters, zeros where there is none, in a buffer: (N,)."""
+        gradients = [(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in self.parameters]
+        return torch.cat(gradients, out=self.buffer(number))
+
+    def buffer(self, number: int) -> Tensor:
+        """One of the buffers: (N,). It holds whatever was last written to it."""
+        while len(self.buffers) <= number:
+            first = self.parameters[0]
+            self.buffers.append(torch.empty(sum(p.numel() for p in self.parameters), dtype=first.dtype,
+                                            device=first.device))
+        return self.buffers[number]
 
     def total_metrics(self, gathered: list[dict[int, Counter]]) -> Counter:
         """The sum of all losses' metrics, added in the order of the losses."""

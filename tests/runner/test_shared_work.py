@@ -139,6 +139,22 @@ def test_gradient_and_metrics_have_the_same_bits_for_any_number_of_processes(cou
             assert torch.equal(gradient, expected) and found == metrics
 
 
+def test_the_next_step_uses_the_memory_of_the_last_one(in_processes):
+    def take_steps():
+        p, places = torch.ones(50, requires_grad=True), []
+        optimizer = torch.optim.SGD([p])
+        for coefficients in ([1.0, 2.0, 4.0], [3.0, 5.0, 7.0]):
+            gradient = GradientSum(optimizer, [lambda c=c: (c * p.sum(), {}) for c in coefficients], seed=0)
+            gradient.compute()
+            assert p.grad.tolist() == [sum(coefficients)] * 50
+            places.append([buffer.data_ptr() for buffer in gradient.buffers])
+            optimizer.zero_grad()
+        return places
+    for places in in_processes(2, take_steps):
+        assert places[0] == places[1]
+    assert [len(places[0]) for places in in_processes(2, take_steps)] == [1, 2]
+
+
 @pytest.mark.parametrize("victim", [0, 1])
 def test_where_one_process_runs_out_of_memory_all_halve_the_micro_batch(victim, in_processes):
     model, rows = tiny_model(), torch.arange(24).reshape(8, 3)
