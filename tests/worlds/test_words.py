@@ -133,7 +133,7 @@ def test_sentences_of_people_pass(text):
 
 @pytest.mark.parametrize("text, reason", [
     ("A dog, a catch, a frisbee, and a throw.", "a list"), ("demonstrating, machine, sew, use.", "no capital"),
-    ("a dog is a dog, a dog", "no capital"), ("A dog is a dog, a dog.", "repeats dog"),
+    ("a dog is a dog, a dog", "no capital"), ("A dog is a dog, a dog.", "repeats"),
     ("The words are dog, catch, frisbee and throw.", "about words"), ("Dog catches frisbee throw.", "too short"),
     ("Here is a sentence using the words: dog, catch, frisbee, throw.", "about words"),
     (PHRASINGS[0].format(words="dog, catch, frisbee, throw"), "about words"),
@@ -145,7 +145,7 @@ def test_sentences_of_people_pass(text):
     ("The dog with the catch of the frisbee near the throw.", "no verb"),
     ("There is a dog, a catch, a frisbee, and a throw.", "a list"),
     ("Today we have dog, catch, frisbee, throw and more.", "a list"),
-    ("I see a dog with a catch with a frisbee with a throw.", "repeats with"),
+    ("I see a dog with a catch with a frisbee with a throw.", "repeats"),
     ("The man goes home with a dog, a catch, a frisbee, and a throw.", "a list"),
     ("The man walks to the home of his friend, dog catch frisbee throw.", "a list"),
     ("He likes dog-catch-frisbee-throw in the park.", "a list"), ("A dog; a catch; a frisbee; a throw.", "a list"),
@@ -153,12 +153,12 @@ def test_sentences_of_people_pass(text):
     ("A dog catching a frisbee in the park after a throw.", "no verb"),
     ("The dog catches the frisbee after the.", "no end"),
     ("The dog catches the frisbee and the dog catches the frisbee and", "no end"),
-    ("The dog catches the frisbee and the dog catches the frisbee.", "repeats dog"),
+    ("The dog catches the frisbee and the dog catches the frisbee.", "repeats"),
     ("The dog catches the frisbee in the park", "no end"), ("The dog catches the frisbee in the park...", "no end"),
     ("The dog catches the frisbee. They throw it to him again.", "more than one"),
     ("The dog catches the frisbee.\nHe likes it.", "more than one"),
-    ("I like dog, I like catch, I like frisbee.", "repeats i"),
-    ("The end of the bar near the side of the road by the edge of the lake is the best.", "repeats the"),
+    ("I like dog, I like catch, I like frisbee.", "repeats"),
+    ("The end of the bar near the side of the road by the edge of the lake is the best.", "repeats"),
     ("The a dog catches the frisbee in the park.", "a list"), ("Boy dog man frisbee park catch.", "a list"),
     ("", "no capital"), ("...", "no capital"), ("Dog.", "too short"),
     ("The dog who lives in the old house near the river likes to catch the frisbee that his friends throw for him on a "
@@ -178,16 +178,16 @@ def test_the_evidence_is_quoted_as_it_stands(text, verb, end):
 
 
 @pytest.mark.parametrize("text, start, length, about, repeated, listed", [
-    ("The cook cuts the soup meat on a board.", "The", "fine", "none", "none", "none"),
-    ("\"Stop it,\" he said to the dog.", "\"Stop", "fine", "none", "none", "none"),
-    ("a dog is a dog, a dog", "a", "fine", "none", "dog", "none"),
-    ("There is a dog, a catch, a frisbee, and a throw.", "There", "fine", "none", "none", "a dog, a catch"),
-    ("A dog, a catch, a frisbee, and a throw.", "A", "fine", "none", "none", "A dog, a catch"),
-    ("The words are dog, catch, frisbee and throw.", "The", "fine", "words", "none", "dog, catch, frisbee and"),
-    ("I am here with the dog/catch/frisbee and so on.", "I", "fine", "none", "none", "dog/catch/frisbee and so on"),
-    ("Soup.", "Soup", "short", "none", "none", "few small words"), ("", "none", "short", "none", "none", "none"),
-    ("It is the dog catch frisbee throw of the day.", "It", "fine", "none", "none", "dog catch frisbee throw"),
-    ("We go home " * 8 + "now.", "We", "long", "none", "we", "none")])
+    ("The cook cuts the soup meat on a board.", "The", "9", "none", "none", "none"),
+    ("\"Stop it,\" he said to the dog.", "\"Stop", "7", "none", "none", "none"),
+    ("a dog is a dog, a dog", "a", "7", "none", "dog", "none"),
+    ("There is a dog, a catch, a frisbee, and a throw.", "There", "11", "none", "none", "a dog, a catch"),
+    ("A dog, a catch, a frisbee, and a throw.", "A", "9", "none", "none", "A dog, a catch"),
+    ("The words are dog, catch, frisbee and throw.", "The", "8", "words", "none", "dog, catch, frisbee and"),
+    ("I am here with the dog/catch/frisbee and so on.", "I", "11", "none", "none", "dog/catch/frisbee and so on"),
+    ("Soup.", "Soup", "1", "none", "none", "few small words"), ("", "none", "0", "none", "none", "none"),
+    ("It is the dog catch frisbee throw of the day.", "It", "10", "none", "none", "dog catch frisbee throw"),
+    ("We go home " * 8 + "now.", "We", "25", "none", "we", "none")])
 def test_each_rule_has_its_evidence(text, start, length, about, repeated, listed):
     form = check_sentence(text, DOG)
     assert (form.start, form.length, form.about, form.repeated, form.listed) == (
@@ -213,7 +213,7 @@ def test_the_oracle_gives_the_points_found_by_hand(text, points):
 def test_any_text_gets_a_verdict(text):
     verdict = examine(KITCHEN, text)
     assert len(verdict.points) == len(CRITERIA) == 5 and 0 <= verdict.score <= 5
-    assert verdict.form.kind in (FINE, *REASONS) and verdict.points[-1] == (verdict.form.reason == FINE)
+    assert verdict.form.reason in (FINE, *REASONS) and verdict.points[-1] == (verdict.form.reason == FINE)
     given = judgement(KITCHEN, verdict)
     assert parse_score(given) == verdict.score and read_points(KITCHEN, given) == verdict.points
 
@@ -228,12 +228,12 @@ def test_any_answer_gets_a_judgement_that_can_be_read_back(parts):
 def test_a_judgement_adds_up_the_points():
     verdict = examine(KITCHEN, "The cook cuts the meat with a knife.")
     assert judgement(KITCHEN, verdict) == ("knife: knife, 1. cut: cuts, 2. board: none, 2. soup: none, 2. Start: The. "
-                                           "End: knife. end. Length: fine. About: none. Repeats: none. List: none. "
+                                           "End: knife. end. Length: 8. About: none. Repeats: none. List: none. "
                                            "Verb: cuts. Sentence: fine, 3.\nScore: 3")
     verdict = examine(KITCHEN, "A board and a board with the board.")
     assert judgement(KITCHEN, verdict) == ("knife: none, 0. cut: none, 0. board: board, 1. soup: none, 1. Start: A. "
-                                           "End: board. end. Length: fine. About: none. Repeats: board. List: none. "
-                                           "Verb: none. Sentence: repeats, 1.\nScore: 1")
+                                           "End: board. end. Length: 8. About: none. Repeats: board, repeats. "
+                                           "List: none. Verb: none, no verb. Sentence: repeats, 1.\nScore: 1")
 
 
 @pytest.mark.parametrize("text, points", [
@@ -264,7 +264,7 @@ def judged():
 
 def test_edited_answers_show_every_verdict_about_equally_often(judged):
     verdicts = [examine(parse_request(r["prompt"]), text) for r in judged for text in r["responses"]]
-    forms, numbers = (Counter(v.form.kind for v in verdicts), Counter(sum(v.points[:-1]) for v in verdicts))
+    forms, numbers = (Counter(v.form.reason for v in verdicts), Counter(sum(v.points[:-1]) for v in verdicts))
     assert 0.45 < forms[FINE] / len(verdicts) < 0.55
     assert all(0.04 < forms[reason] / len(verdicts) < 0.07 for reason in REASONS), forms
     assert all(0.17 < numbers[n] / len(verdicts) < 0.23 for n in range(5)), numbers

@@ -1,11 +1,12 @@
 """How the oracle's verdict reads as a judgement: a justification that adds up the points, then the score line.
 
-    knife: knife, 1. cut: cuts, 2. board: none, 2. soup: soup, 3. Start: The. End: soup. end. Length: fine. About: none.
+    knife: knife, 1. cut: cuts, 2. board: none, 2. soup: soup, 3. Start: The. End: soup. end. Length: 9. About: none.
     Repeats: none. List: none. Verb: cuts. Sentence: fine, 4.
     Score: 4
 
 Small models judge well only what they can copy, and one thing at a time: each word is quoted as it stands in the
-answer, and so is the evidence for each rule of the sentence, whether or not it decides.
+answer, and so is the evidence for each rule of the sentence, with the name of a rule that it breaks. The first broken
+rule decides.
 """
 
 import re
@@ -14,10 +15,10 @@ from minisr.worlds.words.oracle import Verdict
 from minisr.worlds.words.requests import Request, parse_request
 from minisr.worlds.words.sentence import FINE
 
-# The evidence that is quoted before the sentence is judged, rule by rule: fields of Form.
-EVIDENCE = ("start", "end", "length", "about", "repeated", "listed", "verb")
-HEADINGS = {"start": "Start", "end": "End", "length": "Length", "about": "About", "repeated": "Repeats",
-            "listed": "List", "verb": "Verb"}
+# The evidence quoted for each rule of a sentence: its heading, the field of Form, and the broken rules it may show.
+EVIDENCE = (("Start", "start", ("no capital",)), ("End", "end", ("no end", "more than one")),
+            ("Length", "length", ("too short", "too long")), ("About", "about", ("about words",)),
+            ("Repeats", "repeated", ("repeats",)), ("List", "listed", ("a list",)), ("Verb", "verb", ("no verb",)))
 SENTENCE_LINE = re.compile(r"Sentence: ([a-z ]+?)(?: \d+)?[,.]", re.IGNORECASE)
 
 
@@ -27,8 +28,10 @@ def reason(request: Request, verdict: Verdict) -> str:
     for word, found, point in zip(request.words, verdict.found, verdict.points):
         total += point
         parts.append(f"{word}: {found}, {total}.")
-    parts += [f"{HEADINGS[name]}: {getattr(verdict.form, name)}." for name in EVIDENCE]
-    parts.append(f"Sentence: {verdict.form.kind}, {total + verdict.points[-1]}.")
+    for heading, field, reasons in EVIDENCE:
+        broken = [name for name in reasons if name in verdict.form.broken][:1]
+        parts.append(f"{heading}: {', '.join([getattr(verdict.form, field), *broken])}.")
+    parts.append(f"Sentence: {verdict.form.reason}, {total + verdict.points[-1]}.")
     return " ".join(parts)
 
 

@@ -202,7 +202,7 @@ class Editor:
         """sentences: answers of M0, of which the fine first sentences serve as material."""
         self.rng = rng
         firsts = [first_sentence(text) for text in sentences]
-        self.material = [text for text in firsts if examine(Request(()), text).form.kind == FINE] or list(PLAIN)
+        self.material = [text for text in firsts if examine(Request(()), text).form.reason == FINE] or list(PLAIN)
         self.forms, self.numbers = Counter(), Counter()  # of all answers so far
 
     def answers(self, request: Request, answers: list[str], share: float) -> list[tuple[str, bool]]:
@@ -216,7 +216,7 @@ class Editor:
         return result
 
     def count(self, verdict: Verdict) -> None:
-        self.forms[verdict.form.kind] += 1
+        self.forms[verdict.form.reason] += 1
         self.numbers[sum(verdict.points[:-1])] += 1
 
     def edit(self, request: Request, answer: str) -> str:
@@ -226,7 +226,7 @@ class Editor:
                 for _ in range(TRIES):
                     text = self.attempt(request, answer, form, number)
                     verdict = examine(request, text)
-                    if (verdict.form.kind, sum(verdict.points[:-1])) == (form, number):
+                    if (verdict.form.reason, sum(verdict.points[:-1])) == (form, number):
                         return text
         return answer
 
@@ -242,7 +242,7 @@ class Editor:
     def attempt(self, request: Request, answer: str, form: str, number: int) -> str:
         """An edit that may succeed."""
         base = first_sentence(answer)
-        if examine(request, base).form.kind != FINE or self.rng.random() < 0.2:
+        if examine(request, base).form.reason != FINE or self.rng.random() < 0.2:
             base = self.rng.choice(self.material)
         base = set_number(base, number, request, self.rng)
         if form == FINE:

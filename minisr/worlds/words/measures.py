@@ -32,7 +32,7 @@ def measure_texts(texts: list[tuple]) -> dict:
     verdicts = [examine(request, text) for request, text in texts]
     points = np.array([verdict.points for verdict in verdicts])  # (answers, 5)
     cover, form, flawless = points[:, :-1].all(1), points[:, -1], points.all(1)
-    forms = Counter(verdict.form.kind for verdict in verdicts)
+    forms = Counter(verdict.form.reason for verdict in verdicts)
     return {"cover": float(cover.mean()), "cover_ci95": bootstrap_ci(cover),
             "form": float(form.mean()), "form_ci95": bootstrap_ci(form),
             "flawless": float(flawless.mean()), "flawless_ci95": bootstrap_ci(flawless),

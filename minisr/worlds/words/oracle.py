@@ -32,7 +32,7 @@ def examine(request: Request, response: str) -> Verdict:
     words = re.findall("[A-Za-z]+", response)
     found = tuple(find_form(word, words) for word in request.words)
     form = check_sentence(response, request.words)
-    return Verdict((*(word != "none" for word in found), form.kind == FINE), found, form)
+    return Verdict((*(word != "none" for word in found), form.reason == FINE), found, form)
 
 
 def find_form(word: str, words: list[str]) -> str:

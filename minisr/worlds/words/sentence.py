@@ -1,6 +1,6 @@
 """What counts as a sentence: rules that a program can check, and a reason if a text breaks one.
 
-The rules are checked in the order of REASONS, and the first broken one is the reason. They tell sentences of daily life
+REASONS names the rules; the first broken one of them is the reason. They tell sentences of daily life
 from the cheap ways to place given words in a text: lists, loops, fragments, talk about the words. They are no grammar:
 "The frisbee is a catch and the dog is a throw." passes.
 """
@@ -45,19 +45,19 @@ QUOTE = 4  # words of a list
 class Form:
     """Whether a text is a sentence, and what a careful reader quotes as evidence. "none": there is nothing to quote."""
 
-    reason: str  # FINE, or the first broken one of REASONS; "repeats" with the word: "repeats dog"
+    broken: tuple[str, ...]  # the broken ones of REASONS, in their order
     start: str  # the first word: "The", "the"
     end: str  # the word before the first end of a sentence, and the one after it: "ball. end", "ball. He"
-    length: str  # "short", "fine" or "long"
+    length: str  # the number of words
     about: str  # what shows that the text is about words: "sentence"
     repeated: str  # the word that occurs too often, or in a phrase that occurs twice
     listed: str  # how a list begins: "a dog, a catch"
     verb: str  # the first finite verb
 
     @property
-    def kind(self) -> str:
-        """FINE, or one of REASONS."""
-        return "repeats" if self.reason.startswith("repeats") else self.reason
+    def reason(self) -> str:
+        """FINE, or the first broken rule."""
+        return self.broken[0] if self.broken else FINE
 
 
 def check_sentence(text: str, requested: tuple[str, ...] = ()) -> Form:
@@ -66,46 +66,31 @@ def check_sentence(text: str, requested: tuple[str, ...] = ()) -> Form:
     words = WORD.findall(text)
     lower = [word.lower() for word in words]
     evidence = {
-        "start": first_token(text), "end": first_end(text), "length": length_of(words),
+        "start": first_token(text), "end": first_end(text), "length": str(len(words)),
         "about": about_words(text, lower), "repeated": repeated_word(lower) or NONE,
         "listed": list_begins(text, lower, requested), "verb": finite_verb(words)}
-    return Form(broken_rule(text, lower, evidence), **evidence)
+    is_broken = {
+        "no capital": not re.match(r"[\"']?[A-Z0-9]", text), "no end": lacks_end(text, lower),
+        "more than one": len(ends(text)) > 1, "too short": len(words) < SHORTEST, "too long": len(words) > LONGEST,
+        "about words": evidence["about"] != NONE, "repeats": evidence["repeated"] != NONE,
+        "a list": evidence["listed"] != NONE, "no verb": evidence["verb"] == NONE}
+    return Form(tuple(name for name in REASONS if is_broken[name]), **evidence)
 
 
 def plain_quotes(text: str) -> str:
     return text.translate(str.maketrans("’‘“”", "''\"\""))
 
 
-def broken_rule(text: str, words: list[str], evidence: dict[str, str]) -> str:
-    """The first broken rule in the order of REASONS, or FINE. The words are in lower case."""
+def lacks_end(text: str, words: list[str]) -> bool:
+    """Whether a text stops without . ! or ?, or after a word like "the". The words are in lower case."""
     bare = text.strip("\"'() ")
-    if not re.match(r"[\"']?[A-Z0-9]", text):
-        return "no capital"
-    if bare[-1:] not in (".", "!", "?") or bare.endswith("..") or words[-1:] and words[-1] in GRAMMAR["not_last"]:
-        return "no end"
-    if len(ends(text)) > 1:
-        return "more than one"
-    if evidence["length"] != FINE:
-        return f"too {evidence['length']}"
-    if evidence["about"] != NONE:
-        return "about words"
-    if evidence["repeated"] != NONE:
-        return f"repeats {evidence['repeated']}"
-    if evidence["listed"] != NONE:
-        return "a list"
-    return FINE if evidence["verb"] != NONE else "no verb"
+    return bare[-1:] not in (".", "!", "?") or bare.endswith("..") or bool(words) and words[-1] in GRAMMAR["not_last"]
 
 
 def first_token(text: str) -> str:
     """The first word as it stands in the text, without what follows it: '"The', 'the'."""
     found = re.match(r"[\"']?[\w'-]+|\S", text)
     return found[0] if found else NONE
-
-
-def length_of(words: list[str]) -> str:
-    if len(words) < SHORTEST:
-        return "short"
-    return FINE if len(words) <= LONGEST else "long"
 
 
 def ends(text: str) -> list[re.Match]:
