@@ -27,8 +27,8 @@ def measure_answers(answers: list[dict]) -> dict:
 
 
 def measure_texts(texts: list[tuple]) -> dict:
-    """Shares of the answers with all four words ("cover"), that are a sentence ("form"), and with both ("flawless"),
-    and lists; their mean length in words, and how often each form occurred. texts: (request, answer)."""
+    """Shares of the answers that have all four words ("cover"), are a sentence ("form"), both ("flawless"), or are
+    lists; their mean length in words, and how often each form occurred. texts: (request, answer)."""
     verdicts = [examine(request, text) for request, text in texts]
     points = np.array([verdict.points for verdict in verdicts])  # (answers, 5)
     cover, form, flawless = points[:, :-1].all(1), points[:, -1], points.all(1)

@@ -1,8 +1,8 @@
 """What counts as a sentence: rules that a program can check, and a reason if a text breaks one.
 
-REASONS names the rules; the first broken one of them is the reason. They tell sentences of daily life
-from the cheap ways to place given words in a text: lists, loops, fragments, talk about the words. They are no grammar:
-"The frisbee is a catch and the dog is a throw." passes.
+REASONS names the rules; the first broken one is the reason. The rules tell sentences of daily life from the cheap ways
+to place given words in a text: lists, loops, fragments, talk about the words. They are no grammar: "The frisbee is a
+catch and the dog is a throw." passes.
 """
 
 import re
