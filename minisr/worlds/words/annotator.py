@@ -1,12 +1,12 @@
 """How the oracle's verdict reads as a judgement: a justification that adds up the points, then the score line.
 
-    knife: knife, 1. cut: cuts, 2. board: none, 2. soup: soup, 3. Start: The. End: soup. end. Length: 9. About: none.
-    Repeats: none. List: none. Verb: cuts. Sentence: fine, 4.
+    knife: knife, 1. cut: cuts, 2. board: none, 2. soup: soup, 3. Text: 1 The cook cuts the soup 2 meat with a knife.
+    end. About: none. Repeats: none. List: none. Verb: cuts. Sentence: fine, 4.
     Score: 4
 
-Small models judge well only what they can copy, and one thing at a time: each word is quoted as it stands in the
-answer, and so is the evidence for each rule of the sentence, with the name of a rule that it breaks. The first broken
-rule decides.
+Small models judge well only what they can copy, and one thing at a time. Each word is quoted as it stands in the
+answer. The sentence is copied with a number before every five words, which shows how it begins, where it ends and how
+long it is. Every rule has its evidence, with the name of the rule if it is broken; the first broken rule decides.
 """
 
 import re
@@ -16,9 +16,9 @@ from minisr.worlds.words.requests import Request, parse_request
 from minisr.worlds.words.sentence import FINE
 
 # The evidence quoted for each rule of a sentence: its heading, the field of Form, and the broken rules it may show.
-EVIDENCE = (("Start", "start", ("no capital",)), ("End", "end", ("no end", "more than one")),
-            ("Length", "length", ("too short", "too long")), ("About", "about", ("about words",)),
-            ("Repeats", "repeated", ("repeats",)), ("List", "listed", ("a list",)), ("Verb", "verb", ("no verb",)))
+EVIDENCE = (("Text", "text", ("no capital", "too long", "more than one", "no end", "too short")),
+            ("About", "about", ("about words",)), ("Repeats", "repeated", ("repeats",)),
+            ("List", "listed", ("a list",)), ("Verb", "verb", ("no verb",)))
 SENTENCE_LINE = re.compile(r"Sentence: ([a-z ]+?)(?: \d+)?[,.]", re.IGNORECASE)
 
 
@@ -51,5 +51,5 @@ def read_points(request: Request, text: str) -> tuple[bool | None, ...]:
     for word in request.words:
         match = re.search(rf"(?<![\w-]){re.escape(word)}: ([\w'-]+)", text)
         points.append(match and match[1] != "none")
-    form = SENTENCE_LINE.search(text)
-    return (*points, form and form[1].lower() == FINE)
+    forms = SENTENCE_LINE.findall(text)  # the answer that is quoted before may hold one, too
+    return (*points, forms[-1].lower() == FINE if forms else None)

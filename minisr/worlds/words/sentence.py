@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from minisr.worlds.words.words import ALL_NOUNS, ALL_VERBS, GRAMMAR, inflections, plural, verb_forms
 
 FINE, NONE = "fine", "none"
-REASONS = ("no capital", "no end", "more than one", "too short", "too long", "about words", "repeats", "a list",
+REASONS = ("no capital", "too long", "more than one", "no end", "too short", "about words", "repeats", "a list",
            "no verb")
-SHORTEST, LONGEST = 6, 22  # words
+SHORTEST, LONGEST = 6, 25  # words
+GROUP = 5  # words of a quotation that share a number: nobody who reads word by word needs to count further
 
 DETERMINERS, PRONOUNS, AUXILIARIES, PREPOSITIONS, CONJUNCTIONS = (
     GRAMMAR[name] for name in ("determiners", "pronouns", "auxiliaries", "prepositions", "conjunctions"))
@@ -46,9 +47,7 @@ class Form:
     """Whether a text is a sentence, and what a careful reader quotes as evidence. "none": there is nothing to quote."""
 
     broken: tuple[str, ...]  # the broken ones of REASONS, in their order
-    start: str  # the first word: "The", "the"
-    end: str  # the word before the first end of a sentence, and the one after it: "ball. end", "ball. He"
-    length: str  # the number of words
+    text: str  # the first sentence, its words numbered in groups, and what follows: see quote_sentence
     about: str  # what shows that the text is about words: "sentence"
     repeated: str  # the word that occurs too often, or in a phrase that occurs twice
     listed: str  # how a list begins: "a dog, a catch"
@@ -63,17 +62,17 @@ class Form:
 def check_sentence(text: str, requested: tuple[str, ...] = ()) -> Form:
     """Whether a text is one sentence. `requested`: the words that a request asks for."""
     text = plain_quotes(text.strip())
-    words = WORD.findall(text)
-    lower = [word.lower() for word in words]
+    words = [word.lower() for word in WORD.findall(text)]
+    first, rest = first_sentence(text)
     evidence = {
-        "start": first_token(text), "end": first_end(text), "length": str(len(words)),
-        "about": about_words(text, lower), "repeated": repeated_word(lower) or NONE,
-        "listed": list_begins(text, lower, requested), "verb": finite_verb(words)}
+        "text": quote_sentence(text), "about": about_words(text, words), "repeated": repeated_word(words) or NONE,
+        "listed": list_begins(text, words, requested), "verb": finite_verb(WORD.findall(text))}
     is_broken = {
-        "no capital": not re.match(r"[\"']?[A-Z0-9]", text), "no end": lacks_end(text, lower),
-        "more than one": len(ends(text)) > 1, "too short": len(words) < SHORTEST, "too long": len(words) > LONGEST,
-        "about words": evidence["about"] != NONE, "repeats": evidence["repeated"] != NONE,
-        "a list": evidence["listed"] != NONE, "no verb": evidence["verb"] == NONE}
+        "no capital": not re.match(r"[\"']?[A-Z0-9]", text), "too long": len(first) > LONGEST,
+        "more than one": rest not in ("end", NONE), "no end": lacks_end(text, words),
+        "too short": len(first) < SHORTEST, "about words": evidence["about"] != NONE,
+        "repeats": evidence["repeated"] != NONE, "a list": evidence["listed"] != NONE,
+        "no verb": evidence["verb"] == NONE}
     return Form(tuple(name for name in REASONS if is_broken[name]), **evidence)
 
 
@@ -87,25 +86,29 @@ def lacks_end(text: str, words: list[str]) -> bool:
     return bare[-1:] not in (".", "!", "?") or bare.endswith("..") or bool(words) and words[-1] in GRAMMAR["not_last"]
 
 
-def first_token(text: str) -> str:
-    """The first word as it stands in the text, without what follows it: '"The', 'the'."""
-    found = re.match(r"[\"']?[\w'-]+|\S", text)
-    return found[0] if found else NONE
-
-
 def ends(text: str) -> list[re.Match]:
     """The ends of sentences in a text."""
     return list(END.finditer(ABBREVIATION.sub(lambda match: match[0][:-1] + "_", text)))
 
 
-def first_end(text: str) -> str:
-    """The last word of the first sentence with its stop, and the word that follows or "end"; "none" without an end."""
+def first_sentence(text: str) -> tuple[list[str], str]:
+    """The words of the first sentence as they stand in a text, and what follows them: "end", "then He", or "none" if no
+    sentence ends."""
     found = ends(text)
     if not found:
-        return "none"
-    before, after = text[:found[0].start()].split(), text[found[0].end():].split()
-    stop = found[0][0].strip() or " /"  # a line break
-    return f"{before[-1] if before else ''}{stop} {after[0] if after else 'end'}"
+        return text.split(), NONE
+    first, rest = text[:found[0].end()].split(), text[found[0].end():].split()
+    return first, f"then {rest[0]}" if rest else "end"
+
+
+def quote_sentence(text: str) -> str:
+    """The first sentence with a number before every GROUP words, and what follows it: "1 The cook cuts the soup 2 meat.
+    end". A quotation of a sentence that is too long breaks off."""
+    words, rest = first_sentence(text)
+    quoted = []
+    for i, word in enumerate(words[:LONGEST + 1]):
+        quoted += [str(i // GROUP + 1), word] if i % GROUP == 0 else [word]
+    return " ".join(quoted if len(words) > LONGEST else [*quoted, rest])
 
 
 def about_words(text: str, words: list[str]) -> str:
