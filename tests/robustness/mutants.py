@@ -308,7 +308,7 @@ FAULTS = {
          "isinstance(config, ResponseConfig)")],
     ("fast/master_weights", "master_weights"): [
         ("masters keep the last micro-batch's gradient alone",
-         "gradient if master.grad is None else master.grad + gradient", "gradient"),
+         "master.grad += p.grad", "master.grad = p.grad.float()"),
         ("the model's gradient adds up too", "            p.grad = None", "            pass"),
         ("updates do not reach the model", "p.copy_(masters[name])", "pass"),
         ("masters are bfloat16", "p.detach().float()", "p.detach().clone()")],
@@ -347,7 +347,9 @@ FAULTS = {
         ("the sum so far is not added", "processes.receive(total, owners[position - 1])", "pass"),
         ("the last process keeps the total", "processes.broadcast(total, owners[-1])", "pass"),
         ("process 0 sends the total", "processes.broadcast(total, owners[-1])", "processes.broadcast(total, 0)"),
-        ("a micro-batch begins with the last one's gradient", "        self.optimizer.zero_grad()\n", "")],
+        ("a micro-batch begins with the last one's gradient", "        self.optimizer.zero_grad()\n", ""),
+        ("every step allocates its buffers", "BUFFERS.setdefault(optimizer, [])", "[]"),
+        ("all gradients share a buffer", "return self.buffers[number]", "return self.buffers[0]")],
     ("runner/journal", "shared_work"): [
         ("a process reads its own journal alone", "for written in journal_files(path):\n            self.read(written)",
          "for written in [self.path] * self.path.exists():\n            self.read(written)"),
