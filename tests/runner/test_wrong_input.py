@@ -83,7 +83,7 @@ SETTINGS = [  # a wrong setting, and texts that the one line must contain
     ("prompts.max_rouge_l=1.1", "[prompts]", "max_rouge_l must lie between 0 and 1", "1.1"),
     ("seed_model=a\udcffb", "--set", "lone surrogate"),
     ("judge.by=1", 'by must be a text, not 1; put it in quotes: by = "1"'),
-    ("judge.by=human", "[judge]", "by must be one of self, M1, oracle, random", "'human'"),
+    ("judge.by=human", "[judge]", "by must be one of self, M1, word_points, oracle", "'human'"),
     ("judge.by", "--set judge.by", "section.key=value"),
     ("seed=7", "another config", "seed: 0 -> 7", "--out"),
     ("iterations=1", "another config", "iterations: 2 -> 1"),
