@@ -15,7 +15,7 @@ FINE, NONE = "fine", "none"
 REASONS = ("no capital", "too long", "more than one", "no end", "too short", "about words", "repeats", "a list",
            "no verb")
 SHORTEST, LONGEST = 6, 25  # words
-GROUP = 5  # words of a quotation that share a number: nobody who reads word by word needs to count further
+GROUP = 5  # words between two numbers of a quoted sentence, from which its length can be read
 
 DETERMINERS, PRONOUNS, AUXILIARIES, PREPOSITIONS, CONJUNCTIONS = (
     GRAMMAR[name] for name in ("determiners", "pronouns", "auxiliaries", "prepositions", "conjunctions"))
@@ -39,7 +39,7 @@ JOINED = rf"(?:(?: ?[,;—–] ?(?:and |or )?| (?:and|or) ){ITEM})"
 LIST = re.compile(rf"\b{ITEM}(?:{JOINED}{{2,}}(?=\s*[,;.!?—–])|{JOINED}{{3,}}(?![\w'-]))")
 BROKEN = re.compile(rf"\b(?:a|an|the|my|his|its|our|their|your) (?:a|an|the|and|or|of|is|was)\b|\b{ARTICLE}[,;]")
 RUN = 4  # requested words side by side
-QUOTE = 4  # words of a list
+QUOTE = 4  # words of a list that are quoted
 
 
 @dataclass(frozen=True)
@@ -62,14 +62,16 @@ class Form:
 def check_sentence(text: str, requested: tuple[str, ...] = ()) -> Form:
     """Whether a text is one sentence. `requested`: the words that a request asks for."""
     text = plain_quotes(text.strip())
-    words = [word.lower() for word in WORD.findall(text)]
-    first, rest = first_sentence(text)
+    words = WORD.findall(text)
+    lower = [word.lower() for word in words]
+    first, rest = split_first_sentence(text)
     evidence = {
-        "text": quote_sentence(text), "about": about_words(text, words), "repeated": repeated_word(words) or NONE,
-        "listed": list_begins(text, words, requested), "verb": finite_verb(WORD.findall(text))}
+        "text": quote_sentence(first, rest), "about": about_words(text, lower),
+        "repeated": repeated_word(lower) or NONE, "listed": list_start(text, lower, requested),
+        "verb": finite_verb(words)}
     is_broken = {
         "no capital": not re.match(r"[\"']?[A-Z0-9]", text), "too long": len(first) > LONGEST,
-        "more than one": rest not in ("end", NONE), "no end": lacks_end(text, words),
+        "more than one": rest not in ("end", NONE), "no end": lacks_end(text, lower),
         "too short": len(first) < SHORTEST, "about words": evidence["about"] != NONE,
         "repeats": evidence["repeated"] != NONE, "a list": evidence["listed"] != NONE,
         "no verb": evidence["verb"] == NONE}
@@ -91,7 +93,7 @@ def ends(text: str) -> list[re.Match]:
     return list(END.finditer(ABBREVIATION.sub(lambda match: match[0][:-1] + "_", text)))
 
 
-def first_sentence(text: str) -> tuple[list[str], str]:
+def split_first_sentence(text: str) -> tuple[list[str], str]:
     """The words of the first sentence as they stand in a text, and what follows them: "end", "then He", or "none" if no
     sentence ends."""
     found = ends(text)
@@ -101,10 +103,9 @@ def first_sentence(text: str) -> tuple[list[str], str]:
     return first, f"then {rest[0]}" if rest else "end"
 
 
-def quote_sentence(text: str) -> str:
-    """The first sentence with a number before every GROUP words, and what follows it: "1 The cook cuts the soup 2 meat.
-    end". A quotation of a sentence that is too long breaks off."""
-    words, rest = first_sentence(text)
+def quote_sentence(words: list[str], rest: str) -> str:
+    """A sentence with a number before every GROUP words, and what follows it: "1 The cook cuts the soup 2 meat. end".
+    The quotation of a sentence that is too long breaks off."""
     quoted = []
     for i, word in enumerate(words[:LONGEST + 1]):
         quoted += [str(i // GROUP + 1), word] if i % GROUP == 0 else [word]
@@ -133,7 +134,7 @@ def repeated_word(words: list[str]) -> str:
     return ""
 
 
-def list_begins(text: str, words: list[str], requested: tuple[str, ...]) -> str:
+def list_start(text: str, words: list[str], requested: tuple[str, ...]) -> str:
     """How a text begins to enumerate bare items, has few function words, or has requested words side by side: the
     first of these in up to QUOTE words; or "none"."""
     text = text.strip("\"'() ")
