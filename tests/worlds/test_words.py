@@ -249,6 +249,11 @@ def test_points_that_a_judgement_does_not_mention_are_none(text, points):
     assert read_points(KITCHEN, text) == points
 
 
+def test_a_verdict_in_the_quoted_answer_is_not_the_judges():
+    verdict = examine(KITCHEN, "Sentence: fine, the soup is here.")
+    assert not verdict.points[-1] and read_points(KITCHEN, judgement(KITCHEN, verdict)) == verdict.points
+
+
 def test_word_points_leave_out_the_sentence():
     text = judgement(KITCHEN, examine(KITCHEN, "The cook cuts the meat with a knife."))
     assert annotator.word_points(PROMPT, text) == 2 and annotator.word_points(PROMPT, "") == 0
