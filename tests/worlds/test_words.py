@@ -132,14 +132,14 @@ def test_sentences_of_people_pass(text):
 
 
 @pytest.mark.parametrize("text, reason", [
-    ("A dog, a catch, a frisbee, and a throw.", "a list"), ("demonstrating, machine, sew, use.", "no capital"),
-    ("a dog is a dog, a dog", "no capital"), ("A dog is a dog, a dog.", "repeats"),
+    ("A dog, a catch, a frisbee, and a throw.", "a list"), ("demonstrating, machine, sew, use.", "too short"),
+    ("a dog is a dog, a dog", "no end"), ("A dog is a dog, a dog.", "repeats"),
     ("The words are dog, catch, frisbee and throw.", "about words"), ("Dog catches frisbee throw.", "too short"),
     ("Here is a sentence using the words: dog, catch, frisbee, throw.", "about words"),
     (PHRASINGS[0].format(words="dog, catch, frisbee, throw"), "about words"),
     ("Use dog, catch, frisbee, throw in one short sentence.", "about words"),
-    ("- A dog\n- a catch\n- a frisbee\n- a throw", "no capital"),
-    ("Dog: a catch / a frisbee / a throw or two.", "a list"),
+    ("- A dog\n- a catch\n- a frisbee\n- a throw", "more than one"),
+    ("Dog: a catch / a frisbee / a throw or two.", "symbols"),
     ("The dog and the catch and the frisbee and the throw.", "a list"),
     ("The dog the catch the frisbee the throw.", "no verb"),
     ("The dog with the catch of the frisbee near the throw.", "no verb"),
@@ -148,7 +148,7 @@ def test_sentences_of_people_pass(text):
     ("I see a dog with a catch with a frisbee with a throw.", "repeats"),
     ("The man goes home with a dog, a catch, a frisbee, and a throw.", "a list"),
     ("The man walks to the home of his friend, dog catch frisbee throw.", "a list"),
-    ("He likes dog-catch-frisbee-throw in the park.", "a list"), ("A dog; a catch; a frisbee; a throw.", "a list"),
+    ("He likes dog-catch-frisbee-throw in the park.", "symbols"), ("A dog; a catch; a frisbee; a throw.", "a list"),
     ("\"Dog\" and \"catch\" and \"frisbee\" and \"throw\" are here.", "about words"),
     ("A dog catching a frisbee in the park after a throw.", "no verb"),
     ("The dog catches the frisbee after the.", "no end"),
@@ -160,7 +160,7 @@ def test_sentences_of_people_pass(text):
     ("I like dog, I like catch, I like frisbee.", "repeats"),
     ("The end of the bar near the side of the road by the edge of the lake is the best.", "repeats"),
     ("The a dog catches the frisbee in the park.", "a list"), ("Boy dog man frisbee park catch.", "a list"),
-    ("", "no capital"), ("...", "no capital"), ("Dog.", "too short"),
+    ("", "no end"), ("...", "no end"), ("Dog.", "too short"),
     ("The dog who lives in the old house near the river likes to catch the frisbee that his friends throw for him on a "
      "sunny day.", "too long")])
 def test_hacks_and_broken_answers_do_not_pass(text, reason):
@@ -174,29 +174,32 @@ def test_hacks_and_broken_answers_do_not_pass(text, reason):
     ("The dog sat\nHe ran.", "1 The dog sat then He", "sat"), ("", "none", "none"),
     ("Walking home from their school, they talk.", "1 Walking home from their school, 2 they talk. end", "talk"),
     ("We go " * 12 + "home with her now.",
-     "1 We go We go We 2 go We go We go 3 We go We go We 4 go We go We go 5 We go We go home 6 with", "go")])
+     "1 We go We go We 2 go We go We go 3 We go We go We 4 go We go We go 5 We go We go home 6 with her now. end",
+     "go")])
 def test_the_sentence_is_quoted_as_it_stands_with_numbers(text, quoted, verb):
     form = check_sentence(text)
     assert (form.text, form.verb) == (quoted, verb)
 
 
-@pytest.mark.parametrize("text, about, repeated, listed", [
-    ("The cook cuts the soup meat on a board.", "none", "none", "none"),
-    ("a dog is a dog, a dog", "none", "dog", "none"),
-    ("There is a dog, a catch, a frisbee, and a throw.", "none", "none", "a dog, a catch"),
-    ("A dog, a catch, a frisbee, and a throw.", "none", "none", "A dog, a catch"),
-    ("The words are dog, catch, frisbee and throw.", "words", "none", "dog, catch, frisbee and"),
-    ("I am here with the dog/catch/frisbee and so on.", "none", "none", "dog/catch/frisbee and so on"),
-    ("Soup.", "none", "none", "few small words"), ("", "none", "none", "none"),
-    ("It is the dog catch frisbee throw of the day.", "none", "none", "dog catch frisbee throw"),
-    ("We go home " * 8 + "now.", "none", "we", "none")])
-def test_each_rule_has_its_evidence(text, about, repeated, listed):
+@pytest.mark.parametrize("text, about, repeated, listed, symbols", [
+    ("The cook cuts the soup meat on a board.", "none", "none", "none", "none"),
+    ("a dog is a dog, a dog", "none", "dog", "none", "none"),
+    ("There is a dog, a catch, a frisbee, and a throw.", "none", "none", "a dog, a catch", "none"),
+    ("A dog, a catch, a frisbee, and a throw.", "none", "none", "A dog, a catch", "none"),
+    ("The words are dog, catch, frisbee and throw.", "words", "none", "dog, catch, frisbee and", "none"),
+    ("I am here with the dog/catch/frisbee and so on.", "none", "none", "none", "dog/catch/frisbee"),
+    ("Dogs: they like (most) frisbees.", "none", "none", "none", "Dogs:"),
+    ("We like a dog that barks...", "none", "none", "none", "barks..."),
+    ("Soup.", "none", "none", "few small words", "none"), ("", "none", "none", "none", "none"),
+    ("It is the dog catch frisbee throw of the day.", "none", "none", "dog catch frisbee throw", "none"),
+    ("We go home " * 8 + "now.", "none", "we", "none", "none")])
+def test_each_rule_has_its_evidence(text, about, repeated, listed, symbols):
     form = check_sentence(text, DOG)
-    assert (form.about, form.repeated, form.listed) == (about, repeated, listed)
+    assert (form.about, form.repeated, form.listed, form.symbols) == (about, repeated, listed, symbols)
 
 
 def test_a_form_names_every_broken_rule_in_order():
-    assert check_sentence("a dog is a dog, a dog").broken == ("no capital", "no end", "repeats")
+    assert check_sentence("a dog is a dog, a dog").broken == ("no end", "repeats")
     assert check_sentence("Soup. Bread").broken == ("more than one", "no end", "too short", "a list", "no verb")
 
 
@@ -235,11 +238,12 @@ def test_a_judgement_adds_up_the_points():
     verdict = examine(KITCHEN, "The cook cuts the meat with a knife.")
     assert judgement(KITCHEN, verdict) == ("knife: knife, 1. cut: cuts, 2. board: none, 2. soup: none, 2. Text: 1 The "
                                            "cook cuts the meat 2 with a knife. end. About: none. Repeats: none. "
-                                           "List: none. Verb: cuts. Sentence: fine, 3.\nScore: 3")
+                                           "List: none. Symbols: none. Verb: cuts. Sentence: fine, 3.\nScore: 3")
     verdict = examine(KITCHEN, "A board and a board with the board.")
     assert judgement(KITCHEN, verdict) == ("knife: none, 0. cut: none, 0. board: board, 1. soup: none, 1. Text: 1 "
                                            "A board and a board 2 with the board. end. About: none. Repeats: board, "
-                                           "repeats. List: none. Verb: none, no verb. Sentence: repeats, 1.\nScore: 1")
+                                           "repeats. List: none. Symbols: none. Verb: none, no verb. "
+                                           "Sentence: repeats, 1.\nScore: 1")
 
 
 @pytest.mark.parametrize("text, points", [
@@ -276,7 +280,7 @@ def judged():
 def test_edited_answers_show_every_verdict_about_equally_often(judged):
     verdicts = [examine(parse_request(r["prompt"]), text) for r in judged for text in r["responses"]]
     forms, numbers = (Counter(v.form.reason for v in verdicts), Counter(sum(v.points[:-1]) for v in verdicts))
-    assert 0.45 < forms[FINE] / len(verdicts) < 0.55
+    assert 0.35 < forms[FINE] / len(verdicts) < 0.45
     assert all(0.04 < forms[reason] / len(verdicts) < 0.07 for reason in REASONS), forms
     assert all(0.17 < numbers[n] / len(verdicts) < 0.23 for n in range(5)), numbers
 

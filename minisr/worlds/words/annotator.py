@@ -1,7 +1,7 @@
 """How the oracle's verdict reads as a judgement: a justification that adds up the points, then the score line.
 
     knife: knife, 1. cut: cuts, 2. board: none, 2. soup: soup, 3. Text: 1 The cook cuts the soup 2 meat with a knife.
-    end. About: none. Repeats: none. List: none. Verb: cuts. Sentence: fine, 4.
+    end. About: none. Repeats: none. List: none. Symbols: none. Verb: cuts. Sentence: fine, 4.
     Score: 4
 
 Small models judge well only what they can copy, and one thing at a time. Each word is quoted as it stands in the
@@ -16,9 +16,9 @@ from minisr.worlds.words.requests import Request, parse_request
 from minisr.worlds.words.sentence import FINE
 
 # The evidence quoted for each rule of a sentence: its heading, the field of Form, and the broken rules it may show.
-EVIDENCE = (("Text", "text", ("no capital", "too long", "more than one", "no end", "too short")),
+EVIDENCE = (("Text", "text", ("too long", "more than one", "no end", "too short")),
             ("About", "about", ("about words",)), ("Repeats", "repeated", ("repeats",)),
-            ("List", "listed", ("a list",)), ("Verb", "verb", ("no verb",)))
+            ("List", "listed", ("a list",)), ("Symbols", "symbols", ("symbols",)), ("Verb", "verb", ("no verb",)))
 SENTENCE_LINE = re.compile(r"Sentence: ([a-z ]+?)(?: \d+)?[,.]", re.IGNORECASE)
 
 

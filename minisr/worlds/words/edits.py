@@ -14,7 +14,7 @@ from minisr.worlds.words.requests import Request
 from minisr.worlds.words.sentence import FINE, LONGEST, REASONS, WORD, ends
 from minisr.worlds.words.words import NOUNS, VERBS, inflections, noun_forms, verb_forms
 
-FINE_SHARE = 0.5  # of the answers are sentences; the other half is shared by REASONS
+FINE_SHARE = 0.4  # of the answers are sentences; REASONS share the rest
 NUMBERS = range(5)  # of the requested words that are there
 TRIES = 8
 # Sentences to edit until M0 has written some.
@@ -105,10 +105,6 @@ def set_number(text: str, number: int, request: Request, rng: Random) -> str:
 # One function for each reason: a fine sentence -> a text that breaks this rule.
 
 
-def no_capital(text: str, words: list[str], rng: Random) -> str:
-    return text[:1].lower() + text[1:]
-
-
 def no_end(text: str, words: list[str], rng: Random) -> str:
     body = text.rstrip(".!?\"' ")
     tail = rng.choice(("", "", " and", " and the", " with a", ",", " the", " and the.", " with a."))
@@ -191,8 +187,21 @@ def no_verb(text: str, words: list[str], rng: Random) -> str:
     return capitalize(articles(phrase))
 
 
-FLAWS = {"no capital": no_capital, "no end": no_end, "more than one": more_than_one, "too short": too_short,
-         "too long": too_long, "about words": about_words, "repeats": repeats, "a list": a_list, "no verb": no_verb}
+def symbols(text: str, words: list[str], rng: Random) -> str:
+    words = [*words, rng.choice(SAME_KIND[True]), rng.choice(SAME_KIND[False])][:4]
+    rng.shuffle(words)
+    if rng.random() < 0.3:
+        return capitalize(f"{words[0]}: {text[:1].lower()}{text[1:]}")
+    tokens = text.split()
+    i = rng.randrange(len(tokens))
+    other = rng.choice((
+        "/".join(words[:2]), f"({words[0]})", f"{tokens[i]}/{words[0]}", f"{tokens[i]}...", f"{words[0]}:",
+        "-".join(words[:3]), f"{words[0]} & {words[1]}", f"{words[0]}_{words[1]}", f"*{words[0]}*"))
+    return " ".join([*tokens[:i], other, *tokens[i + 1:]])
+
+
+FLAWS = {"too long": too_long, "more than one": more_than_one, "no end": no_end, "too short": too_short,
+         "about words": about_words, "repeats": repeats, "a list": a_list, "symbols": symbols, "no verb": no_verb}
 
 
 class Editor:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from minisr.worlds.words.words import ALL_NOUNS, ALL_VERBS, GRAMMAR, inflections, plural, verb_forms
 
 FINE, NONE = "fine", "none"
-REASONS = ("no capital", "too long", "more than one", "no end", "too short", "about words", "repeats", "a list",
+REASONS = ("too long", "more than one", "no end", "too short", "about words", "repeats", "a list", "symbols",
            "no verb")
 SHORTEST, LONGEST = 6, 25  # words
 GROUP = 5  # words between two numbers of a quoted sentence, from which its length can be read
@@ -31,7 +31,7 @@ WORD = re.compile(r"[A-Za-z]+(?:['-][A-Za-z]+)*")
 ABBREVIATION = re.compile(r"\b(?:Mr|Mrs|Ms|Dr|St|a\.m|p\.m|e\.g|i\.e|etc)\.(?=\s+\S)")
 # Where a sentence ends: a line break, a stop before a space, a quoted stop before a capital, or a stop at the end.
 END = re.compile(r"\s*\n\s*|[.!?]+(?=\s|$)|[.!?]+[\"')]+(?=\s+[\"'A-Z0-9]|$)")
-UNUSUAL = re.compile(r"[^\w\s.,!?'\"’“”‘—–;-]|\w+-\w+-\w+|[.]{2}|_")  # "dog/catch", "dog: a catch", "dog-catch-frisbee"
+SYMBOL = re.compile(r"[^\w\s.,!?'\"’“”‘—–;-]|\w+-\w+-\w+|[.]{2}|_")  # "dog/catch", "dog: a catch", "dog-catch-frisbee"
 QUOTED_WORD = re.compile(r"[\"“][\w-]+[.,]?[\"”]")
 ARTICLE = "(?:a|an|the|some|his|her|my|our|their|your|its|one|two)"
 ITEM = rf"(?:{ARTICLE} (?:[a-z'-]+ )?)?[a-z'-]+"
@@ -51,6 +51,7 @@ class Form:
     about: str  # what shows that the text is about words: "sentence"
     repeated: str  # the word that occurs too often, or in a phrase that occurs twice
     listed: str  # how a list begins: "a dog, a catch"
+    symbols: str  # the first word with a symbol that sentences do not have: "dog/catch"
     verb: str  # the first finite verb
 
     @property
@@ -68,13 +69,12 @@ def check_sentence(text: str, requested: tuple[str, ...] = ()) -> Form:
     evidence = {
         "text": quote_sentence(first, rest), "about": about_words(text, lower),
         "repeated": repeated_word(lower) or NONE, "listed": list_start(text, lower, requested),
-        "verb": finite_verb(words)}
+        "symbols": word_with_symbol(text), "verb": finite_verb(words)}
     is_broken = {
-        "no capital": not re.match(r"[\"']?[A-Z0-9]", text), "too long": len(first) > LONGEST,
-        "more than one": rest not in ("end", NONE), "no end": lacks_end(text, lower),
+        "too long": len(first) > LONGEST, "more than one": rest not in ("end", NONE), "no end": lacks_end(text, lower),
         "too short": len(first) < SHORTEST, "about words": evidence["about"] != NONE,
         "repeats": evidence["repeated"] != NONE, "a list": evidence["listed"] != NONE,
-        "no verb": evidence["verb"] == NONE}
+        "symbols": evidence["symbols"] != NONE, "no verb": evidence["verb"] == NONE}
     return Form(tuple(name for name in REASONS if is_broken[name]), **evidence)
 
 
@@ -104,12 +104,11 @@ def split_first_sentence(text: str) -> tuple[list[str], str]:
 
 
 def quote_sentence(words: list[str], rest: str) -> str:
-    """A sentence with a number before every GROUP words, and what follows it: "1 The cook cuts the soup 2 meat. end".
-    The quotation of a sentence that is too long breaks off."""
+    """A sentence with a number before every GROUP words, and what follows it: "1 He cuts the soup meat 2 up. end"."""
     quoted = []
-    for i, word in enumerate(words[:LONGEST + 1]):
+    for i, word in enumerate(words):
         quoted += [str(i // GROUP + 1), word] if i % GROUP == 0 else [word]
-    return " ".join(quoted if len(words) > LONGEST else [*quoted, rest])
+    return " ".join([*quoted, rest])
 
 
 def about_words(text: str, words: list[str]) -> str:
@@ -138,15 +137,23 @@ def list_start(text: str, words: list[str], requested: tuple[str, ...]) -> str:
     """How a text begins to enumerate bare items, has few function words, or has requested words side by side: the
     first of these in up to QUOTE words; or "none"."""
     text = text.strip("\"'() ")
-    for pattern in (LIST, BROKEN, UNUSUAL):
-        if found := pattern.search(text.lower() if pattern is not UNUSUAL else text):
-            start = text.rfind(" ", 0, found.start()) + 1  # of the word in which it is found
-            return " ".join(text[start:].split()[:QUOTE]).rstrip(",;.!?—– ") or found[0]
+    for pattern in (LIST, BROKEN):
+        if found := pattern.search(text.lower()):
+            return " ".join(text[found.start():].split()[:QUOTE]).rstrip(",;.!?—– ")
     if sum(word in FUNCTION_WORDS for word in words) < FUNCTION_SHARE * len(words):
         return "few small words"
     forms = frozenset(form for word in requested for form in inflections(word))
     rows = (words[i:i + RUN] for i in range(len(words) - RUN + 1))
     return next((" ".join(row) for row in rows if forms.issuperset(row)), NONE)
+
+
+def word_with_symbol(text: str) -> str:
+    """The first word with a symbol that no sentence of daily life needs, such as / or :, or "none"."""
+    found = SYMBOL.search(text)
+    if found is None:
+        return NONE
+    start = text.rfind(" ", 0, found.start()) + 1
+    return text[start:].split()[0]
 
 
 def finite_verb(words: list[str]) -> str:
