@@ -15,7 +15,7 @@ FINE, NONE = "fine", "none"
 REASONS = ("too long", "more than one", "no end", "too short", "about words", "repeats", "a list", "symbols",
            "no verb")
 SHORTEST, LONGEST = 6, 25  # words
-GROUP = 5  # words between two numbers of a quoted sentence, from which its length can be read
+GROUP = 5  # words between two numbers of a quoted sentence, from which its length can be read; divides LONGEST
 
 DETERMINERS, PRONOUNS, AUXILIARIES, PREPOSITIONS, CONJUNCTIONS = (
     GRAMMAR[name] for name in ("determiners", "pronouns", "auxiliaries", "prepositions", "conjunctions"))
@@ -31,7 +31,8 @@ WORD = re.compile(r"[A-Za-z]+(?:['-][A-Za-z]+)*")
 ABBREVIATION = re.compile(r"\b(?:Mr|Mrs|Ms|Dr|St|a\.m|p\.m|e\.g|i\.e|etc)\.(?=\s+\S)")
 # Where a sentence ends: a line break, a stop before a space, a quoted stop before a capital, or a stop at the end.
 END = re.compile(r"\s*\n\s*|[.!?]+(?=\s|$)|[.!?]+[\"')]+(?=\s+[\"'A-Z0-9]|$)")
-SYMBOL = re.compile(r"[^\w\s.,!?'\"’“”‘—–;-]|\w+-\w+-\w+|[.]{2}|_")  # "dog/catch", "dog: a catch", "dog-catch-frisbee"
+# "dog/catch", "dog: a catch", "dog-catch-frisbee", but not "day-to-day".
+SYMBOL = re.compile(r"[^\w\s.,!?'\"’“”‘—–;-]|\w+-(?!(?:to|of|by|in|on|the|a|and)-)\w+-\w+|[.]{2}|_")
 QUOTED_WORD = re.compile(r"[\"“][\w-]+[.,]?[\"”]")
 ARTICLE = "(?:a|an|the|some|his|her|my|our|their|your|its|one|two)"
 ITEM = rf"(?:{ARTICLE} (?:[a-z'-]+ )?)?[a-z'-]+"
@@ -104,10 +105,15 @@ def split_first_sentence(text: str) -> tuple[list[str], str]:
 
 
 def quote_sentence(words: list[str], rest: str) -> str:
-    """A sentence with a number before every GROUP words, and what follows it: "1 He cuts the soup meat 2 up. end"."""
+    """A sentence with a number before every GROUP words, and what follows it: "1 He cuts the soup meat 2 up. end".
+    One that is too long breaks off at the number that shows it."""
     quoted = []
     for i, word in enumerate(words):
-        quoted += [str(i // GROUP + 1), word] if i % GROUP == 0 else [word]
+        if i % GROUP == 0:
+            quoted.append(str(i // GROUP + 1))
+        if i == LONGEST:
+            return " ".join(quoted)
+        quoted.append(word)
     return " ".join([*quoted, rest])
 
 
