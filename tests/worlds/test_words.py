@@ -16,7 +16,7 @@ from minisr.runner.seed_data import build_seed_data, eft_by_annotator
 from minisr.worlds.catalog import WORLDS, true_score, world_of_prompt
 from minisr.worlds.words import annotator, corpus, measures, requests
 from minisr.worlds.words.annotator import judgement, read_points
-from minisr.worlds.words.edits import PLAIN, Editor
+from minisr.worlds.words.edits import FORM_SHARES, NUMBER_SHARES, PLAIN, Editor
 from minisr.worlds.words.oracle import CRITERIA, examine, score
 from minisr.worlds.words.requests import PHRASINGS, Request, may_train, parse_request
 from minisr.worlds.words.sentence import FINE, REASONS, check_sentence
@@ -278,12 +278,16 @@ def judged():
     return corpus.judged_data([an_answered_record(prompt, rng) for prompt in prompts], 1.0, rng)
 
 
-def test_edited_answers_show_every_verdict_about_equally_often(judged):
+def test_among_edited_answers_each_form_and_each_number_of_words_has_its_share(judged):
     verdicts = [examine(parse_request(r["prompt"]), text) for r in judged for text in r["responses"]]
     forms, numbers = (Counter(v.form.reason for v in verdicts), Counter(sum(v.points[:-1]) for v in verdicts))
-    assert 0.35 < forms[FINE] / len(verdicts) < 0.45
-    assert all(0.04 < forms[reason] / len(verdicts) < 0.07 for reason in REASONS), forms
-    assert all(0.17 < numbers[n] / len(verdicts) < 0.23 for n in range(5)), numbers
+    assert {FINE, *REASONS} == set(FORM_SHARES) and sum(FORM_SHARES.values()) == pytest.approx(1)
+    for reason, share in FORM_SHARES.items():
+        assert abs(forms[reason] / len(verdicts) - share) < 0.03, (reason, forms)
+    for number, share in NUMBER_SHARES.items():
+        assert abs(numbers[number] / len(verdicts) - share) < 0.04, (number, numbers)
+    full = Counter(v.form.reason for v in verdicts if all(v.points[:-1]))
+    assert 0.33 < full[FINE] / full.total() < 0.5  # as many words as can be tell nothing about the form
 
 
 def test_a_share_of_the_answers_stays_as_it_is():
@@ -340,8 +344,8 @@ def test_no_training_data_holds_words_or_sets_of_the_evaluation(seed):
 def test_the_editor_counts_what_it_has_made():
     editor = Editor([], Random(0))
     editor.answers(KITCHEN, ["The soup is on the table in the kitchen."] * 3, 0.0)
-    assert editor.forms == {FINE: 3} and editor.numbers == {1: 3}
-    assert editor.rarest_forms()[-1] == FINE and editor.rarest_numbers()[-1] == 1
+    assert editor.counts == {(FINE, 1): 3}
+    assert editor.rarest()[0] == (FINE, 3) and editor.rarest()[-1] == (FINE, 1) and len(editor.rarest()) == 50
 
 
 # Metrics and the catalog of worlds.

@@ -1,21 +1,24 @@
 """Cheap edits of answers: they repair a sentence, break a rule of sentence.py, or change which words are there.
 
 M0's own answers hardly show every verdict, and a judge trained on them alone sees too few sentences that are fine and
-too few flaws of each kind. `Editor.answers` edits some of them, so that every verdict is about equally frequent.
-Edited answers stand only in prompts of the judge, so no model learns to write them.
+too few flaws of each kind. `Editor.answers` edits some of them, so that every verdict is as frequent as FORM_SHARES and
+NUMBER_SHARES say. Edited answers stand only in prompts of the judge, so no model learns to write them.
 """
 
 import re
 from collections import Counter
 from random import Random
 
-from minisr.worlds.words.oracle import Verdict, examine
+from minisr.worlds.words.oracle import examine
 from minisr.worlds.words.requests import Request
-from minisr.worlds.words.sentence import FINE, LONGEST, REASONS, WORD, ends
+from minisr.worlds.words.sentence import FINE, FUNCTION_WORDS, LONGEST, WORD, ends
 from minisr.worlds.words.words import NOUNS, VERBS, inflections, noun_forms, verb_forms
 
-FINE_SHARE = 0.4  # of the answers are sentences; REASONS share the rest
-NUMBERS = range(5)  # of the requested words that are there
+# Shares of the answers by form: the more a reason has to be looked for in the whole answer, the more examples it has.
+FORM_SHARES = {FINE: 0.40, "a list": 0.14, "repeats": 0.12, "no verb": 0.08, "about words": 0.06, "symbols": 0.06,
+               "too long": 0.04, "more than one": 0.04, "no end": 0.03, "too short": 0.03}
+# By the number of requested words that are there: the best of several answers has many, so they must be judged well.
+NUMBER_SHARES = {0: 0.1, 1: 0.1, 2: 0.2, 3: 0.3, 4: 0.3}
 TRIES = 8
 # Sentences to edit until M0 has written some.
 PLAIN = ("The old man looks at the house near the road.", "She puts it on the table before she goes to work.",
@@ -148,6 +151,32 @@ def about_words(text: str, words: list[str], rng: Random) -> str:
 
 
 def repeats(text: str, words: list[str], rng: Random) -> str:
+    return rng.choice((repeated_phrase, repeated_word, repeated_tail))(text, words, rng)
+
+
+def repeated_phrase(text: str, words: list[str], rng: Random) -> str:
+    """Three words of the text come again at its end."""
+    tokens = text.rstrip(".!?\"' ").split()
+    start = rng.randrange(max(len(tokens) - 2, 1))
+    joint = rng.choice(("and", "with", "of", "near", "is", "for", "as", "to see"))
+    return f"{' '.join(tokens)} {joint} {' '.join(tokens[start:start + rng.randint(3, 6)])}."
+
+
+def repeated_word(text: str, words: list[str], rng: Random) -> str:
+    """A word stands in place of others, or twice in a row."""
+    tokens = text.rstrip(".!?\"' ").split()
+    places = [i for i, token in enumerate(tokens) if token.lower().strip(",") not in FUNCTION_WORDS]
+    word = rng.choice(words or ["dog"])
+    if rng.random() < 0.3:
+        i = rng.choice(places)
+        return " ".join([*tokens[:i], tokens[i], *tokens[i:]]) + "."
+    for i in rng.sample(places, min(len(places), rng.randint(2, 3))):
+        tokens[i] = word
+    return articles(capitalize(" ".join(tokens)) + rng.choice((".", f" and the {word}.", f" with a {word}.")))
+
+
+def repeated_tail(text: str, words: list[str], rng: Random) -> str:
+    """A loop at the end."""
     body = text.rstrip(".!?\"' ")
     word = rng.choice(words or ["dog"])
     tail = rng.choice((f" and the {word} and the {word} with the {word}", f", a {word} is a {word} and a {word}",
@@ -157,20 +186,27 @@ def repeats(text: str, words: list[str], rng: Random) -> str:
 
 
 def a_list(text: str, words: list[str], rng: Random) -> str:
-    items = list(words)
-    while len(items) < 4:
-        items.append(rng.choice(SAME_KIND[True]))
-    rng.shuffle(items)
-    article = rng.choice(("a ", "the ", "a ", "some "))
-    with_articles = [article + item for item in items]
-    start = rng.choice(("", "", "There is ", "He has ", "I see "))
     body = text.rstrip(".!?\"' ")
-    texts = (
-        f"{start}{', '.join(with_articles[:-1])}, and {with_articles[-1]}.", f"{start}{' and '.join(with_articles)}.",
-        f"{start}{', '.join(with_articles)}.", f"{' '.join(body.split()[:6])}, {', '.join(items)}.",
-        f"{body} with {', '.join(with_articles[:-1])} and {with_articles[-1]}.",
-        f"{' '.join(items)} {rng.choice(SAME_KIND[True])} and {rng.choice(SAME_KIND[True])}.")
-    return capitalize(articles(rng.choice(texts)))
+    items = enumeration(words, rng)
+    nouns = [token for token in body.split() if token.lower() in FORM_OF and FORM_OF[token.lower()][0] in NOUNS]
+    if nouns and rng.random() < 0.4:
+        place = rf"(?:\b(?:an?|the|his|her|my|our|their) )?\b{rng.choice(nouns)}\b"
+        return capitalize(articles(re.sub(place, items, body, count=1) + "."))
+    start = rng.choice(("", "", "There is ", "He has ", "I see ", "My day is a mix of ", "She takes ", "It is all "))
+    end = rng.choice((" are all part of it", " are here", " make a good day", " are a few of the things", " for you"))
+    return capitalize(articles(rng.choice((
+        f"{start}{items}.", f"{items}{end}.", f"{body} with {items}.", f"{' '.join(body.split()[:6])}, {items}.",
+        f"{body}, {items}.", f"{' '.join(re.findall('[a-z]+', items))} {rng.choice(SAME_KIND[True])}."))))
+
+
+def enumeration(words: list[str], rng: Random) -> str:
+    """Three to five items: "a dog, a catch, and a throw"."""
+    items = [*words, *rng.sample(SAME_KIND[True], 3)][:max(len(words), rng.randint(3, 5))]
+    rng.shuffle(items)
+    article = rng.choice(("a ", "the ", "a ", "", "", "some "))
+    items = [article + item for item in items]
+    comma, last = rng.choice(((", ", ", and "), (", ", " and "), (", ", ", "), (" and ", " and "), (", ", ", or ")))
+    return comma.join(items[:-1]) + last + items[-1]
 
 
 def no_verb(text: str, words: list[str], rng: Random) -> str:
@@ -179,11 +215,15 @@ def no_verb(text: str, words: list[str], rng: Random) -> str:
     while len(nouns) < 4:
         nouns.append(rng.choice(SAME_KIND[True]))
     a, b, c, d = nouns[:4]
+    kind = rng.choice(("small", "happy", "simple", "fun and creative", "beautiful", "red and white", "great", "tiny"))
     phrase = rng.choice((
         f"a {a} {' and '.join(gerunds)} with the {b} near the {c} and the {d}.",
         f"the {a} with a {b} in the {c} of the {d} for {' and '.join(gerunds)}.",
         f"{' and '.join(gerunds)} the {a} with a {b} by the {c} of the {d}.",
-        f"the {a} and the {b} in front of the {c}, {' and '.join(gerunds)} for a {d}."))
+        f"the {a} and the {b} in front of the {c}, {' and '.join(gerunds)} for a {d}.",
+        f"a {kind} {a} with a {b} and a {c} in a {d}.", f"a {kind} way of {' and '.join(gerunds)} the {a} of a {b}.",
+        f"a {kind} {a}, with its {b} on a {c}, {' and '.join(gerunds)} in the {d}!",
+        f"a {kind} mix of {a} and {b} for {' and '.join(gerunds)}, like the {c}."))
     return capitalize(articles(phrase))
 
 
@@ -205,14 +245,14 @@ FLAWS = {"too long": too_long, "more than one": more_than_one, "no end": no_end,
 
 
 class Editor:
-    """Edits answers so that each form and each number of words occurs about equally often."""
+    """Edits answers so that each form and each number of words has its share."""
 
     def __init__(self, sentences: list[str], rng: Random):
         """sentences: answers of M0, of which the fine first sentences serve as material."""
         self.rng = rng
         firsts = [first_sentence(text) for text in sentences]
         self.material = [text for text in firsts if examine(Request(()), text).form.reason == FINE] or list(PLAIN)
-        self.forms, self.numbers = Counter(), Counter()  # of all answers so far
+        self.counts = Counter()  # (form, number of words) of all answers so far
 
     def answers(self, request: Request, answers: list[str], share: float) -> list[tuple[str, bool]]:
         """(answer, whether it was edited) of each answer; about this share of them is edited."""
@@ -220,33 +260,25 @@ class Editor:
         for answer in answers:
             is_edited = self.rng.random() < share
             text = self.edit(request, answer) if is_edited else answer
-            self.count(examine(request, text))
+            self.counts[form_and_number(request, text)] += 1
             result.append((text, is_edited))
         return result
 
-    def count(self, verdict: Verdict) -> None:
-        self.forms[verdict.form.reason] += 1
-        self.numbers[sum(verdict.points[:-1])] += 1
-
     def edit(self, request: Request, answer: str) -> str:
         """An answer with the form and the number of words that are rarest so far, as far as the edits succeed."""
-        for form in self.rarest_forms():
-            for number in self.rarest_numbers():
-                for _ in range(TRIES):
-                    text = self.attempt(request, answer, form, number)
-                    verdict = examine(request, text)
-                    if (verdict.form.reason, sum(verdict.points[:-1])) == (form, number):
-                        return text
+        for form, number in self.rarest():
+            for _ in range(TRIES):
+                text = self.attempt(request, answer, form, number)
+                if form_and_number(request, text) == (form, number):
+                    return text
         return answer
 
-    def rarest_forms(self) -> list[str]:
-        """FINE and REASONS, by how far each is below its share."""
-        total = sum(self.forms.values()) + 1
-        shares = {FINE: FINE_SHARE} | dict.fromkeys(REASONS, (1 - FINE_SHARE) / len(REASONS))
-        return sorted(shares, key=lambda form: self.forms[form] - shares[form] * total)
-
-    def rarest_numbers(self) -> list[int]:
-        return sorted(NUMBERS, key=lambda number: self.numbers[number])
+    def rarest(self) -> list[tuple[str, int]]:
+        """Every (form, number), by how far it is below its share."""
+        total = self.counts.total() + 1
+        shares = {(form, number): FORM_SHARES[form] * NUMBER_SHARES[number]
+                  for form in FORM_SHARES for number in NUMBER_SHARES}
+        return sorted(shares, key=lambda kind: self.counts[kind] - shares[kind] * total)
 
     def attempt(self, request: Request, answer: str, form: str, number: int) -> str:
         """An edit that may succeed."""
@@ -259,3 +291,8 @@ class Editor:
         words = [word for word, found in zip(request.words, examine(request, base).found) if found != "none"]
         self.rng.shuffle(words)
         return FLAWS[form](base, words, self.rng)
+
+
+def form_and_number(request: Request, text: str) -> tuple[str, int]:
+    verdict = examine(request, text)
+    return verdict.form.reason, sum(verdict.points[:-1])
