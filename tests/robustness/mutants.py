@@ -488,6 +488,37 @@ FAULTS = {
          "for part in [metrics] for"),
         ("a state in another number of parts is used", "        self.check_parts(found)\n", ""),
         ("the optimizer begins anew", '        optimizer.load_state_dict(stored["optimizer"])\n', "")],
+    ("worlds/words/sentence", "words"): [
+        ("26 words are short enough", "len(first) > LONGEST", "len(first) > LONGEST + 1"),
+        ("five words are enough", "len(first) < SHORTEST", "len(first) < SHORTEST - 1"),
+        ("two sentences are one", 'rest not in ("end", NONE)', "False"),
+        ("a word may occur three times", "else 2):", "else 3):"),
+        ("requested words side by side are no list", "if forms.issuperset(row)", "if False"),
+        ("an abbreviation ends a sentence", 'ABBREVIATION.sub(lambda match: match[0][:-1] + "_", text)', "text"),
+        ("a plural is a verb", "    if word in NOUN_FORMS:\n        return False\n", ""),
+        ("the quotation counts from 0", "str(i // GROUP + 1)", "str(i // GROUP)"),
+        ("the quotation of a long sentence goes on", "if i == LONGEST:", "if i < 0:")],
+    ("worlds/words/oracle", "words"): [
+        ("only the base form counts", "if other.lower() in forms", "if other.lower() == word"),
+        ("a capital hides a word", "if other.lower() in forms", "if other in forms")],
+    ("worlds/words/annotator", "words"): [
+        ("the sentence's point is not added", "{total + verdict.points[-1]}", "{total}"),
+        ("the verdict is the first that is quoted", "forms[-1].lower()", "forms[0].lower()"),
+        ("word points count the sentence", "read_points(request, text)[:-1]", "read_points(request, text)")],
+    ("worlds/words/requests", "words"): [
+        ("evaluation requests are trained on", "not (held_out(words) or ", "not ("),
+        ("CommonGen's sets are trained on", "held_out(words) or excluded(words) or", "held_out(words) or"),
+        ("unseen words are trained on", " or UNSEEN_FORMS.intersection(words))", ")"),
+        ("sets differ by the order of their words", '",".join(sorted(words))', '",".join(words)')],
+    ("worlds/words/edits", "words"): [
+        ("the most frequent form is made", "self.counts[kind] - shares[kind] * total",
+         "shares[kind] * total - self.counts[kind]"),
+        ("an edit that failed is used", "if form_and_number(request, text) == (form, number):", "if True:")],
+    ("worlds/words/corpus", "words"): [
+        ("answers that were cut off are taught", "if done and text.strip()", "if text.strip()")],
+    ("worlds/words/measures", "words"): [
+        ("one point is flawless", "points.all(1)\n", "points.any(1)\n"),
+        ("edited answers are M0's own", "if not is_edited]", "]")],
     ("runner/pretrain", "init_weights"): [
         ("initial weights of L, not 2 L writers",
          "math.sqrt(2 * model.config.n_layers)", "math.sqrt(model.config.n_layers)")],

@@ -160,6 +160,7 @@ def test_sentences_of_people_pass(text):
     ("I like dog, I like catch, I like frisbee.", "repeats"),
     ("The end of the bar near the side of the road by the edge of the lake is the best.", "repeats"),
     ("The a dog catches the frisbee in the park.", "a list"), ("Boy dog man frisbee park catch.", "a list"),
+    ("The dog catches the frisbee.", "too short"), ("Two red apples on the table near the window.", "no verb"),
     ("", "no end"), ("...", "no end"), ("Dog.", "too short"),
     ("The dog who lives in the old house near the river likes to catch the frisbee that his friends throw for him on a "
      "sunny day.", "too long")])
