@@ -14,7 +14,7 @@ from minisr.runner.config import SeedConfig
 from minisr.runner.run import load_template
 from minisr.runner.seed_data import build_seed_data, eft_by_annotator
 from minisr.worlds.catalog import WORLDS, true_score, world_of_prompt
-from minisr.worlds.words import annotator, corpus, measures, requests
+from minisr.worlds.words import annotator, corpus, edits, measures, requests
 from minisr.worlds.words.annotator import judgement, read_points
 from minisr.worlds.words.edits import FORM_SHARES, NUMBER_SHARES, PLAIN, Editor
 from minisr.worlds.words.oracle import CRITERIA, examine, score
@@ -288,7 +288,7 @@ def test_among_edited_answers_each_form_and_each_number_of_words_has_its_share(j
     for number, share in NUMBER_SHARES.items():
         assert abs(numbers[number] / len(verdicts) - share) < 0.04, (number, numbers)
     full = Counter(v.form.reason for v in verdicts if all(v.points[:-1]))
-    assert 0.33 < full[FINE] / full.total() < 0.5  # as many words as can be tell nothing about the form
+    assert 0.33 < full[FINE] / full.total() < 0.5  # having all the words says nothing about the form
 
 
 def test_a_share_of_the_answers_stays_as_it_is():
@@ -347,6 +347,12 @@ def test_the_editor_counts_what_it_has_made():
     editor.answers(KITCHEN, ["The soup is on the table in the kitchen."] * 3, 0.0)
     assert editor.counts == {(FINE, 1): 3}
     assert editor.rarest()[0] == (FINE, 3) and editor.rarest()[-1] == (FINE, 1) and len(editor.rarest()) == 50
+
+
+def test_a_sentence_without_content_words_can_be_edited():
+    for seed in range(20):
+        edited = edits.repeat_word("It is for all of us.", [], Random(seed))
+        assert edited.endswith(".") and edited != "It is for all of us."
 
 
 # Metrics and the catalog of worlds.

@@ -14,10 +14,10 @@ from minisr.worlds.words.requests import Request
 from minisr.worlds.words.sentence import FINE, FUNCTION_WORDS, LONGEST, WORD, ends
 from minisr.worlds.words.words import NOUNS, VERBS, inflections, noun_forms, verb_forms
 
-# Shares of the answers by form: the more a reason has to be looked for in the whole answer, the more examples it has.
+# Shares of the answers by form. A flaw that may stand anywhere in an answer is hard to find and has more examples.
 FORM_SHARES = {FINE: 0.40, "a list": 0.14, "repeats": 0.12, "no verb": 0.08, "about words": 0.06, "symbols": 0.06,
                "too long": 0.04, "more than one": 0.04, "no end": 0.03, "too short": 0.03}
-# By the number of requested words that are there: the best of several answers has many, so they must be judged well.
+# Shares by the number of requested words. The best of several answers has many of them, so these must be judged well.
 NUMBER_SHARES = {0: 0.1, 1: 0.1, 2: 0.2, 3: 0.3, 4: 0.3}
 TRIES = 8
 # Sentences to edit until M0 has written some.
@@ -151,21 +151,22 @@ def about_words(text: str, words: list[str], rng: Random) -> str:
 
 
 def repeats(text: str, words: list[str], rng: Random) -> str:
-    return rng.choice((repeated_phrase, repeated_word, repeated_tail))(text, words, rng)
+    return rng.choice((repeat_phrase, repeat_word, add_loop))(text, words, rng)
 
 
-def repeated_phrase(text: str, words: list[str], rng: Random) -> str:
-    """Three words of the text come again at its end."""
+def repeat_phrase(text: str, words: list[str], rng: Random) -> str:
+    """Three to six words of the text come again at its end."""
     tokens = text.rstrip(".!?\"' ").split()
     start = rng.randrange(max(len(tokens) - 2, 1))
     joint = rng.choice(("and", "with", "of", "near", "is", "for", "as", "to see"))
     return f"{' '.join(tokens)} {joint} {' '.join(tokens[start:start + rng.randint(3, 6)])}."
 
 
-def repeated_word(text: str, words: list[str], rng: Random) -> str:
-    """A word stands in place of others, or twice in a row."""
+def repeat_word(text: str, words: list[str], rng: Random) -> str:
+    """One word takes the place of others, or a word comes twice in a row."""
     tokens = text.rstrip(".!?\"' ").split()
     places = [i for i, token in enumerate(tokens) if token.lower().strip(",") not in FUNCTION_WORDS]
+    places = places or [len(tokens) - 1]
     word = rng.choice(words or ["dog"])
     if rng.random() < 0.3:
         i = rng.choice(places)
@@ -175,8 +176,8 @@ def repeated_word(text: str, words: list[str], rng: Random) -> str:
     return articles(capitalize(" ".join(tokens)) + rng.choice((".", f" and the {word}.", f" with a {word}.")))
 
 
-def repeated_tail(text: str, words: list[str], rng: Random) -> str:
-    """A loop at the end."""
+def add_loop(text: str, words: list[str], rng: Random) -> str:
+    """The text ends in a loop: "a dog is a dog and a dog"."""
     body = text.rstrip(".!?\"' ")
     word = rng.choice(words or ["dog"])
     tail = rng.choice((f" and the {word} and the {word} with the {word}", f", a {word} is a {word} and a {word}",
@@ -187,7 +188,7 @@ def repeated_tail(text: str, words: list[str], rng: Random) -> str:
 
 def a_list(text: str, words: list[str], rng: Random) -> str:
     body = text.rstrip(".!?\"' ")
-    items = enumeration(words, rng)
+    items = enumerate_words(words, rng)
     nouns = [token for token in body.split() if token.lower() in FORM_OF and FORM_OF[token.lower()][0] in NOUNS]
     if nouns and rng.random() < 0.4:
         place = rf"(?:\b(?:an?|the|his|her|my|our|their) )?\b{rng.choice(nouns)}\b"
@@ -199,7 +200,7 @@ def a_list(text: str, words: list[str], rng: Random) -> str:
         f"{body}, {items}.", f"{' '.join(re.findall('[a-z]+', items))} {rng.choice(SAME_KIND[True])}."))))
 
 
-def enumeration(words: list[str], rng: Random) -> str:
+def enumerate_words(words: list[str], rng: Random) -> str:
     """Three to five items: "a dog, a catch, and a throw"."""
     items = [*words, *rng.sample(SAME_KIND[True], 3)][:max(len(words), rng.randint(3, 5))]
     rng.shuffle(items)

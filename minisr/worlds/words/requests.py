@@ -17,7 +17,7 @@ PHRASINGS = (
     "Make a simple sentence with the words {words}.",
     "Put all of these words into one short sentence: {words}.",
     "In one sentence, use the words {words}.",
-)  # few, and alike: of the prompts that a small model writes after them, one half are requests
+)  # few, and alike: of the prompts that a small model writes after them, one third are requests
 WORDS_OF_A_REQUEST = 4
 EVALUATION_SHARE = 10  # one word set in 10 belongs to evaluation
 ITEM = r"[\"'“”]?[a-z]{2,}[\"'“”]?"

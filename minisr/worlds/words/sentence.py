@@ -106,7 +106,7 @@ def split_first_sentence(text: str) -> tuple[list[str], str]:
 
 def quote_sentence(words: list[str], rest: str) -> str:
     """A sentence with a number before every GROUP words, and what follows it: "1 He cuts the soup meat 2 up. end".
-    One that is too long breaks off at the number that shows it."""
+    A sentence that is too long breaks off at the number after its first LONGEST words."""
     quoted = []
     for i, word in enumerate(words):
         if i % GROUP == 0:
