@@ -6,7 +6,7 @@ from collections import Counter
 from random import Random
 
 import pytest
-from hypothesis import given
+from generated import for_all, one_of
 from hypothesis import strategies as st
 
 from minisr.judge import parse_score
@@ -132,12 +132,12 @@ def test_sentences_of_people_pass(text):
 
 
 @pytest.mark.parametrize("text, reason", [
-    ("A dog, a catch, a frisbee, and a throw.", "a list"), ("demonstrating, machine, sew, use.", "too short"),
-    ("a dog is a dog, a dog", "no end"), ("A dog is a dog, a dog.", "repeats"),
-    ("The words are dog, catch, frisbee and throw.", "about words"), ("Dog catches frisbee throw.", "too short"),
+    ("A dog, a catch, a frisbee, and a throw.", "a list"), ("demonstrating, machine, sew, use.", "a list"),
+    ("a dog is a dog, a dog", "repeats"), ("A dog is a dog, a dog.", "repeats"),
+    ("The words are dog, catch, frisbee and throw.", "about words"), ("Dog catches frisbee throw.", "a list"),
     ("Here is a sentence using the words: dog, catch, frisbee, throw.", "about words"),
     (PHRASINGS[0].format(words="dog, catch, frisbee, throw"), "about words"),
-    ("Use dog, catch, frisbee, throw in one short sentence.", "about words"),
+    ("Use dog, catch, frisbee, throw in one short sentence.", "a list"),
     ("- A dog\n- a catch\n- a frisbee\n- a throw", "more than one"),
     ("Dog: a catch / a frisbee / a throw or two.", "symbols"),
     ("The dog and the catch and the frisbee and the throw.", "a list"),
@@ -152,57 +152,54 @@ def test_sentences_of_people_pass(text):
     ("\"Dog\" and \"catch\" and \"frisbee\" and \"throw\" are here.", "about words"),
     ("A dog catching a frisbee in the park after a throw.", "no verb"),
     ("The dog catches the frisbee after the.", "no end"),
-    ("The dog catches the frisbee and the dog catches the frisbee and", "no end"),
+    ("The dog catches the frisbee and the dog catches the frisbee and", "repeats"),
     ("The dog catches the frisbee and the dog catches the frisbee.", "repeats"),
-    ("The dog catches the frisbee in the park", "no end"), ("The dog catches the frisbee in the park...", "no end"),
+    ("The dog catches the frisbee in the park", "no end"), ("The dog catches the frisbee in the park...", "symbols"),
     ("The dog catches the frisbee. They throw it to him again.", "more than one"),
     ("The dog catches the frisbee.\nHe likes it.", "more than one"),
     ("I like dog, I like catch, I like frisbee.", "repeats"),
-    ("The end of the bar near the side of the road by the edge of the lake is the best.", "repeats"),
+    ("A dog is a catch, and the frisbee is a throw.", "repeats"),
+    ("He puts the old dog near the cat and the old dog.", "repeats"),
     ("The a dog catches the frisbee in the park.", "a list"), ("Boy dog man frisbee park catch.", "a list"),
     ("The dog catches the frisbee.", "too short"), ("Two red apples on the table near the window.", "no verb"),
-    ("", "no end"), ("...", "no end"), ("Dog.", "too short"),
+    ("", "no end"), ("...", "symbols"), ("Dog.", "too short"),
     ("The dog who lives in the old house near the river likes to catch the frisbee that his friends throw for him on a "
      "sunny day.", "too long")])
 def test_hacks_and_broken_answers_do_not_pass(text, reason):
     assert check_sentence(text, DOG).reason == reason
 
 
-@pytest.mark.parametrize("text, quoted, verb", [
-    ("The cook cuts it.", "1 The cook cuts it. end", "cuts"),
-    ("A walk in the park.", "1 A walk in the park. end", "none"),
-    ("He runs. It rains", "1 He runs. then It", "runs"), ("No end at", "1 No end at none", "none"),
-    ("The dog sat\nHe ran.", "1 The dog sat then He", "sat"), ("", "none", "none"),
-    ("Walking home from their school, they talk.", "1 Walking home from their school, 2 they talk. end", "talk"),
-    ("We go " * 12 + "home with her now.",
-     "1 We go We go We 2 go We go We go 3 We go We go We 4 go We go We go 5 We go We go home 6", "go")])
-def test_the_sentence_is_quoted_as_it_stands_with_numbers(text, quoted, verb):
-    form = check_sentence(text)
-    assert (form.text, form.verb) == (quoted, verb)
-
-
-@pytest.mark.parametrize("text, about, repeated, listed, symbols", [
-    ("The cook cuts the soup meat on a board.", "none", "none", "none", "none"),
-    ("a dog is a dog, a dog", "none", "dog", "none", "none"),
-    ("There is a dog, a catch, a frisbee, and a throw.", "none", "none", "a dog, a catch", "none"),
-    ("A dog, a catch, a frisbee, and a throw.", "none", "none", "A dog, a catch", "none"),
-    ("The words are dog, catch, frisbee and throw.", "words", "none", "dog, catch, frisbee and", "none"),
-    ("I am here with the dog/catch/frisbee and so on.", "none", "none", "none", "dog/catch/frisbee"),
-    ("Dogs: they like (most) frisbees.", "none", "none", "none", "Dogs:"),
-    ("We like a dog that barks...", "none", "none", "none", "barks..."),
-    ("He likes the day-to-day work.", "none", "none", "none", "none"),
-    ("He likes the dog-catch-frisbee.", "none", "none", "none", "dog-catch-frisbee."),
-    ("Soup.", "none", "none", "few small words", "none"), ("", "none", "none", "none", "none"),
-    ("It is the dog catch frisbee throw of the day.", "none", "none", "dog catch frisbee throw", "none"),
-    ("We go home " * 8 + "now.", "none", "we", "none", "none")])
-def test_each_rule_has_its_evidence(text, about, repeated, listed, symbols):
-    form = check_sentence(text, DOG)
-    assert (form.about, form.repeated, form.listed, form.symbols) == (about, repeated, listed, symbols)
-
-
-def test_a_form_names_every_broken_rule_in_order():
-    assert check_sentence("a dog is a dog, a dog").broken == ("no end", "repeats")
-    assert check_sentence("Soup. Bread").broken == ("more than one", "no end", "too short", "a list", "no verb")
+@pytest.mark.parametrize("text, copy", [
+    ("The cook cuts it.", "1 The cook cuts (verb) it. end"), ("A walk in the park.", "1 A walk in the park. end"),
+    ("He runs. It rains", "1 He runs. (verb) then It"), ("No end at", "1 No end at none"),
+    ("The dog sat\nHe ran.", "1 The dog sat (verb) then He"), ("", "none"),
+    ("Walking home from their school, they talk.", "1 Walking home from their school, 2 they talk. (verb) end"),
+    ("It was the day to go home to the old man and his wife and to eat the soup that he and she had in it.",
+     "1 It was (verb) the day to 2 go home to the old 3 man and his wife and +2 4 to eat the soup that 5 he and she "
+     "had in 6"),
+    # Repeated words: the second one is marked; the third, or two repeated ones in a row, break off.
+    ("The dog sees a dog in the park.", "1 The dog sees (verb) a dog =2 2 in the park. end"),
+    ("a dog is a dog, a dog", "1 a dog is (verb) a dog, =2 2 a dog =3"),
+    ("An old dog sees the old dog here.", "1 An old dog sees (verb) the 2 old =2 dog =2"),
+    ("She is very very good to us.", "1 She is (verb) very very"),
+    ("The cat is a pet and it was the best.", "1 The cat is (verb) a pet 2 and it was the =2"),
+    # Separators in a row.
+    ("There is a dog, a catch, a frisbee, and a throw.", "1 There is (verb) a dog, a 2 catch, +2 a frisbee, +3"),
+    ("The dog and the catch, and a big frisbee.", "1 The dog and the catch, +2 2 and a big frisbee. end"),
+    ("He runs home, eats his soup, and goes to bed.", "1 He runs (verb) home, eats his 2 soup, and goes to bed. end"),
+    ("The, and", "1 The,"), ("The of", "1 The of"),
+    # Words in a row.
+    ("It is the dog catch frisbee throw of the day.", "1 It is (verb) the dog catch 2 frisbee throw"),
+    ("A small red old wooden house", "1 A small red old wooden 2 house"),
+    # Symbols, and talk about words.
+    ("I am here with the dog/catch/frisbee and so on.", "1 I am (verb) here with the 2 dog/catch/frisbee"),
+    ("Dogs: they like (most) frisbees.", "1 Dogs:"),
+    ("We like a dog that barks...", "1 We like (verb) a dog that 2 barks..."),
+    ("He likes the day-to-day work.", "1 He likes (verb) the day-to-day work. end"),
+    ("The words are dog, catch, frisbee and throw.", "1 The words"), ("Here is", "1 Here is"),
+    ("The \u201cdog\u201d runs.", '1 The "dog"')])
+def test_the_copy_has_marks_and_breaks_off_where_a_rule_is_broken(text, copy):
+    assert check_sentence(text, DOG).copy == copy
 
 
 # The oracle. Points for: knife, cut, board, soup, sentence.
@@ -220,7 +217,7 @@ def test_the_oracle_gives_the_points_found_by_hand(text, points):
     assert score(PROMPT, text) == true_score(PROMPT, text) == points.count("1")
 
 
-@given(st.text(max_size=300))
+@for_all(text=st.text(max_size=300))
 def test_any_text_gets_a_verdict(text):
     verdict = examine(KITCHEN, text)
     assert len(verdict.points) == len(CRITERIA) == 5 and 0 <= verdict.score <= 5
@@ -229,8 +226,8 @@ def test_any_text_gets_a_verdict(text):
     assert parse_score(given) == verdict.score and read_points(KITCHEN, given) == verdict.points
 
 
-@given(st.lists(st.sampled_from("the a dog Knife cuts cut and , . ! is \n \" with soup boards - of runs".split(" ")),
-    max_size=30))
+@for_all(parts=st.lists(
+    one_of(*"the a dog Knife cuts cut and , . ! is \n \" with soup boards - of runs".split(" ")), max_size=30))
 def test_any_answer_gets_a_judgement_that_can_be_read_back(parts):
     verdict = examine(KITCHEN, " ".join(parts))
     assert read_points(KITCHEN, judgement(KITCHEN, verdict)) == verdict.points
@@ -238,19 +235,18 @@ def test_any_answer_gets_a_judgement_that_can_be_read_back(parts):
 
 def test_a_judgement_adds_up_the_points():
     verdict = examine(KITCHEN, "The cook cuts the meat with a knife.")
-    assert judgement(KITCHEN, verdict) == ("knife: knife, 1. cut: cuts, 2. board: none, 2. soup: none, 2. Text: 1 The "
-                                           "cook cuts the meat 2 with a knife. end. About: none. Repeats: none. "
-                                           "List: none. Symbols: none. Verb: cuts. Sentence: fine, 3.\nScore: 3")
+    assert judgement(KITCHEN, verdict) == ("knife: knife, 1. cut: cuts, 2. board: none, 2. soup: none, 2.\n"
+                                           "Text: 1 The cook cuts (verb) the meat 2 with a knife. end\n"
+                                           "Sentence: fine, 3.\nScore: 3")
     verdict = examine(KITCHEN, "A board and a board with the board.")
-    assert judgement(KITCHEN, verdict) == ("knife: none, 0. cut: none, 0. board: board, 1. soup: none, 1. Text: 1 "
-                                           "A board and a board 2 with the board. end. About: none. Repeats: board, "
-                                           "repeats. List: none. Symbols: none. Verb: none, no verb. "
+    assert judgement(KITCHEN, verdict) == ("knife: none, 0. cut: none, 0. board: board, 1. soup: none, 1.\n"
+                                           "Text: 1 A board and a board =2 2 with the board. =3\n"
                                            "Sentence: repeats, 1.\nScore: 1")
 
 
 @pytest.mark.parametrize("text, points", [
-    ("", (None,) * 5), ("knife: none, 0. cut: cuts, 1. Sentence: a list, 1.", (False, True, None, None, False)),
-    ("board: Board, 1. Sentence: Fine, 2.", (None, None, True, None, True))])
+    ("", (None,) * 5), ("knife: none, 0. cut: cuts, 1.\nSentence: a list, 1.", (False, True, None, None, False)),
+    ("board: Board, 1.\nSentence: Fine, 2.", (None, None, True, None, True))])
 def test_points_that_a_judgement_does_not_mention_are_none(text, points):
     assert read_points(KITCHEN, text) == points
 
@@ -376,7 +372,7 @@ def test_metrics_of_answers_by_hand():
 def test_metrics_of_judgements_by_hand():
     answers = ["The knife is on the table in here.", "Soup"]
     right = judgement(KITCHEN, examine(KITCHEN, answers[0]))
-    wrong = "knife: none, 0. cut: none, 0. board: none, 0. soup: soup, 1. Sentence: fine, 2.\nScore: 2"
+    wrong = "knife: none, 0. cut: none, 0. board: none, 0. soup: soup, 1.\nSentence: fine, 2.\nScore: 2"
     record = {"prompt": PROMPT, "responses": [*answers, "Soup"], "scores": [2, 1, 1], "rewards": [2.0, 2.0, 1.0],
               "judgements": [[right], [wrong], [right]], "edited": [False, False, True]}
     measured = measures.measure_judge([record])

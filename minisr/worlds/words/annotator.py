@@ -1,12 +1,12 @@
 """How the oracle's verdict reads as a judgement: a justification that adds up the points, then the score line.
 
-    knife: knife, 1. cut: cuts, 2. board: none, 2. soup: soup, 3. Text: 1 The cook cuts the soup 2 meat with a knife.
-    end. About: none. Repeats: none. List: none. Symbols: none. Verb: cuts. Sentence: fine, 4.
+    knife: knife, 1. cut: cuts, 2. board: none, 2. soup: soup, 3.
+    Text: 1 The cook cuts (verb) the soup 2 meat with a knife. end
+    Sentence: fine, 4.
     Score: 4
 
 Small models judge well only what they can copy, and one thing at a time. Each word is quoted as it stands in the
-answer. The sentence is copied with a number before every five words, which shows how it begins, where it ends and how
-long it is. Every rule has its evidence, with the name of the rule if it is broken; the first broken rule decides.
+answer. Then the answer is copied with the marks that sentence.py explains; where it breaks a rule, the copy breaks off.
 """
 
 import re
@@ -15,11 +15,7 @@ from minisr.worlds.words.oracle import Verdict
 from minisr.worlds.words.requests import Request, parse_request
 from minisr.worlds.words.sentence import FINE
 
-# The evidence quoted for each rule of a sentence: its heading, the field of Form, and the broken rules it may show.
-EVIDENCE = (("Text", "text", ("too long", "more than one", "no end", "too short")),
-            ("About", "about", ("about words",)), ("Repeats", "repeated", ("repeats",)),
-            ("List", "listed", ("a list",)), ("Symbols", "symbols", ("symbols",)), ("Verb", "verb", ("no verb",)))
-SENTENCE_LINE = re.compile(r"Sentence: ([a-z ]+?)(?: \d+)?[,.]", re.IGNORECASE)
+SENTENCE_LINE = re.compile(r"^Sentence: ([a-z ]+)", re.IGNORECASE | re.MULTILINE)
 
 
 def reason(request: Request, verdict: Verdict) -> str:
@@ -28,11 +24,8 @@ def reason(request: Request, verdict: Verdict) -> str:
     for word, found, point in zip(request.words, verdict.found, verdict.points):
         total += point
         parts.append(f"{word}: {found}, {total}.")
-    for heading, field, reasons in EVIDENCE:
-        broken = [name for name in reasons if name in verdict.form.broken][:1]
-        parts.append(f"{heading}: {', '.join([getattr(verdict.form, field), *broken])}.")
-    parts.append(f"Sentence: {verdict.form.reason}, {total + verdict.points[-1]}.")
-    return " ".join(parts)
+    form = verdict.form
+    return f"{' '.join(parts)}\nText: {form.copy}\nSentence: {form.reason}, {total + verdict.points[-1]}."
 
 
 def judgement(request: Request, verdict: Verdict) -> str:

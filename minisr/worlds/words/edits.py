@@ -151,7 +151,7 @@ def about_words(text: str, words: list[str], rng: Random) -> str:
 
 
 def repeats(text: str, words: list[str], rng: Random) -> str:
-    return rng.choice((repeat_phrase, repeat_word, add_loop))(text, words, rng)
+    return rng.choice((repeat_phrase, repeat_word, add_loop, add_definition))(text, words, rng)
 
 
 def repeat_phrase(text: str, words: list[str], rng: Random) -> str:
@@ -184,6 +184,18 @@ def add_loop(text: str, words: list[str], rng: Random) -> str:
                        f" with the {word} {word}", f" and {word} to {word} to {word}"))
     tokens = body.split()
     return articles(" ".join(tokens[:rng.randint(4, 12)]) + tail + ".")
+
+
+def add_definition(text: str, words: list[str], rng: Random) -> str:
+    """Two clauses say what something is: "A dog is a catch, and the frisbee is a throw"."""
+    items = [*words, *rng.sample(SAME_KIND[True], 4)]
+    article, be = rng.choice(("a", "the", "a")), rng.choice(("is", "is", "was"))
+    joint = rng.choice((", and", ",", " and", ", while"))
+    a, b, c, d = (f"{article} {item}" for item in items[:4])
+    if rng.random() < 0.4:
+        body = text.rstrip(".!?\"' ")
+        return articles(f"{body}{joint} {a} {be} {b}.")
+    return capitalize(articles(f"{a} {be} {b}{joint} {c} {be} {d}."))
 
 
 def a_list(text: str, words: list[str], rng: Random) -> str:

@@ -16,7 +16,7 @@ CRITERIA = ("first word", "second word", "third word", "fourth word", "sentence"
 
 @dataclass(frozen=True)
 class Verdict:
-    """The oracle's grade: one bool for each of CRITERIA, and the evidence that a careful reader quotes."""
+    """The oracle's grade: one bool for each of CRITERIA, the words as they stand, and the form."""
 
     points: tuple[bool, ...]
     found: tuple[str, ...]  # for each requested word: as it stands in the answer, or "none"

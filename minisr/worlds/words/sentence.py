@@ -1,8 +1,16 @@
-"""What counts as a sentence: rules that a program can check, and a reason if a text breaks one.
+"""What counts as a sentence: rules that a program can check, and the first one that a text breaks.
 
-REASONS names the rules; the first broken one is the reason. The rules tell sentences of daily life from the cheap ways
-to place given words in a text: lists, loops, fragments, talk about the words. They are no grammar: "The frisbee is a
-catch and the dog is a throw." passes.
+REASONS names the rules. They tell sentences of daily life from the cheap ways to place given words in a text: lists,
+loops, fragments, talk about the words. They are no grammar: "The frisbee likes a catch and the dog was in it." passes.
+
+A text is read word by word and copied, and the copy breaks off at the first word that breaks a rule. Marks in the copy
+show what the rules count, so that each decision needs only the last few words:
+
+    1 2 3      a number before every five words
+    dog =2     the word occurs for the second time; so does "is a =2"
+    a cat, +2  two separators in a row, with a bare item between them
+    is (verb)  the first finite verb
+    end        the text ends with this sentence
 """
 
 import re
@@ -15,14 +23,18 @@ FINE, NONE = "fine", "none"
 REASONS = ("too long", "more than one", "no end", "too short", "about words", "repeats", "a list", "symbols",
            "no verb")
 SHORTEST, LONGEST = 6, 25  # words
-GROUP = 5  # words between two numbers of a quoted sentence, from which its length can be read; divides LONGEST
+GROUP = 5  # words between two numbers of a copy, from which its length can be read; divides LONGEST
+MOST_OFTEN = 2  # times that a word may occur, except for those of MAY_REPEAT
+MOST_DEFINITIONS = 1  # times that a sentence may say "is a"
+SEPARATORS = 3  # in a row, with bare items between them, that make a list
+CONTENT_RUN = 5  # words in a row without a function word that make a list
+REQUESTED_RUN = 4  # the same for requested words
 
 DETERMINERS, PRONOUNS, AUXILIARIES, PREPOSITIONS, CONJUNCTIONS = (
     GRAMMAR[name] for name in ("determiners", "pronouns", "auxiliaries", "prepositions", "conjunctions"))
 FUNCTION_WORDS = DETERMINERS | PRONOUNS | AUXILIARIES | PREPOSITIONS | CONJUNCTIONS | GRAMMAR["others"]
-FUNCTION_SHARE = 0.2  # of the words of a sentence, at least
 BEFORE_BASE_FORM = PRONOUNS | CONJUNCTIONS | GRAMMAR["before_base_form"]
-MAY_REPEAT = frozenset("a an the and to of in on is was his her".split())
+MAY_REPEAT = frozenset("a an the and or to of in on is was his her".split())
 
 FINITE = frozenset(form for verb in ALL_VERBS for name in ("third", "past") for form in verb_forms(verb)[name])
 NOUN_FORMS = frozenset(form for noun in ALL_NOUNS for form in (noun, plural(noun)))
@@ -31,52 +43,140 @@ WORD = re.compile(r"[A-Za-z]+(?:['-][A-Za-z]+)*")
 ABBREVIATION = re.compile(r"\b(?:Mr|Mrs|Ms|Dr|St|a\.m|p\.m|e\.g|i\.e|etc)\.(?=\s+\S)")
 # Where a sentence ends: a line break, a stop before a space, a quoted stop before a capital, or a stop at the end.
 END = re.compile(r"\s*\n\s*|[.!?]+(?=\s|$)|[.!?]+[\"')]+(?=\s+[\"'A-Z0-9]|$)")
-# "dog/catch", "dog: a catch", "dog-catch-frisbee", but not "day-to-day".
-SYMBOL = re.compile(r"[^\w\s.,!?'\"’“”‘—–;-]|\w+-(?!(?:to|of|by|in|on|the|a|and)-)\w+-\w+|[.]{2}|_")
-QUOTED_WORD = re.compile(r"[\"“][\w-]+[.,]?[\"”]")
-ARTICLE = "(?:a|an|the|some|his|her|my|our|their|your|its|one|two)"
-ITEM = rf"(?:{ARTICLE} (?:[a-z'-]+ )?)?[a-z'-]+"
-JOINED = rf"(?:(?: ?[,;—–] ?(?:and |or )?| (?:and|or) ){ITEM})"
-LIST = re.compile(rf"\b{ITEM}(?:{JOINED}{{2,}}(?=\s*[,;.!?—–])|{JOINED}{{3,}}(?![\w'-]))")
-BROKEN = re.compile(rf"\b(?:a|an|the|my|his|its|our|their|your) (?:a|an|the|and|or|of|is|was)\b|\b{ARTICLE}[,;]")
-RUN = 4  # requested words side by side
-QUOTE = 4  # words of a list that are quoted
+# "dog/catch", "dog:", "dog-catch-frisbee", but not "day-to-day".
+SYMBOL = re.compile(r"[^\w\s.,!?'\"—–;-]|\w+-(?!(?:to|of|by|in|on|the|a|and)-)\w+-\w+|[.]{2}|_")
+QUOTED_WORD = re.compile(r"\"[\w-]+[.,]?\"")
+ABOUT = frozenset("word words sentence sentences".split())
+OPENINGS = (["here's"], ["sure"], ["answer"], ["here", "is"])
+ARTICLES = frozenset("a an the some his her my our their your its one two".split())
+BEFORE_NOUN = ARTICLES - {"some", "her", "one", "two"}  # a noun must follow
+BE = frozenset("is are was were".split())
+NO_NOUNS = frozenset("a an the and or of is was".split())
 
 
 @dataclass(frozen=True)
 class Form:
-    """Whether a text is a sentence, and what a careful reader quotes as evidence. "none": there is nothing to quote."""
+    """Whether a text is a sentence."""
 
-    broken: tuple[str, ...]  # the broken ones of REASONS, in their order
-    text: str  # the first sentence, its words numbered in groups, and what follows: see quote_sentence
-    about: str  # what shows that the text is about words: "sentence"
-    repeated: str  # the word that occurs too often, or in a phrase that occurs twice
-    listed: str  # how a list begins: "a dog, a catch"
-    symbols: str  # the first word with a symbol that sentences do not have: "dog/catch"
-    verb: str  # the first finite verb
-
-    @property
-    def reason(self) -> str:
-        """FINE, or the first broken rule."""
-        return self.broken[0] if self.broken else FINE
+    reason: str  # FINE, or the first broken rule
+    copy: str  # the text up to there, with marks
 
 
 def check_sentence(text: str, requested: tuple[str, ...] = ()) -> Form:
     """Whether a text is one sentence. `requested`: the words that a request asks for."""
     text = plain_quotes(text.strip())
-    words = WORD.findall(text)
-    lower = [word.lower() for word in words]
+    reader = Reader(requested)
     first, rest = split_first_sentence(text)
-    evidence = {
-        "text": quote_sentence(first, rest), "about": about_words(text, lower),
-        "repeated": repeated_word(lower) or NONE, "listed": list_start(text, lower, requested),
-        "symbols": word_with_symbol(text), "verb": finite_verb(words)}
-    is_broken = {
-        "too long": len(first) > LONGEST, "more than one": rest not in ("end", NONE), "no end": lacks_end(text, lower),
-        "too short": len(first) < SHORTEST, "about words": evidence["about"] != NONE,
-        "repeats": evidence["repeated"] != NONE, "a list": evidence["listed"] != NONE,
-        "symbols": evidence["symbols"] != NONE, "no verb": evidence["verb"] == NONE}
-    return Form(tuple(name for name in REASONS if is_broken[name]), **evidence)
+    for token in first:
+        if reason := reader.read(token):
+            break
+    else:
+        reason = reader.finish(text, rest)
+    return Form(reason or FINE, " ".join(reader.copy))
+
+
+class Reader:
+    """Reads a sentence token by token; a token is what stands between two spaces."""
+
+    def __init__(self, requested: tuple[str, ...]):
+        self.requested = frozenset(form for word in requested for form in inflections(word))
+        self.copy = []  # tokens, and marks
+        self.length = 0  # tokens
+        self.words = []  # in lower case
+        self.counts = Counter()  # of words
+        self.definitions = 0  # "is a"
+        self.has_verb = False
+        self.separators = 0  # in a row
+        self.item = []  # words since the last separator
+
+    def read(self, token: str) -> str | None:
+        """Read one more token. Returns the rule that it breaks, if any."""
+        if self.length % GROUP == 0:
+            self.copy.append(str(self.length // GROUP + 1))
+        if self.length == LONGEST:
+            return "too long"
+        self.length += 1
+        self.copy.append(token)
+        if SYMBOL.search(token):
+            return "symbols"
+        if QUOTED_WORD.search(token):
+            return "about words"
+        for word in WORD.findall(token):
+            if reason := self.read_word(word.lower()):
+                return reason
+        return self.read_separator(token)
+
+    def read_word(self, word: str) -> str | None:
+        previous = self.words[-1] if self.words else ""
+        was_repeated = previous not in FUNCTION_WORDS and self.counts[previous] > 1
+        self.words.append(word)
+        self.counts[word] += 1
+        self.item.append(word)
+        if word in ABOUT or self.words in OPENINGS:
+            return "about words"
+        if self.is_repeated(word, previous, was_repeated):
+            return "repeats"
+        if previous in BEFORE_NOUN and word in NO_NOUNS or self.is_row():
+            return "a list"
+        if not self.has_verb and is_finite(word, previous):
+            self.has_verb = True
+            self.copy.append("(verb)")
+        return None
+
+    def is_repeated(self, word: str, previous: str, was_repeated: bool) -> bool:
+        """Whether the word comes too often, or again after another repeated word, or says again what something is.
+        Marks a second occurrence. `was_repeated`: whether the word before it is a repeated content word."""
+        if word == previous and word not in ("that", "had", "her"):
+            return True
+        if word not in MAY_REPEAT and self.counts[word] > 1:
+            self.copy.append(f"={self.counts[word]}")
+            return self.counts[word] > MOST_OFTEN or was_repeated and word not in FUNCTION_WORDS
+        if previous in BE and word in ("a", "an", "the"):
+            self.definitions += 1
+            if self.definitions > MOST_DEFINITIONS:
+                self.copy.append(f"={self.definitions}")
+                return True
+        return False
+
+    def is_row(self) -> bool:
+        """Whether the last words stand side by side without function words."""
+        row, requested = self.words[-CONTENT_RUN:], self.words[-REQUESTED_RUN:]
+        return (len(row) == CONTENT_RUN and FUNCTION_WORDS.isdisjoint(row)
+                or len(requested) == REQUESTED_RUN and self.requested.issuperset(requested))
+
+    def read_separator(self, token: str) -> str | None:
+        """Count the separators in a row: , ; a dash, "and", "or". "And" or "or" after a comma is none of its own."""
+        if token.lower() in ("and", "or"):
+            self.item.pop()
+            if not self.item and self.separators:
+                return None
+        elif token.strip("\"'()")[-1:] not in (",", ";", "—", "–", "-"):
+            return None
+        elif self.words and self.words[-1] in BEFORE_NOUN:
+            return "a list"
+        self.separators = self.separators + 1 if self.is_bare_item() else 1
+        self.item = []
+        if self.separators > 1:
+            self.copy.append(f"+{self.separators}")
+        return "a list" if self.separators == SEPARATORS else None
+
+    def is_bare_item(self) -> bool:
+        """Whether one word, or an article and one or two words, stand between the last two separators."""
+        most = 3 if self.item[:1] and self.item[0] in ARTICLES else 1
+        return 0 < len(self.item) <= most
+
+    def finish(self, text: str, rest: str) -> str | None:
+        """The rule that the text breaks by its end, if any. `rest`: what follows the sentence."""
+        self.copy.append(rest)
+        if rest not in ("end", NONE):
+            return "more than one"
+        if lacks_end(text, self.words):
+            return "no end"
+        if self.separators == SEPARATORS - 1 and self.is_bare_item():
+            return "a list"
+        if self.length < SHORTEST:
+            return "too short"
+        return None if self.has_verb else "no verb"
 
 
 def plain_quotes(text: str) -> str:
@@ -102,74 +202,6 @@ def split_first_sentence(text: str) -> tuple[list[str], str]:
         return text.split(), NONE
     first, rest = text[:found[0].end()].split(), text[found[0].end():].split()
     return first, f"then {rest[0]}" if rest else "end"
-
-
-def quote_sentence(words: list[str], rest: str) -> str:
-    """A sentence with a number before every GROUP words, and what follows it: "1 He cuts the soup meat 2 up. end".
-    A sentence that is too long breaks off at the number after its first LONGEST words."""
-    quoted = []
-    for i, word in enumerate(words):
-        if i % GROUP == 0:
-            quoted.append(str(i // GROUP + 1))
-        if i == LONGEST:
-            return " ".join(quoted)
-        quoted.append(word)
-    return " ".join([*quoted, rest])
-
-
-def about_words(text: str, words: list[str]) -> str:
-    """What shows that a text speaks about words and sentences, or quotes single words; or "none"."""
-    meta = [word for word in words if word in ("word", "words", "sentence", "sentences")]
-    found = QUOTED_WORD.search(text) or re.match(r"(?:Here is|Here's|Sure|Answer)\b", text)
-    return meta[0] if meta else found[0] if found else NONE
-
-
-def repeated_word(words: list[str]) -> str:
-    """A word that occurs too often, or in a phrase of three words that occurs twice; "" if there is none."""
-    counts = Counter(words)
-    for i, word in enumerate(words):
-        if counts[word] > (5 if word in MAY_REPEAT else 2):
-            return word
-        if words[i + 1:i + 2] == [word] and word not in ("that", "had", "her"):
-            return word
-        phrase = words[i:i + 3]
-        content = [other for other in phrase if other not in FUNCTION_WORDS]
-        if len(content) > 1 and phrase in [words[j:j + 3] for j in range(i + 1, len(words) - 2)]:
-            return content[0]
-    return ""
-
-
-def list_start(text: str, words: list[str], requested: tuple[str, ...]) -> str:
-    """How a text begins to enumerate bare items, has few function words, or has requested words side by side: the
-    first of these in up to QUOTE words; or "none"."""
-    text = text.strip("\"'() ")
-    for pattern in (LIST, BROKEN):
-        if found := pattern.search(text.lower()):
-            return " ".join(text[found.start():].split()[:QUOTE]).rstrip(",;.!?—– ")
-    if sum(word in FUNCTION_WORDS for word in words) < FUNCTION_SHARE * len(words):
-        return "few small words"
-    forms = frozenset(form for word in requested for form in inflections(word))
-    rows = (words[i:i + RUN] for i in range(len(words) - RUN + 1))
-    return next((" ".join(row) for row in rows if forms.issuperset(row)), NONE)
-
-
-def word_with_symbol(text: str) -> str:
-    """The first word with a symbol that no sentence of daily life needs, such as / or :, or "none"."""
-    found = SYMBOL.search(text)
-    if found is None:
-        return NONE
-    start = text.rfind(" ", 0, found.start()) + 1
-    return text[start:].split()[0]
-
-
-def finite_verb(words: list[str]) -> str:
-    """The first word that is a finite verb by its form and by the word before it, or "none".
-
-    "walks" and "walked" are, "walking" is not, and "walk" is one after "they" or "to", not after "the"."""
-    for i, word in enumerate(words):
-        if is_finite(word.lower(), words[i - 1].lower() if i else ""):
-            return word
-    return "none"
 
 
 def is_finite(word: str, previous: str) -> bool:
