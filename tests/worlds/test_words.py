@@ -83,6 +83,8 @@ def test_phrasings_that_a_model_may_write_are_read_too(prompt, words):
 @pytest.mark.parametrize("prompt", [
     "", "Write a poem about a dog.", "Use cup, tea, pour in one short sentence.", "Who wrote Hamlet?",
     "Use a, b, c, d in one short sentence.", "Use cup, cups, tea, pour in one short sentence.",
+    "In one sentence, use the words, cup, tea, pour.", "In one sentence, use the words 1, cup, tea, pour, table.",
+    "In one sentence, use the words no, cup, tea, pour.", "Make a sentence with the words x, cup, tea, pour, tip.",
     "List four animals: dog, cat, cow, hen.", "Use cup, tea, pour, table, spoon in one short sentence.",
     "Write a sentence with dog, cat, cow, hen. Then one with cup, tea, pour, table."])
 def test_other_prompts_are_no_requests(prompt):

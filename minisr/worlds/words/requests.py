@@ -21,8 +21,8 @@ PHRASINGS = (
 WORDS_OF_A_REQUEST = 4
 EVALUATION_SHARE = 10  # one word set in 10 belongs to evaluation
 ITEM = r"[\"'“”]?[a-z]{2,}[\"'“”]?"
-ENUMERATION = re.compile(rf"(?<![\w'-]){ITEM}(?:(?:,? and |, ){ITEM}){{2,}}(?![\w'-])")
-NO_ITEMS = frozenset("and or the an a in on of to with it use".split())
+ENUMERATION = re.compile(rf"(?<![\w'-])(?<!\w, ){ITEM}(?:(?:,? and |, ){ITEM}){{2,}}(?![\w'-])")
+NO_ITEMS = frozenset("and or the an a in on of to with it use no none all word words sentence sentences".split())
 # Hashes of the word sets of CommonGen-lite (https://github.com/allenai/CommonGen-Eval), the test set on which models
 # trained here are measured. The sets themselves are not shipped; with their hashes they can be kept out of training.
 EXCLUDED = frozenset(Path(__file__).with_name("excluded_sets.txt").read_text(encoding="utf-8").split())
