@@ -501,7 +501,7 @@ FAULTS = {
         ("an item has no adjective", "most = 3 if", "most = 2 if"),
         ("a comma and \"and\" are two separators", "if not self.item and self.separators:", "if False:"),
         ("a list may end the sentence", "if self.separators == SEPARATORS - 1 and", "if False and"),
-        ("requested words side by side are no list", "and self.requested.issuperset(row)", "and False"),
+        ("requested words side by side are no list", "and self.requested.issuperset(requested)", "and False"),
         ("five words in a row are no list", "and FUNCTION_WORDS.isdisjoint(row)", "and False"),
         ("an abbreviation ends a sentence", 'ABBREVIATION.sub(lambda match: match[0][:-1] + "_", text)', "text"),
         ("a plural is a verb", "    if word in NOUN_FORMS:\n        return False\n", ""),
