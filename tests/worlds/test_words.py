@@ -161,6 +161,7 @@ def test_sentences_of_people_pass(text):
     ("The dog catches the frisbee.\nHe likes it.", "more than one"),
     ("I like dog, I like catch, I like frisbee.", "repeats"),
     ("A dog is a catch, and the frisbee is a throw.", "repeats"),
+    ("He has a cat, and a dog, and a cup.", "a list"),
     ("He puts the old dog near the cat and the old dog.", "repeats"),
     ("The a dog catches the frisbee in the park.", "a list"), ("Boy dog man frisbee park catch.", "a list"),
     ("The dog catches the frisbee.", "too short"), ("Two red apples on the table near the window.", "no verb"),
@@ -183,11 +184,13 @@ def test_hacks_and_broken_answers_do_not_pass(text, reason):
     ("The dog sees a dog in the park.", "1 The dog sees (verb) a dog =2 2 in the park. end"),
     ("a dog is a dog, a dog", "1 a dog is (verb) a dog, =2 2 a dog =3"),
     ("An old dog sees the old dog here.", "1 An old dog sees (verb) the 2 old =2 dog =2"),
+    ("The dog sees an old dog here.", "1 The dog sees (verb) an old 2 dog =2 here. end"),
     ("She is very very good to us.", "1 She is (verb) very very"),
     ("The cat is a pet and it was the best.", "1 The cat is (verb) a pet 2 and it was the =2"),
     # Separators in a row.
     ("There is a dog, a catch, a frisbee, and a throw.", "1 There is (verb) a dog, a 2 catch, +2 a frisbee, +3"),
     ("The dog and the catch, and a big frisbee.", "1 The dog and the catch, +2 2 and a big frisbee. end"),
+    ("A cat, a big dog, a cup and", "1 A cat, a big dog, +2 2 a cup and +3"),
     ("He runs home, eats his soup, and goes to bed.", "1 He runs (verb) home, eats his 2 soup, and goes to bed. end"),
     ("The, and", "1 The,"), ("The of", "1 The of"),
     # Words in a row.
