@@ -7,7 +7,7 @@ requests.py   phrasings; which requests belong to evaluation
 sentence.py   what counts as a sentence, and the reason if a text is none
 oracle.py     grades any answer to any request with 0 to 5 points
 annotator.py  how the verdict reads as a judgement
-edits.py      cheap edits of answers, so that every verdict is about equally frequent in EFT
+edits.py      cheap edits of answers, so that every verdict has its share of EFT
 corpus.py     seed data from M0's answers, evaluation prompts
 measures.py   metrics of answers and judgements
 """

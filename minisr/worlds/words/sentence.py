@@ -24,9 +24,9 @@ REASONS = ("too long", "more than one", "no end", "too short", "about words", "r
            "no verb")
 SHORTEST, LONGEST = 6, 25  # words
 GROUP = 5  # words between two numbers of a copy, from which its length can be read; divides LONGEST
-MOST_OFTEN = 2  # times that a word may occur, except for those of MAY_REPEAT
-MOST_DEFINITIONS = 1  # times that a sentence may say "is a"
-SEPARATORS = 3  # in a row, with bare items between them, that make a list
+MAX_OCCURRENCES = 2  # of a word, except for those of MAY_REPEAT
+MAX_DEFINITIONS = 1  # "is a" in a sentence
+LIST_SEPARATORS = 3  # in a row, with bare items between them, that make a list
 CONTENT_RUN = 5  # words in a row without a function word that make a list
 REQUESTED_RUN = 4  # the same for requested words
 
@@ -114,7 +114,7 @@ class Reader:
         self.item.append(word)
         if word in ABOUT or self.words in OPENINGS:
             return "about words"
-        if self.is_repeated(word, previous, was_repeated):
+        if self.mark_repetition(word, previous, was_repeated):
             return "repeats"
         if previous in BEFORE_NOUN and word in NO_NOUNS or self.is_row():
             return "a list"
@@ -123,17 +123,17 @@ class Reader:
             self.copy.append("(verb)")
         return None
 
-    def is_repeated(self, word: str, previous: str, was_repeated: bool) -> bool:
-        """Whether the word comes too often, or again after another repeated word, or says again what something is.
-        Marks a second occurrence. `was_repeated`: whether the word before it is a repeated content word."""
+    def mark_repetition(self, word: str, previous: str, was_repeated: bool) -> bool:
+        """Mark a word that occurs again. Returns whether it breaks the rule: it occurs too often, follows a repeated
+        content word (`was_repeated`), or says a second time what something is."""
         if word == previous and word not in ("that", "had", "her"):
             return True
         if word not in MAY_REPEAT and self.counts[word] > 1:
             self.copy.append(f"={self.counts[word]}")
-            return self.counts[word] > MOST_OFTEN or was_repeated and word not in FUNCTION_WORDS
+            return self.counts[word] > MAX_OCCURRENCES or was_repeated and word not in FUNCTION_WORDS
         if previous in BE and word in ("a", "an", "the"):
             self.definitions += 1
-            if self.definitions > MOST_DEFINITIONS:
+            if self.definitions > MAX_DEFINITIONS:
                 self.copy.append(f"={self.definitions}")
                 return True
         return False
@@ -158,7 +158,7 @@ class Reader:
         self.item = []
         if self.separators > 1:
             self.copy.append(f"+{self.separators}")
-        return "a list" if self.separators == SEPARATORS else None
+        return "a list" if self.separators == LIST_SEPARATORS else None
 
     def is_bare_item(self) -> bool:
         """Whether one word, or an article and one or two words, stand between the last two separators."""
@@ -172,7 +172,7 @@ class Reader:
             return "more than one"
         if lacks_end(text, self.words):
             return "no end"
-        if self.separators == SEPARATORS - 1 and self.is_bare_item():
+        if self.separators == LIST_SEPARATORS - 1 and self.is_bare_item():
             return "a list"
         if self.length < SHORTEST:
             return "too short"
@@ -185,8 +185,8 @@ def plain_quotes(text: str) -> str:
 
 def lacks_end(text: str, words: list[str]) -> bool:
     """Whether a text stops without . ! or ?, or after a word like "the". The words are in lower case."""
-    bare = text.strip("\"'() ")
-    return bare[-1:] not in (".", "!", "?") or bare.endswith("..") or bool(words) and words[-1] in GRAMMAR["not_last"]
+    has_stop = text.strip("\"'() ")[-1:] in (".", "!", "?")
+    return not has_stop or bool(words) and words[-1] in GRAMMAR["not_last"]
 
 
 def ends(text: str) -> list[re.Match]:
@@ -205,6 +205,9 @@ def split_first_sentence(text: str) -> tuple[list[str], str]:
 
 
 def is_finite(word: str, previous: str) -> bool:
+    """Whether a word is a finite verb by its form and by the word before it.
+
+    "walks" and "walked" are, "walking" is not, and "walk" is one after "they" or "to", not after "the"."""
     if word in AUXILIARIES:
         return True
     if previous in DETERMINERS - PRONOUNS or previous in PREPOSITIONS - {"to"} or word in FUNCTION_WORDS:
