@@ -14,6 +14,9 @@ from torch.utils.checkpoint import checkpoint
 
 from minisr.model import Block, Decoder, ModelConfig, RMSNorm, rope_cos_sin, upcast
 
+EAGER_MAX_LEN = 128  # tokens of a row, up to which matrix products are faster than a CPU's fused attention
+EAGER_MAX_LEN_BFLOAT16 = 384
+
 
 def final_hidden(model: Decoder, ids: Tensor, positions: Tensor, attention_fn, select: Tensor | None = None,
                  gradient_checkpointing: bool = False) -> Tensor:
@@ -72,6 +75,41 @@ def rms_norm(norm: RMSNorm, x: Tensor) -> Tensor:
 def causal_attention(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Every token attends to itself and those before it; there is no padding on the left."""
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+
+
+def causal_attention_for(ids: Tensor, dtype: torch.dtype):
+    """causal_attention on rows of ids (B, T), as matrix products where these are faster."""
+    B, T = ids.shape
+    if ids.is_cuda or dtype != torch.bfloat16 or T > EAGER_MAX_LEN_BFLOAT16:
+        return causal_attention
+    attention = MaskedAttention(torch.ones(T, T, dtype=torch.bool).tril().expand(B, 1, T, T))
+    return lambda layer, q, k, v: attention(q, k, v)
+
+
+class MaskedAttention:
+    """Attention under the same mask (B, 1, T, T) in all layers.
+
+    On a CPU, PyTorch's fused kernel is slower than matrix products for short rows, and gains nothing from bfloat16."""
+
+    def __init__(self, mask: Tensor):
+        self.mask = mask
+        self.bias: Tensor | None = None  # the same as a number to add to attention logits
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attention of q (B, H, T, D) on k, v (B, G, T, D): (B, H, T, D)."""
+        max_len = EAGER_MAX_LEN_BFLOAT16 if q.dtype == torch.bfloat16 else EAGER_MAX_LEN
+        if q.is_cuda or q.shape[2] > max_len:
+            return grouped_attention(q, k, v, self.mask)
+        return self.eager(q, k, v)
+
+    def eager(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """softmax(q k^T / sqrt(D)) v by two matrix products."""
+        (B, H, T, D), G = q.shape, k.shape[1]
+        if self.bias is None:
+            bias = torch.zeros_like(self.mask, dtype=q.dtype).masked_fill(~self.mask, -torch.inf)
+            self.bias = bias.expand(B, H, T, T).reshape(B * G, -1, T)  # (B G, R T, T)
+        q, k, v = q.reshape(B * G, -1, D), k.flatten(0, 1), v.flatten(0, 1)  # (B G, R T, D), (B G, T, D)
+        return torch.bmm(softmax(attention_logits(q, k, self.bias)), v).view(B, H, T, D)
 
 
 def attention_logits(q: Tensor, k: Tensor, bias: Tensor) -> Tensor:

@@ -14,13 +14,11 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from minisr.dpo import EncodedPair
-from minisr.fast.forward import attention_logits, causal_attention, final_hidden, grouped_attention, softmax
+from minisr.fast.forward import MaskedAttention, causal_attention_for, final_hidden
 from minisr.model import Decoder, upcast
 from minisr.sft import Example, right_pad
 
 MAX_LOGITS = 2**25  # numbers held at once: 128 MB in float32
-EAGER_ATTENTION_MAX_LEN = 128  # up to this length, a CPU is faster without its fused attention kernel,
-EAGER_ATTENTION_MAX_LEN_BFLOAT16 = 320  # which gains nothing from bfloat16, while matrix products do
 
 
 def target_loss(model: Decoder, examples: list[Example], gradient_checkpointing: bool = False) -> Tensor:
@@ -29,7 +27,8 @@ def target_loss(model: Decoder, examples: list[Example], gradient_checkpointing:
     is_target = mask[:, 1:]
     sources = F.pad(is_target, (0, 1)).flatten().nonzero()[:, 0]  # (N,) the tokens before the targets
     positions = torch.arange(ids.shape[1], device=ids.device)[None]
-    x = final_hidden(model, ids, positions, causal_attention, sources, gradient_checkpointing)  # (N, C)
+    attention = causal_attention_for(ids, model.embed.weight.dtype)
+    x = final_hidden(model, ids, positions, attention, sources, gradient_checkpointing)  # (N, C)
     return -token_logps(model.head, x, ids[:, 1:][is_target]).sum()
 
 
@@ -73,8 +72,7 @@ class PackedPairs:
         is_rejected = column >= chosen_ends
         is_chosen = (column >= prompt_ends) & ~is_rejected
         hidden = is_rejected[:, :, None] & is_chosen[:, None, :]  # rejected queries do not see chosen keys
-        self.mask = ((column <= column[:, None]) & ~hidden)[:, None]  # (B, 1, T, T)
-        self.bias: Tensor | None = None  # the same as a number to add to attention logits
+        self.attention = MaskedAttention(((column <= column[:, None]) & ~hidden)[:, None])  # (B, 1, T, T)
         self.cells = is_token.flatten().nonzero()[:, 0]  # (M,) where the tokens lie on the grid
         tokens = [token for pair in pairs for part in pair for token in part]
         self.ids = torch.tensor([tokens], device=device)  # (1, M)
@@ -91,26 +89,11 @@ class PackedPairs:
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q (1, H, M, D), k and v (1, G, M, D) -> (1, H, M, D)."""
         q, k, v = (self._to_grid(x[0].transpose(0, 1)) for x in (q, k, v))  # (B, H or G, T, D)
-        is_bfloat16 = q.dtype == torch.bfloat16
-        max_len = EAGER_ATTENTION_MAX_LEN_BFLOAT16 if is_bfloat16 else EAGER_ATTENTION_MAX_LEN
-        if q.is_cuda or q.shape[2] > max_len:
-            y = grouped_attention(q, k, v, self.mask)
-        else:
-            y = self._eager_attention(q, k, v)
+        y = self.attention(q, k, v)
         return y.transpose(1, 2).flatten(0, 1).index_select(0, self.cells).transpose(0, 1)[None]
-
-    def _eager_attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """softmax(q k^T / sqrt(D)) v on the grid: (B, H, T, D)."""
-        B, H, T, D = q.shape
-        G = k.shape[1]
-        if self.bias is None:
-            bias = torch.zeros_like(self.mask, dtype=q.dtype).masked_fill(~self.mask, -torch.inf)
-            self.bias = bias.expand(B, H, T, T).reshape(B * G, -1, T)  # (B G, R T, T)
-        q, k, v = q.reshape(B * G, -1, D), k.flatten(0, 1), v.flatten(0, 1)  # (B G, R T, D), (B G, T, D)
-        return torch.bmm(softmax(attention_logits(q, k, self.bias)), v).view(B, H, T, D)
 
     def _to_grid(self, x: Tensor) -> Tensor:
         """(M, H, D) -> (B, H, T, D), zeros where there is no token."""
-        B, _, T, _ = self.mask.shape
+        B, _, T, _ = self.attention.mask.shape
         grid = x.new_zeros(B * T, *x.shape[1:]).index_put((self.cells,), x)  # index_copy would keep x for backward
         return grid.unflatten(0, (B, T)).transpose(1, 2)

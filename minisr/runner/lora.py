@@ -48,20 +48,22 @@ class LoRALinear(nn.Module):
                 self.A[part] = torch.empty(config.rank, W.shape[1]).uniform_(-bound, bound).to(**like)
                 self.B[part] = torch.zeros(rows, config.rank, **like)  # so that the training starts with W
 
-    def stacked(self) -> tuple[Tensor, Tensor]:
-        """A (n r, in) and B (out, n r) of all n parts that have adapters: B is block diagonal."""
-        A = torch.cat([self.A[part] for part in self.parts if part in self.A])
-        B = torch.block_diag(*(self.B[part] if part in self.B else A.new_zeros(rows, 0)
-                               for part, rows in self.parts.items()))
-        return A, B
-
     def forward(self, x: Tensor) -> Tensor:
-        A, B = (matrix.to(x.dtype) for matrix in self.stacked())
-        return self.linear(x) + F.linear(self.scale * F.linear(x, A), B)
+        low_rank = self.scale * F.linear(x, torch.cat(list(self.A.values())).to(x.dtype))  # (B, T, n r) for n adapters
+        low_rank = dict(zip(self.A, low_rank.chunk(len(self.A), dim=-1)))
+        changes = []
+        for part, rows in self.parts.items():
+            if part in self.A:
+                changes.append(F.linear(low_rank[part], self.B[part].to(x.dtype)))  # (B, T, rows)
+            else:
+                changes.append(x.new_zeros(*x.shape[:-1], rows))
+        return self.linear(x) + torch.cat(changes, dim=-1)
 
     def merged_weight(self) -> Tensor:
-        A, B = self.stacked()
-        return self.linear.weight + self.scale * B @ A
+        W = self.linear.weight
+        changes = [self.B[part] @ self.A[part] if part in self.A else W.new_zeros(rows, W.shape[1])
+                   for part, rows in self.parts.items()]
+        return W + self.scale * torch.cat(changes)
 
 
 def add_adapters(model: Decoder, config: LoRAConfig) -> Decoder:

@@ -7,14 +7,22 @@ import torch
 from tiny import PAIRS, as_folder, random_llama, tiny_lm, tiny_model, with_log
 
 from minisr.dpo import DPOConfig, encode_pairs, train_dpo
-from minisr.fast import losses
+from minisr.fast import forward
 from minisr.fast.cache import PrefixCache
 from minisr.fast.decode_step import DecodeStep
 from minisr.fast.sampler import extend
 from minisr.interop.source import load_source
 from minisr.lm import ResponseConfig
+from minisr.sft import encode_examples
 
 LONG_PAIRS = [{"prompt": "Write a story.", "chosen": "Once there was a fox. " * 9, "rejected": "The end. " * 20}]
+
+
+def as_examples(pairs):
+    return [{"prompt": pair["prompt"], "response": pair["chosen"] + pair["rejected"]} for pair in pairs]
+
+
+LONG_EXAMPLES = as_examples(LONG_PAIRS + PAIRS)
 
 
 def error(logits, exact):
@@ -38,37 +46,43 @@ def test_logits_are_as_near_to_float32_as_those_of_transformers(tmp_path):
     assert 0 < error(logits, exact[:, 19:]) < 1.3 * bound < 0.05 * exact.std()
 
 
-@pytest.mark.parametrize("max_len", [0, 320], ids=["fused kernel", "written out"])
+@pytest.mark.parametrize("max_len", [0, 320], ids=["fused kernel", "matrix products"])
 def test_log_probabilities_and_gradients_are_those_of_float64_up_to_rounding(monkeypatch, max_len):
-    monkeypatch.setattr(losses, "EAGER_ATTENTION_MAX_LEN_BFLOAT16", max_len)
+    monkeypatch.setattr(forward, "EAGER_MAX_LEN_BFLOAT16", max_len)
     found = []
     for dtype in (torch.float64, torch.bfloat16):
         lm = tiny_lm("fast", context=320)
         lm.model.to(torch.bfloat16).to(dtype)  # the same weights
         chosen, rejected = lm.pair_logps(encode_pairs(lm, PAIRS + LONG_PAIRS))
-        (chosen - rejected).sum().backward()
-        found.append((torch.stack([chosen, rejected]).double(), lm.model.blocks[0].attention.qkv_proj.weight.grad))
-    (exact, wanted), (logps, gradient) = found
-    torch.testing.assert_close(logps, exact, rtol=0.01, atol=0.05)
+        loss = lm.target_loss(encode_examples(lm, LONG_EXAMPLES))
+        ((chosen - rejected).sum() + loss).backward()
+        values = torch.stack([*chosen, *rejected, loss]).double()
+        found.append((values, lm.model.blocks[0].attention.qkv_proj.weight.grad))
+    (exact, wanted), (values, gradient) = found
+    torch.testing.assert_close(values, exact, rtol=0.01, atol=0.05)
     assert torch.corrcoef(torch.stack([gradient.double().flatten(), wanted.flatten()]))[0, 1] > 0.99
 
 
-def test_attention_is_written_out_where_that_is_faster(monkeypatch):
+@pytest.mark.parametrize("what", ["pairs", "examples"])
+def test_attention_is_matrix_products_where_these_are_faster(monkeypatch, what):
     used = []
-    eager = losses.PackedPairs._eager_attention
-    monkeypatch.setattr(losses.PackedPairs, "_eager_attention", lambda *args: used.append(1) or eager(*args))
+    eager = forward.MaskedAttention.eager
+    monkeypatch.setattr(forward.MaskedAttention, "eager", lambda *args: used.append(1) or eager(*args))
 
-    def is_written_out(dtype, pairs):
+    def is_eager(dtype, pairs):
         used.clear()
-        lm = tiny_lm("fast", context=320)
+        lm = tiny_lm("fast", context=800)
         lm.model.to(dtype)
-        lm.pair_logps(encode_pairs(lm, pairs))
+        if what == "pairs":
+            lm.pair_logps(encode_pairs(lm, pairs))
+        else:
+            lm.target_loss(encode_examples(lm, as_examples(pairs)))
         return bool(used)
-    lengths = [sum(map(len, pair)) for pair in encode_pairs(tiny_lm(context=320), LONG_PAIRS)]
-    assert losses.EAGER_ATTENTION_MAX_LEN < lengths[0] <= losses.EAGER_ATTENTION_MAX_LEN_BFLOAT16
-    assert is_written_out(torch.bfloat16, LONG_PAIRS) and not is_written_out(torch.float32, LONG_PAIRS)
-    assert is_written_out(torch.float32, PAIRS)
-    assert not is_written_out(torch.bfloat16, [LONG_PAIRS[0] | {"rejected": "The end. " * 80}])
+    longest = max(len(example.ids) for example in encode_examples(tiny_lm(context=800), LONG_EXAMPLES))
+    assert forward.EAGER_MAX_LEN < longest <= forward.EAGER_MAX_LEN_BFLOAT16
+    assert is_eager(torch.bfloat16, LONG_PAIRS) and not is_eager(torch.float32, LONG_PAIRS)
+    assert is_eager(torch.float32, PAIRS) == (what == "pairs")
+    assert not is_eager(torch.bfloat16, [LONG_PAIRS[0] | {"rejected": "The end. " * 150}])
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])

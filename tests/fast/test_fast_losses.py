@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tiny import EXAMPLES, PAIRS, tiny_lm
 
 from minisr.dpo import EncodedPair, encode_pairs
-from minisr.fast import FastLM, losses
+from minisr.fast import FastLM, forward, losses
 from minisr.fast.forward import causal_attention, final_hidden, grouped_attention
 from minisr.fast.losses import PackedPairs
 from minisr.lm import LM
@@ -80,7 +80,7 @@ def test_pair_logps_are_the_cores_on_generated_pairs(lengths, seed, logits, eage
     model = tiny_lm(vocab_size=20, seed=seed).model.double()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(losses, "MAX_LOGITS", logits)
-        patch.setattr(losses, "EAGER_ATTENTION_MAX_LEN", eager)
+        patch.setattr(forward, "EAGER_MAX_LEN", eager)
         assert_same(model, pair_logps(random_pairs(lengths, seed, vocab_size=20)), 1e-9)
 
 
@@ -118,7 +118,7 @@ def test_never_more_logits_than_allowed_are_computed_at_once(monkeypatch):
 
 @pytest.mark.parametrize("max_len", [0, 128])
 def test_attention_written_out_is_that_of_the_fused_kernel(random_decoder, monkeypatch, max_len):
-    monkeypatch.setattr(losses, "EAGER_ATTENTION_MAX_LEN", max_len)
+    monkeypatch.setattr(forward, "EAGER_MAX_LEN", max_len)
     for n_kv_heads in (1, 2, 4):
         model = random_decoder(std=0.2, n_kv_heads=n_kv_heads).double()
         assert_same(model, pair_logps(UNEQUAL_PAIRS), 1e-10)
@@ -130,7 +130,7 @@ def test_attention_written_out_is_that_of_the_fused_kernel(random_decoder, monke
 @pytest.mark.parametrize("what", ["pairs", "examples"])
 @pytest.mark.parametrize("eager_max_len", [0, 128])
 def test_gradient_checkpointing_gives_the_same_values_and_gradients(random_decoder, monkeypatch, what, eager_max_len):
-    monkeypatch.setattr(losses, "EAGER_ATTENTION_MAX_LEN", eager_max_len)
+    monkeypatch.setattr(forward, "EAGER_MAX_LEN", eager_max_len)
     lm = FastLM(random_decoder(std=0.2), None)
     compute = pair_logps(UNEQUAL_PAIRS) if what == "pairs" else target_loss(UNEQUAL_EXAMPLES)
     (expected, wanted), blocks_run = values_and_gradients(lm, compute), []
@@ -166,7 +166,7 @@ def test_pairs_are_packed_without_padding():
     assert packed.targets.tolist() == [2, 3, 4, 6, 7, 8]  # 3, 4, 5, 7, 8, 9
     assert packed.sources.tolist() == [1, 1, 3, 5, 6, 5]  # 2, 2, 4, 6, 7, 6
     assert packed.response_lengths.tolist() == [1, 2, 2, 1]
-    visible = [[key for key in range(5) if packed.mask[0, 0, query, key]] for query in range(5)]
+    visible = [[key for key in range(5) if packed.attention.mask[0, 0, query, key]] for query in range(5)]
     assert visible == [[0], [0, 1], [0, 1, 2], [0, 1, 3], [0, 1, 3, 4]]
 
 
