@@ -1,0 +1,87 @@
+"""notebooks/collect_words.py: what it reads from runs, and how seeds are put together."""
+
+import importlib
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from minisr import InputError
+
+POINTS = [1, 0, 1, 0, 1]
+NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
+
+
+@pytest.fixture
+def collect(monkeypatch):
+    """The script as a module."""
+    monkeypatch.syspath_prepend(str(NOTEBOOKS))
+    return importlib.import_module("collect_words")
+
+
+def write_run(folder, cover, scores=None):
+    """A run with metrics and answers of M1 and M2."""
+    metrics = {"seed": 0, "models": {}}
+    for model in ("M1", "M2"):
+        measured = {"flawless": 0.25, "words": {"all": {"cover": cover}}}
+        metrics["models"][model] = measured | ({"scores": scores} if scores and model == "M2" else {})
+        (folder / model).mkdir(parents=True)
+        records = [{"prompt": f"p{i}", "greedy": f"{model} says {i}", "greedy_points": POINTS} for i in range(9)]
+        (folder / model / "answers.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    (folder / "metrics.json").write_text(json.dumps(metrics))
+
+
+def run(collect, monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["collect_words.py", *map(str, arguments)])
+    collect.main()
+
+
+def commongen_line(model, cover, examples=False):
+    columns = ("form", "both", "single", "pos", "words", "list", "repeats", "ends", "ppl", "median")
+    results = [{"model": model, "cover": cover} | dict.fromkeys(columns)]
+    return "a table\n" + json.dumps({"examples": examples, "results": results}) + "\n"
+
+
+def test_seeds_are_collected_one_by_one_and_replaced(collect, monkeypatch, tmp_path):
+    out = tmp_path / "words.json"
+    for seed, cover in ((1, 0.5), (0, 0.25)):
+        write_run(tmp_path / f"first{seed}" / f"base-{seed}", cover, {"5": 1, "2": 3, "unread": 7})
+        run(collect, monkeypatch, tmp_path / f"first{seed}", "--into", out)
+    write_run(tmp_path / "second" / "base-1", 0.75)
+    write_run(tmp_path / "second" / "random-1", 0.1)
+    run(collect, monkeypatch, tmp_path / "second", "--into", out)
+    runs = json.loads(out.read_text())["runs"]
+    assert runs["base"]["M2"]["seed"] == [0, 1] and runs["random"]["M1"]["seed"] == [1]
+    assert runs["base"]["M2"]["words.all.cover"] == [0.25, 0.75]
+    assert runs["base"]["M2"]["mean_reward"] == [(5 + 3 * 2) / 4, None]
+    assert runs["base"]["M1"]["mean_reward"] == [None, None] and runs["base"]["M1"]["flawless"] == [0.25, 0.25]
+
+
+def test_texts_are_those_of_seed_0(collect, monkeypatch, tmp_path):
+    for seed in (0, 1):
+        write_run(tmp_path / f"base-{seed}", 0.5)
+    run(collect, monkeypatch, tmp_path, "--into", tmp_path / "words.json")
+    answers = json.loads((tmp_path / "words.json").read_text())["texts"]["answers"]
+    assert list(answers) == ["base"] and len(answers["base"]["M2"]) == collect.EXAMPLES
+    assert answers["base"]["M2"][1] == {"prompt": "p1", "answer": "M2 says 1", "points": POINTS}
+
+
+def test_commongen_with_and_without_examples(collect, monkeypatch, tmp_path):
+    write_run(tmp_path / "runs" / "base-0", 0.5)
+    plain, examples, published = (tmp_path / f"{name}.txt" for name in ("plain", "examples", "published"))
+    plain.write_text(commongen_line("runs/base-2/M3", 0.6))
+    examples.write_text(commongen_line("runs/base-2/M3", 0.7, examples=True))
+    published.write_text(commongen_line("zephyr-7b-beta", 0.8))
+    run(collect, monkeypatch, tmp_path / "runs", "--into", tmp_path / "words.json", "--commongen", plain, examples,
+        published)
+    content = json.loads((tmp_path / "words.json").read_text())
+    assert content["commongen"]["base"]["M3"]["cover"] == [0.6] and content["commongen"]["base"]["M3"]["seed"] == [2]
+    assert content["commongen_examples"]["base"]["M3"]["cover"] == [0.7]
+    assert content["commongen"]["published"]["zephyr-7b-beta"]["cover"] == [0.8]
+
+
+def test_a_folder_that_is_no_run_is_named(collect, monkeypatch, tmp_path):
+    write_run(tmp_path / "my-run", 0.5)
+    with pytest.raises(InputError, match="my-run is no run of an experiment"):
+        run(collect, monkeypatch, tmp_path, "--into", tmp_path / "words.json")
