@@ -213,8 +213,8 @@ def test_answers_of_a_model_are_greedy_and_stored(run, commongen, sets_file, mod
     (stored,) = out.iterdir()
     records = [json.loads(line) for line in stored.read_text().splitlines()]
     assert [record["prompt"] for record in records] == [
-        "Write one short sentence that uses all of these words: dog, catch, ball.",
-        "Write one short sentence that uses all of these words: saw, cut, board, hand."]
+        "Write one short sentence of daily life that uses all of these words: dog, catch, ball.",
+        "Write one short sentence of daily life that uses all of these words: saw, cut, board, hand."]
     for record in records:  # greedy, one token after the other, without a cache
         ids = tokenizer.encode_prompt(record["prompt"])
         start = len(ids)

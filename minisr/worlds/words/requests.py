@@ -13,10 +13,11 @@ from random import Random
 from minisr.worlds.words.words import SCENES, UNSEEN_FORMS, UNSEEN_SCENES, Scene, inflections, lemma
 
 PHRASINGS = (
-    "Write one short sentence that uses all of these words: {words}.",
-    "Write a short sentence that uses the words {words}.",
-    "Write one simple sentence with all of these words: {words}.",
-)  # few, and alike: a small model that is shown requests in several phrasings writes most of its own in one of them
+    "Write one short sentence of daily life that uses all of these words: {words}.",
+    "Make a simple sentence with the words {words}.",
+    "Put all of these words into one short sentence: {words}.",
+    "In one sentence, use the words {words}.",
+)  # few, and alike: of the prompts that a small model writes after them, one third are requests
 WORDS_OF_A_REQUEST = 4
 EVALUATION_SHARE = 10  # one word set in 10 belongs to evaluation
 ITEM = r"[\"'“”]?[a-z]{2,}[\"'“”]?"
