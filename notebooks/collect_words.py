@@ -1,4 +1,4 @@
-"""Collect the results of the words world in words.json, from which notebook 7 draws.
+"""Collect the results of an experiment in the words world in one file, words.json.
 
     minisr experiment tiny_configs/experiments/words.toml --out runs/words_experiment
     python benchmarks/commongen.py runs/words_experiment/base-0/M* --sets FILE > plain.txt
@@ -9,13 +9,13 @@ one.
 """
 
 import argparse
-import json
 import re
+import sys
 from pathlib import Path
 
 from minisr import InputError
 from minisr.runner.experiment import METRICS, lookup
-from minisr.runner.files import read_json, read_jsonl, read_text, write_json
+from minisr.runner.files import parse_json, read_json, read_jsonl, read_text, write_json
 
 GROUPS = [f"{way}.{group}" for way in ("words", "words_greedy") for group in ("all", "seen", "unseen")]
 WORDS_METRICS = [f"{group}.{name}" for group in GROUPS
@@ -32,7 +32,8 @@ def main() -> None:
     parser.add_argument("--commongen", type=Path, nargs="*", default=[], metavar="FILE",
                         help="what benchmarks/commongen.py printed")
     parser.add_argument("--english", type=Path, metavar="FOLDER", help="what minisr eval --export wrote about one run")
-    parser.add_argument("--into", type=Path, default=Path(__file__).with_name("words.json"), metavar="FILE")
+    parser.add_argument("--into", type=Path, default=Path(__file__).with_name("words.json"), metavar="FILE",
+                        help="where the results are kept; default: words.json beside this script")
     options = parser.parse_args()
     content = read_json(options.into, "results") if options.into.exists() else {}
     content = {"runs": {}, "commongen": {}, "commongen_examples": {}, "texts": {}} | content
@@ -40,7 +41,7 @@ def main() -> None:
         add_run(content["runs"], folder.parent)
         add_texts(content["texts"], folder.parent)
     for path in options.commongen:
-        document = json.loads(read_text(path, "output of commongen.py").strip().splitlines()[-1])
+        document = read_commongen(path)
         add_commongen(content["commongen_examples" if document["examples"] else "commongen"], document["results"])
     if options.english:
         content["texts"]["english"] = {path.stem: read_json(path, "answers") for path in
@@ -65,6 +66,14 @@ def mean_reward(scores: dict[str, int]) -> float | None:
     return sum(score * count for score, count in counts.items()) / total if total else None
 
 
+def read_commongen(path: Path) -> dict:
+    """The JSON document in the last line that commongen.py printed."""
+    document = parse_json((read_text(path, "output").splitlines() or [""])[-1], f"the last line of {path}")
+    if not isinstance(document, dict) or not {"examples", "results"} <= set(document):
+        raise InputError(f"the last line of {path} is not the JSON document that benchmarks/commongen.py prints")
+    return document
+
+
 def add_commongen(runs: dict, results: list[dict]) -> None:
     """Add CommonGen-lite's columns to {variant: {model: ...}}; outputs of other models are stored under "published"."""
     for result in results:
@@ -84,7 +93,7 @@ def set_values(metrics: dict, seed: int, values: dict) -> None:
 
 
 def add_texts(texts: dict, folder: Path) -> None:
-    """Store greedy answers to a few held-out prompts, and the first judgement of each model that judges, on seed 0."""
+    """Store greedy answers to a few held-out prompts, and a few of M1's judgements, of a run on seed 0."""
     variant, seed = name_of_run(folder.name)
     if seed != 0:
         return
@@ -110,4 +119,8 @@ def name_of_run(name: str) -> tuple[str, int]:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except InputError as error:
+        print(f"collect_words: {error}", file=sys.stderr)
+        sys.exit(2)

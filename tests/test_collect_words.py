@@ -27,7 +27,7 @@ def write_run(folder, cover, scores=None):
         measured = {"flawless": 0.25, "words": {"all": {"cover": cover}}}
         metrics["models"][model] = measured | ({"scores": scores} if scores and model == "M2" else {})
         (folder / model).mkdir(parents=True)
-        records = [{"prompt": f"p{i}", "greedy": f"{model} says {i}", "greedy_points": POINTS} for i in range(9)]
+        records = [{"prompt": f"p{i}", "greedy": f"{model} says {i} in {folder.name}", "greedy_points": POINTS} for i in range(9)]
         (folder / model / "answers.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     (folder / "metrics.json").write_text(json.dumps(metrics))
 
@@ -64,7 +64,7 @@ def test_texts_are_those_of_seed_0(collect, monkeypatch, tmp_path):
     run(collect, monkeypatch, tmp_path, "--into", tmp_path / "words.json")
     answers = json.loads((tmp_path / "words.json").read_text())["texts"]["answers"]
     assert list(answers) == ["base"] and len(answers["base"]["M2"]) == collect.EXAMPLES
-    assert answers["base"]["M2"][1] == {"prompt": "p1", "answer": "M2 says 1", "points": POINTS}
+    assert answers["base"]["M2"][1] == {"prompt": "p1", "answer": "M2 says 1 in base-0", "points": POINTS}
 
 
 def test_commongen_with_and_without_examples(collect, monkeypatch, tmp_path):
@@ -85,3 +85,12 @@ def test_a_folder_that_is_no_run_is_named(collect, monkeypatch, tmp_path):
     write_run(tmp_path / "my-run", 0.5)
     with pytest.raises(InputError, match="my-run is no run of an experiment"):
         run(collect, monkeypatch, tmp_path, "--into", tmp_path / "words.json")
+
+
+@pytest.mark.parametrize("content", ["", "a table\n", "a table\n[1]\n", '{"examples": false}\n'])
+def test_a_file_that_commongen_did_not_print_is_named(collect, monkeypatch, tmp_path, content):
+    write_run(tmp_path / "runs" / "base-0", 0.5)
+    (tmp_path / "wrong.txt").write_text(content)
+    with pytest.raises(InputError, match="wrong.txt"):
+        run(collect, monkeypatch, tmp_path / "runs", "--into", tmp_path / "words.json", "--commongen",
+            tmp_path / "wrong.txt")
