@@ -105,7 +105,7 @@ def add_texts(texts: dict, folder: Path) -> None:
     texts.setdefault("answers", {})[variant] = answers
     judged = folder / "M1" / "judge_evaluation.jsonl"
     if variant == "base" and judged.exists():
-        records = read_jsonl(judged, "judgements", ("prompt", "responses", "judgements"))[:EXAMPLES]
+        records = read_jsonl(judged, "judgements", ("prompt",))[:EXAMPLES]
         texts["judgements"] = [{name: record[name] for name in ("prompt", "responses", "scores", "judgements")}
                                for record in records]
 

@@ -27,7 +27,10 @@ def write_run(folder, cover, scores=None):
         measured = {"flawless": 0.25, "words": {"all": {"cover": cover}}}
         metrics["models"][model] = measured | ({"scores": scores} if scores and model == "M2" else {})
         (folder / model).mkdir(parents=True)
-        records = [{"prompt": f"p{i}", "greedy": f"{model} says {i} in {folder.name}", "greedy_points": POINTS} for i in range(9)]
+        records = [{"prompt": f"p{i}", "greedy": f"{model} says {i} in {folder.name}", "greedy_points": POINTS}
+                   for i in range(9)]
+        judged = {"prompt": "p", "responses": ["a"], "scores": [3], "judgements": [["Score: 3"]]}
+        (folder / model / "judge_evaluation.jsonl").write_text(json.dumps(judged) + "\n")
         (folder / model / "answers.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     (folder / "metrics.json").write_text(json.dumps(metrics))
 
