@@ -30,7 +30,7 @@ from minisr.runner.files import read_jsonl, write_jsonl
 from minisr.runner.json_records import read_records
 from minisr.sft import Example, right_pad
 from minisr.worlds.words.requests import PHRASINGS
-from minisr.worlds.words.sentence import FINE, check_sentence
+from minisr.worlds.words.sentence import FINE, WORD, check_sentence
 
 FORMAT = """
 The file of sets is JSON Lines, one set a line:
@@ -46,10 +46,10 @@ Columns, in percent of the sets unless they say otherwise:
     cover     every concept occurs, in any inflection; with a 95 % bootstrap interval over the sets
     single    percent of single concepts that occur
     pos       every concept occurs with its part of speech
-    form      the answer is one proper sentence, by the rules of minisr/worlds/words/sentence.py
+    form      the answer is one proper sentence, by the rules of minisr/worlds/words/sentence.py, and was not cut off
     both      cover and form: a proper sentence with all of the words; with its interval
     words     mean length in words
-    list      an enumeration in place of a sentence
+    list      an enumeration in place of a sentence (form's own rule for lists is stricter)
     repeats   three words in a row come twice, or two come three times
     ends      the answer ends with . ! or ? (and, if the model was run, with its end token)
     ppl       perplexity under --perplexity-under MODEL: exp of the mean loss per token, given the prompt
@@ -111,8 +111,8 @@ def read_sets(path: Path) -> list[WordSet]:
 def parse_concept(concept, where: str) -> Concept:
     """dog_N as a Concept."""
     word, _, letter = concept.rpartition("_") if isinstance(concept, str) else ("", "", "")
-    if not word.strip() or letter not in CATEGORIES:
-        raise InputError(f"{where}: the concept {concept!r} is no word that ends in _N (noun) or _V (verb)")
+    if not WORD.fullmatch(word.strip()) or letter not in CATEGORIES:
+        raise InputError(f"{where}: the concept {concept!r} is not one word that ends in _N (noun) or _V (verb)")
     return Concept(word.strip().lower(), CATEGORIES[letter])
 
 
@@ -194,7 +194,7 @@ def measure(sets: list[WordSet], answers: list[Answer], lemmatizer: Lemmatizer) 
 
 
 def is_sentence(answer: Answer, concepts: list[Concept]) -> bool:
-    """The form point of the words world's oracle."""
+    """The sentence point of the words world's oracle, for an answer that ended by itself."""
     return answer.finished and check_sentence(answer.text, tuple(c.word for c in concepts)).reason == FINE
 
 
@@ -288,8 +288,9 @@ def main() -> None:
         results.append({"model": name, **measure(sets, made, lemmatizer),
                         **(perplexity(lm, prompts, made) if lm else unmeasured)})
     print_table(results)
-    able = machine(options.device, options.threads, options.weights_dtype)
-    print(json.dumps({"machine": able, "sets": str(options.sets), "examples": options.examples, "results": results}))
+    hardware = machine(options.device, options.threads, options.weights_dtype)
+    print(json.dumps({"machine": hardware, "sets": str(options.sets), "examples": options.examples,
+                      "results": results}))
 
 
 if __name__ == "__main__":

@@ -65,7 +65,8 @@ def is_list(text: str) -> bool:
     """Whether an answer enumerates words in place of a sentence: "A dog, a ball, and a throw."
 
     True if a line begins with a bullet or a number, or if there are at least three parts, separated by commas, "and",
-    "or" or line breaks, and none has more than two words besides articles: "He took tea, milk and bread." is none."""
+    "or" or line breaks, and none has more than two words besides articles. "He took tea, milk and bread." is not a
+    list here; the stricter check_sentence rejects it."""
     if any(LIST_ITEM.match(line) for line in text.strip().split("\n")):
         return True
     parts = [[word for word in words(part) if word not in ARTICLES] for part in SEPARATOR.split(text.lower())]

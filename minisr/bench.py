@@ -273,11 +273,11 @@ def summary(work: str, model: str, tokens: list[int], times: list[float], **more
             "share_of_limit": None, "peak_mb": None} | more
 
 
-def load_engines(name: str, able: dict, without: list[str]) -> dict[str, LM]:
+def load_engines(name: str, hardware: dict, without: list[str]) -> dict[str, LM]:
     """{"plain": LM, "fast": FastLM} of one model; in place of the plain engine, if replacements are named, a fast one
     without them. The fast engine only if it is installed."""
-    model, tokenizer = load_source(MODELS.get(name, name), "cuda" if able["gpu"] else "cpu")
-    model.to(getattr(torch, able["dtype"]))
+    model, tokenizer = load_source(MODELS.get(name, name), "cuda" if hardware["gpu"] else "cpu")
+    model.to(getattr(torch, hardware["dtype"]))
     plain = LM(model, tokenizer)
     try:
         from minisr.fast import FastLM
@@ -288,9 +288,9 @@ def load_engines(name: str, able: dict, without: list[str]) -> dict[str, LM]:
     return {"without": lacking, "fast": fast} if without else {"plain": plain, "fast": fast}
 
 
-def measure(name: str, only: list[str], repeats: int, able: dict, without: list[str]) -> list[dict]:
+def measure(name: str, only: list[str], repeats: int, hardware: dict, without: list[str]) -> list[dict]:
     """The results of one model: the fast engine, and its peer (see load_engines)."""
-    engines = load_engines(name, able, without)
+    engines = load_engines(name, hardware, without)
     runs, costs, peaks = {}, {}, {}
     for engine, lm in engines.items():
         for work, (run, cost) in works(lm).items():
@@ -303,15 +303,15 @@ def measure(name: str, only: list[str], repeats: int, able: dict, without: list[
     taken, results = take_turns(runs, repeats), []
     for work in dict.fromkeys(work for work, _ in runs):
         results.append(compare_engines(work, name, {e: (costs[work, e], taken[work, e], peaks[work, e])
-                                                    for e in engines}, able))
+                                                    for e in engines}, hardware))
     return results
 
 
-def compare_engines(work: str, model: str, measured: dict, able: dict) -> dict:
+def compare_engines(work: str, model: str, measured: dict, hardware: dict) -> dict:
     """The entry of one work. measured: engine -> (cost, seconds of each turn, peak memory)."""
     by_engine = {}
     for engine, (cost, times, peak) in measured.items():
-        limit = max(cost.bytes / able["bandwidth_gb_s"], cost.flops / able["matmul_gflop_s"]) / 1e9  # seconds
+        limit = max(cost.bytes / hardware["bandwidth_gb_s"], cost.flops / hardware["matmul_gflop_s"]) / 1e9  # seconds
         by_engine[engine] = summary(work, model, [cost.tokens] * len(times), times, peak_mb=peak,
                                     share_of_limit=limit / statistics.median(times))
     if "fast" not in by_engine:
@@ -326,10 +326,10 @@ def compare_engines(work: str, model: str, measured: dict, able: dict) -> dict:
 def bench(name: str | None, only: list[str], without: list[str], repeats: int, threads: int, dtype: str = "auto"
           ) -> None:
     """Measure, print a table and, as the last line, the same as JSON. The options are checked: see check_options."""
-    able = prepare(threads, dtype)
-    results = [result for model in model_names(name) for result in measure(model, only, repeats, able, without)]
+    hardware = prepare(threads, dtype)
+    results = [result for model in model_names(name) for result in measure(model, only, repeats, hardware, without)]
     print_table(results)
-    print(json.dumps({"machine": able, "without": without, "results": results}))
+    print(json.dumps({"machine": hardware, "without": without, "results": results}))
 
 
 def prepare(threads: int, dtype: str) -> dict:

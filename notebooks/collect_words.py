@@ -22,7 +22,7 @@ WORDS_METRICS = [f"{group}.{name}" for group in GROUPS
                  for name in ("cover", "form", "flawless", "lists", "length", "forms.repeats")]
 ALL_METRICS = tuple(dict.fromkeys((*METRICS, *WORDS_METRICS, "judge.natural_pairwise")))
 COMMONGEN_METRICS = ("cover", "form", "both", "single", "pos", "words", "list", "repeats", "ends", "ppl", "median")
-RUN = re.compile(r"(?P<variant>\w+)-(?P<seed>\d+)")
+RUN = re.compile(r"(?P<variant>.+)-(?P<seed>\d+)")
 EXAMPLES = 5  # held-out prompts whose answers are stored
 
 
@@ -37,16 +37,31 @@ def main() -> None:
     options = parser.parse_args()
     content = read_json(options.into, "results") if options.into.exists() else {}
     content = {"runs": {}, "commongen": {}, "commongen_examples": {}, "texts": {}} | content
-    for folder in sorted(options.experiment.glob("*-*/metrics.json")):
-        add_run(content["runs"], folder.parent)
-        add_texts(content["texts"], folder.parent)
+    for folder in finished_runs(options.experiment):
+        add_run(content["runs"], folder)
+        add_texts(content["texts"], folder)
     for path in options.commongen:
         document = read_commongen(path)
         add_commongen(content["commongen_examples" if document["examples"] else "commongen"], document["results"])
     if options.english:
-        content["texts"]["english"] = {path.stem: read_json(path, "answers") for path in
-                                       sorted(options.english.glob("*.json"))}
+        content["texts"]["english"] = read_english(options.english)
     write_json(options.into, content)
+
+
+def finished_runs(experiment: Path) -> list[Path]:
+    """The folders of an experiment's runs. Raises InputError if there are none."""
+    folders = [path.parent for path in sorted(experiment.glob("*-*/metrics.json"))]
+    if not folders:
+        raise InputError(f"{experiment} has no finished run: no folder VARIANT-SEED with metrics.json")
+    return folders
+
+
+def read_english(folder: Path) -> dict[str, list[dict]]:
+    """{model: answers} from the files that minisr eval --export wrote. Raises InputError if there are none."""
+    paths = sorted(folder.glob("*.json"))
+    if not paths:
+        raise InputError(f"{folder} has no .json file; make it with minisr eval RUN --export {folder}")
+    return {path.stem: read_json(path, "answers") for path in paths}
 
 
 def add_run(runs: dict, folder: Path) -> None:
@@ -78,9 +93,9 @@ def add_commongen(runs: dict, results: list[dict]) -> None:
     """Add CommonGen-lite's columns to {variant: {model: ...}}; outputs of other models are stored under "published"."""
     for result in results:
         path = Path(result["model"])
-        is_run = RUN.fullmatch(path.parent.name)
-        variant, seed = name_of_run(path.parent.name) if is_run else ("published", 0)
-        values = {name: result[name] for name in COMMONGEN_METRICS}
+        is_published = path == Path(path.name)  # a name without a folder
+        variant, seed = ("published", 0) if is_published else name_of_run(path.parent.name)
+        values = {name: result.get(name) for name in COMMONGEN_METRICS}
         set_values(runs.setdefault(variant, {}).setdefault(path.name, {"seed": []}), seed, values)
 
 
@@ -88,7 +103,7 @@ def set_values(metrics: dict, seed: int, values: dict) -> None:
     """Set one seed's values in {"seed": [...], metric: [...]}, sorted by seed."""
     by_seed = {old: {name: metrics[name][i] for name in metrics} for i, old in enumerate(metrics["seed"])}
     by_seed[seed] = {"seed": seed, **values}
-    for name in ("seed", *values):
+    for name in dict.fromkeys((*metrics, "seed", *values)):
         metrics[name] = [by_seed[key].get(name) for key in sorted(by_seed)]
 
 
@@ -101,7 +116,7 @@ def add_texts(texts: dict, folder: Path) -> None:
     for path in sorted(folder.glob("*/answers.jsonl")):
         records = read_jsonl(path, "answers", ("prompt", "greedy"))[:EXAMPLES]
         answers[path.parent.name] = [{"prompt": record["prompt"], "answer": record["greedy"],
-                                      "points": record["greedy_points"]} for record in records]
+                                      "points": record.get("greedy_points", [])} for record in records]
     texts.setdefault("answers", {})[variant] = answers
     judged = folder / "M1" / "judge_evaluation.jsonl"
     if variant == "base" and judged.exists():

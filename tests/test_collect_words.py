@@ -97,3 +97,31 @@ def test_a_file_that_commongen_did_not_print_is_named(collect, monkeypatch, tmp_
     with pytest.raises(InputError, match="wrong.txt"):
         run(collect, monkeypatch, tmp_path / "runs", "--into", tmp_path / "words.json", "--commongen",
             tmp_path / "wrong.txt")
+
+
+def test_a_variant_may_have_a_hyphen(collect, monkeypatch, tmp_path):
+    write_run(tmp_path / "no-replay-2", 0.5)
+    run(collect, monkeypatch, tmp_path, "--into", tmp_path / "words.json")
+    assert json.loads((tmp_path / "words.json").read_text())["runs"]["no-replay"]["M2"]["seed"] == [2]
+
+
+def test_metrics_of_an_older_version_stay_aligned_with_their_seeds(collect):
+    metrics = {"seed": [0], "old": [0.1], "cover": [0.2]}
+    collect.set_values(metrics, 2, {"cover": 0.4, "new": 0.5})
+    collect.set_values(metrics, 1, {"cover": 0.3, "new": 0.6})
+    assert metrics == {"seed": [0, 1, 2], "old": [0.1, None, None], "cover": [0.2, 0.3, 0.4], "new": [None, 0.6, 0.5]}
+
+
+def test_nothing_stored_is_lost_by_a_wrong_folder(collect, monkeypatch, tmp_path):
+    write_run(tmp_path / "runs" / "base-0", 0.5)
+    (tmp_path / "empty").mkdir()
+    out = tmp_path / "words.json"
+    out.write_text('{"texts": {"english": {"M1": []}}}')
+    with pytest.raises(InputError, match="empty has no finished run"):
+        run(collect, monkeypatch, tmp_path / "empty", "--into", out)
+    with pytest.raises(InputError, match="empty has no .json file"):
+        run(collect, monkeypatch, tmp_path / "runs", "--into", out, "--english", tmp_path / "empty")
+    (tmp_path / "plain.txt").write_text(commongen_line("runs/words/M3", 0.6))
+    with pytest.raises(InputError, match="words is no run of an experiment"):
+        run(collect, monkeypatch, tmp_path / "runs", "--into", out, "--commongen", tmp_path / "plain.txt")
+    assert json.loads(out.read_text()) == {"texts": {"english": {"M1": []}}}

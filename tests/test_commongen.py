@@ -281,6 +281,7 @@ GOOD = json.dumps(SETS[0])
     (GOOD + '\n{"concepts": ["dog_N", "run"]}', [], "line 2: the concept 'run'"),
     (GOOD + '\n{"concepts": ["dog_N", "red_A"]}', [], "line 2: the concept 'red_A'"),
     (GOOD + '\n{"concepts": ["dog_N", 3]}', [], "line 2: the concept 3"),
+    (GOOD + '\n{"concepts": ["dog food_N"]}', [], "line 2: the concept 'dog food_N'"),
     (GOOD + '\n{"concepts": ["dog_N"], "outputs": ["text"]}', [], 'line 2: "outputs"'),
     (GOOD + '\n{"concepts": ["dog_N"], "outputs": {"good": 1}}', [], 'line 2: "outputs"'),
     (GOOD, ["--score-only", "best"], "--score-only best: set 1"),

@@ -23,19 +23,19 @@ def bench(name: str | None, only: list[str], repeats: int, threads: int, dtype: 
     bench.check_options has checked the options."""
     processes.start("auto")
     n, is_main = processes.size(), processes.is_main()
-    able = processes.value_of_main(prepare(threads, dtype) if is_main else None)
-    results = [result for model in model_names(name) for result in measure(model, only, repeats, able)]
+    hardware = processes.value_of_main(prepare(threads, dtype) if is_main else None)
+    results = [result for model in model_names(name) for result in measure(model, only, repeats, hardware)]
     processes.finish()
     if not is_main:
         return
     print_table(results, n, threads)
-    print(json.dumps({"machine": able, "processes": n, "results": results}))
+    print(json.dumps({"machine": hardware, "processes": n, "results": results}))
 
 
-def measure(name: str, only: list[str], repeats: int, able: dict) -> list[dict]:
+def measure(name: str, only: list[str], repeats: int, hardware: dict) -> list[dict]:
     """The results of one model: all processes, and one of them as their peer."""
-    n, threads = processes.size(), able["threads"]
-    lm = load_lm(name, able)
+    n, threads = processes.size(), hardware["threads"]
+    lm = load_lm(name, hardware)
     parts = n * -(-DEFAULT_MICRO_BATCHES // n)  # the same number for each process
     runs = {work: run for work, run in works(lm, parts=parts).items() if work in (only or WORKS)}
     tokens = {}
@@ -52,10 +52,10 @@ def measure(name: str, only: list[str], repeats: int, able: dict) -> list[dict]:
     return [compare(work, name, tokens[work], together[work], alone[work]) for work in runs]
 
 
-def load_lm(name: str, able: dict):
+def load_lm(name: str, hardware: dict):
     """The fast engine of a run."""
-    model, tokenizer = load_source(MODELS.get(name, name), "cuda" if able["gpu"] else "cpu")
-    lm = run_lm_class("fast")(model.to(getattr(torch, able["dtype"])), tokenizer)
+    model, tokenizer = load_source(MODELS.get(name, name), "cuda" if hardware["gpu"] else "cpu")
+    lm = run_lm_class("fast")(model.to(getattr(torch, hardware["dtype"])), tokenizer)
     lm.workspace = Workspace()
     return lm
 

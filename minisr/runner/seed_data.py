@@ -110,8 +110,8 @@ def words_world_data(config, seed: int, answer) -> dict[str, list[dict]]:
 
     training = max(config.ift, config.ranked)
     prompts = words_corpus.seed_requests(rng("requests"), training, config.judge_evaluation)
-    answered = answer(prompts["training"] + prompts["judge_evaluation"])
     evaluation = words_corpus.evaluation_prompts(rng("evaluation"), config.evaluation, prompts["judge_evaluation"])
+    answered = answer(prompts["training"] + prompts["judge_evaluation"])
     return {
         "ift": words_corpus.ift_data(answered[:training], config.ift),
         "ranked": words_corpus.judged_data(answered[:training][:config.ranked], config.edited, rng("ranked")),

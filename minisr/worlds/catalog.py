@@ -36,7 +36,7 @@ class World:
 FOLDER = Path(__file__).parent
 WORLDS = {
     "world": World("the tiny world", tiny_oracle, tiny_corpus.requests, FOLDER / "tiny" / "judge.txt"),
-    "words": World("the words world", words_oracle, words_requests.requests, FOLDER / "words" / "judge.txt",
+    "words": World("the words world", words_oracle, words_requests.draw_requests, FOLDER / "words" / "judge.txt",
                    words_requests.may_train, words_measures.measure_answers, words_measures.measure_judge),
 }
 

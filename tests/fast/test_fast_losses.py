@@ -194,8 +194,8 @@ def stored_numbers(run, *known):
 
 def test_moving_tokens_to_the_grid_stores_nothing_for_the_backward_pass():
     packed = PackedPairs([EncodedPair([1, 2], [3], [4, 5]), EncodedPair([6], [7, 8], [9])], "cpu")
-    heads = torch.randn(len(packed.cells), 2, 4, requires_grad=True)
-    assert stored_numbers(lambda: packed._to_grid(heads * 1.0), packed.cells) == 0
+    heads = torch.randn(len(packed.grid_index), 2, 4, requires_grad=True)
+    assert stored_numbers(lambda: packed._to_grid(heads * 1.0), packed.grid_index) == 0
 
 
 # The forward pass.

@@ -9,6 +9,7 @@ import pytest
 from generated import for_all, one_of
 from hypothesis import strategies as st
 
+from minisr import InputError
 from minisr.judge import parse_score
 from minisr.runner.config import SeedConfig
 from minisr.runner.run import load_template
@@ -100,11 +101,19 @@ def test_all_phrasings_of_the_same_words_are_on_the_same_side():
 
 def test_generated_prompts_with_words_of_the_evaluation_are_kept_out_of_training():
     for unseen in (False, True):
-        source = requests.requests(Random(3), evaluation=True, unseen=unseen)
+        source = requests.draw_requests(Random(3), evaluation=True, unseen=unseen)
         assert not any(may_train(next(source)[1]) for _ in range(50))
-    source = requests.requests(Random(4))
+    source = requests.draw_requests(Random(4))
     assert all(may_train(next(source)[1]) for _ in range(200))
     assert may_train("Write a poem about rain.") and not may_train("Write a poem about zebras.")
+
+
+def test_a_world_without_further_word_sets_says_so(monkeypatch):
+    monkeypatch.setattr(requests, "MAX_MISSES", 50)
+    with pytest.raises(InputError, match="only [0-9]+ word sets .* lower seed_data.evaluation or judge_evaluation"):
+        list(requests.draw_requests(Random(0), evaluation=True, unseen=True))
+    with pytest.raises(InputError, match="lower seed_data.ift and ranked"):
+        list(requests.draw_requests(Random(0)))
 
 
 def test_no_word_set_of_commongen_lite_may_train():

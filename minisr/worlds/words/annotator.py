@@ -18,7 +18,7 @@ from minisr.worlds.words.sentence import FINE
 SENTENCE_LINE = re.compile(r"^Sentence: ([a-z ]+)", re.IGNORECASE | re.MULTILINE)
 
 
-def reason(request: Request, verdict: Verdict) -> str:
+def justification(request: Request, verdict: Verdict) -> str:
     """The justification without the score line."""
     total, parts = 0, []
     for word, found, point in zip(request.words, verdict.found, verdict.points):
@@ -29,7 +29,7 @@ def reason(request: Request, verdict: Verdict) -> str:
 
 
 def judgement(request: Request, verdict: Verdict) -> str:
-    return f"{reason(request, verdict)}\nScore: {verdict.score}"
+    return f"{justification(request, verdict)}\nScore: {verdict.score}"
 
 
 def word_points(prompt: str, text: str) -> int | None:

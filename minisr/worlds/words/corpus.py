@@ -1,8 +1,8 @@
 """Seed data and evaluation prompts of the words world.
 
-IFT consists of M0's own answers, good or bad: nobody shows the model how the task is done, so it finds whatever it gets
-better at after M1 by its own judgement. (Only answers that M0 ended by itself are used: those cut off at the limit of
-tokens would teach it to stop in the middle of a sentence.)
+IFT consists of M0's own answers, good or bad. They do not demonstrate the task, so any improvement after M1 comes from
+the model's own judgement. (Only answers that M0 ended by itself are used: those cut off at the token limit would teach
+it to stop in the middle of a sentence.)
 
 EFT consists of judgements of M0's answers by the annotator, the oracle. A share of the answers is edited first: see
 edits.py. No evaluation prompt has the words of a training prompt, in any order.
@@ -13,33 +13,33 @@ from itertools import islice
 from random import Random
 
 from minisr.sampler import SamplingConfig
-from minisr.worlds.words.annotator import reason
+from minisr.worlds.words.annotator import justification
 from minisr.worlds.words.edits import Editor
 from minisr.worlds.words.oracle import examine
-from minisr.worlds.words.requests import Request, find_words, parse_request, requests, set_hash
+from minisr.worlds.words.requests import Request, draw_requests, find_words, parse_request, set_hash
 
 ANSWERS = 4  # of M0 to each request of the seed data
 SAMPLING = SamplingConfig(temperature=0.9, top_p=0.95, max_new_tokens=50)
 
 
-def seed_requests(rng: Random, training: int, judged: int) -> dict[str, list[str]]:
-    """Prompts to which M0 answers: {"training": .., "judge_evaluation": ..}."""
-    return {"training": prompts(requests(rng), training),
-            "judge_evaluation": prompts(requests(rng, evaluation=True), judged)}
+def seed_requests(rng: Random, training: int, judge_evaluation: int) -> dict[str, list[str]]:
+    """So many prompts of each kind for M0 to answer: {"training": [...], "judge_evaluation": [...]}."""
+    return {"training": prompts(draw_requests(rng), training),
+            "judge_evaluation": prompts(draw_requests(rng, evaluation=True), judge_evaluation)}
 
 
 def prompts(source: Iterator[tuple[Request, str]], count: int) -> list[str]:
     return [prompt for _, prompt in islice(source, count)]
 
 
-def evaluation_prompts(rng: Random, count: int, judged: list[str]) -> list[str]:
+def evaluation_prompts(rng: Random, count: int, judge_prompts: list[str]) -> list[str]:
     """Held-out prompts: one half of words that training uses too, the other of words that it never uses.
 
-    None has the words of a judged prompt."""
-    taken = {set_hash(find_words(prompt)) for prompt in judged}
-    seen = ((request, prompt) for request, prompt in requests(rng, evaluation=True)
+    None has the words of a prompt in `judge_prompts`, which measure the judge."""
+    taken = {set_hash(find_words(prompt)) for prompt in judge_prompts}
+    seen = ((request, prompt) for request, prompt in draw_requests(rng, evaluation=True)
             if set_hash(request.words) not in taken)
-    unseen = requests(rng, evaluation=True, unseen=True)
+    unseen = draw_requests(rng, evaluation=True, unseen=True)
     return prompts(seen, count - count // 2) + prompts(unseen, count // 2)
 
 
@@ -53,15 +53,15 @@ def ift_data(answered: list[dict], count: int) -> list[dict]:
     return records
 
 
-def judged_data(answered: list[dict], modified: float, rng: Random) -> list[dict]:
-    """Prompts with answers, of which about this share is edited, and the annotator's score and reason for each."""
+def judged_data(answered: list[dict], edited_share: float, rng: Random) -> list[dict]:
+    """Prompts with answers, about `edited_share` of them edited, and the annotator's score and reason for each."""
     editor, records = Editor([text for record in answered for text in record["responses"]], rng), []
     for record in answered:
         request = parse_request(record["prompt"])
-        edited = editor.answers(request, record["responses"], modified)
+        edited = editor.answers(request, record["responses"], edited_share)
         verdicts = [examine(request, text) for text, _ in edited]
         records.append({"prompt": record["prompt"], "responses": [text for text, _ in edited],
                         "scores": [verdict.score for verdict in verdicts],
-                        "reasons": [reason(request, verdict) for verdict in verdicts],
+                        "reasons": [justification(request, verdict) for verdict in verdicts],
                         "edited": [is_edited for _, is_edited in edited]})
     return records

@@ -1,8 +1,9 @@
 """Cheap edits of answers: they repair a sentence, break a rule of sentence.py, or change which words are there.
 
 M0's own answers hardly show every verdict, and a judge trained on them alone sees too few sentences that are fine and
-too few flaws of each kind. `Editor.answers` edits some of them, so that every verdict is as frequent as FORM_SHARES and
-NUMBER_SHARES say. Edited answers stand only in prompts of the judge, so no model learns to write them.
+too few flaws of each kind. `Editor.answers` edits a share of the answers to bring each verdict close to its share in
+FORM_SHARES and NUMBER_SHARES. Edited answers occur in judge examples only: in the judge prompt, and as a marked copy in
+the judgement. No request is answered with one in training.
 """
 
 import re
@@ -45,7 +46,7 @@ def first_sentence(text: str) -> str:
 FORM_OF = {token: (word, name) for word in sorted(NOUNS | VERBS, reverse=True)
            for name, spellings in (noun_forms(word) if word in NOUNS else verb_forms(word)).items()
            for token in spellings}
-SAME_KIND = {True: sorted(NOUNS), False: sorted(VERBS - NOUNS)}
+NOUN_LIST, VERB_LIST = sorted(NOUNS), sorted(VERBS - NOUNS)
 
 
 def inflected(word: str, name: str) -> str | None:
@@ -55,24 +56,24 @@ def inflected(word: str, name: str) -> str | None:
 
 
 def replace_token(text: str, token: str, other: str) -> str:
-    """All occurrences of a token replaced, in its case."""
+    """Replace all occurrences of a token, and keep its case."""
     cased = capitalize(other) if token[0].isupper() else other
     return articles(re.sub(rf"(?<![A-Za-z]){re.escape(token)}(?![A-Za-z])", cased, text))
 
 
 def drop_word(text: str, word: str, request: Request, rng: Random) -> str:
-    """Every form of a requested word replaced by another word's."""
+    """Replace every form of a requested word by the same form of another word."""
     taken = {form for other in request.words for form in inflections(other)}
     for token in sorted({token for token in re.findall("[A-Za-z]+", text) if token.lower() in inflections(word)}):
         _, name = FORM_OF.get(token.lower(), ("", "singular"))
-        kind = SAME_KIND[name in ("singular", "plural")]
+        kind = NOUN_LIST if name in ("singular", "plural") else VERB_LIST
         others = [inflected(other, name) for other in rng.sample(kind, 12) if inflections(other).isdisjoint(taken)]
         text = replace_token(text, token, others[0])
     return text
 
 
 def add_word(text: str, word: str, request: Request, rng: Random) -> str:
-    """A requested word in place of another word of the same kind, or in a phrase at the end."""
+    """Put a requested word in place of another word of the same kind, or in a phrase at the end."""
     taken = {form for other in request.words for form in inflections(other)}
     tokens = [token for token in re.findall("[A-Za-z]+", text)
               if token.lower() in FORM_OF and token.lower() not in taken]
@@ -91,7 +92,7 @@ def add_word(text: str, word: str, request: Request, rng: Random) -> str:
 
 
 def set_number(text: str, number: int, request: Request, rng: Random) -> str:
-    """Words added or dropped until so many of the requested ones are there."""
+    """Add or drop requested words until `number` of them occur, in at most TRIES steps."""
     for _ in range(TRIES):
         found = examine(request, text).found
         missing = [word for word, form in zip(request.words, found) if form == "none"]
@@ -142,7 +143,7 @@ def too_long(text: str, words: list[str], rng: Random) -> str:
 
 
 def about_words(text: str, words: list[str], rng: Random) -> str:
-    listed = ", ".join(words or [rng.choice(SAME_KIND[True])])
+    listed = ", ".join(words or [rng.choice(NOUN_LIST)])
     return rng.choice((
         f"The words are {listed}, and they are all in here.", f"Here is a sentence with the words {listed}.",
         f"This is a sentence that uses {listed} in one line.", f"Use the words {listed} in one short sentence.",
@@ -188,7 +189,7 @@ def add_loop(text: str, words: list[str], rng: Random) -> str:
 
 def add_definition(text: str, words: list[str], rng: Random) -> str:
     """Two clauses say what something is: "A dog is a catch, and the frisbee is a throw"."""
-    items = [*words, *rng.sample(SAME_KIND[True], 4)]
+    items = [*words, *rng.sample(NOUN_LIST, 4)]
     article, be = rng.choice(("a", "the", "a")), rng.choice(("is", "is", "was"))
     joint = rng.choice((", and", ",", " and", ", while"))
     a, b, c, d = (f"{article} {item}" for item in items[:4])
@@ -209,12 +210,12 @@ def a_list(text: str, words: list[str], rng: Random) -> str:
     end = rng.choice((" are all part of it", " are here", " make a good day", " are a few of the things", " for you"))
     return capitalize(articles(rng.choice((
         f"{start}{items}.", f"{items}{end}.", f"{body} with {items}.", f"{' '.join(body.split()[:6])}, {items}.",
-        f"{body}, {items}.", f"{' '.join(re.findall('[a-z]+', items))} {rng.choice(SAME_KIND[True])}."))))
+        f"{body}, {items}.", f"{' '.join(re.findall('[a-z]+', items))} {rng.choice(NOUN_LIST)}."))))
 
 
 def enumerate_words(words: list[str], rng: Random) -> str:
     """Three to five items: "a dog, a catch, and a throw"."""
-    items = [*words, *rng.sample(SAME_KIND[True], 3)][:max(len(words), rng.randint(3, 5))]
+    items = [*words, *rng.sample(NOUN_LIST, 3)][:max(len(words), rng.randint(3, 5))]
     rng.shuffle(items)
     article = rng.choice(("a ", "the ", "a ", "", "", "some "))
     items = [article + item for item in items]
@@ -226,7 +227,7 @@ def no_verb(text: str, words: list[str], rng: Random) -> str:
     nouns = [word for word in words if word in NOUNS]
     gerunds = [inflected(word, "ing") for word in words if word not in NOUNS] or ["waiting"]
     while len(nouns) < 4:
-        nouns.append(rng.choice(SAME_KIND[True]))
+        nouns.append(rng.choice(NOUN_LIST))
     a, b, c, d = nouns[:4]
     kind = rng.choice(("small", "happy", "simple", "fun and creative", "beautiful", "red and white", "great", "tiny"))
     phrase = rng.choice((
@@ -241,7 +242,7 @@ def no_verb(text: str, words: list[str], rng: Random) -> str:
 
 
 def symbols(text: str, words: list[str], rng: Random) -> str:
-    words = [*words, rng.choice(SAME_KIND[True]), rng.choice(SAME_KIND[False])][:4]
+    words = [*words, rng.choice(NOUN_LIST), rng.choice(VERB_LIST)][:4]
     rng.shuffle(words)
     if rng.random() < 0.3:
         return capitalize(f"{words[0]}: {text[:1].lower()}{text[1:]}")
@@ -267,11 +268,11 @@ class Editor:
         self.material = [text for text in firsts if examine(Request(()), text).form.reason == FINE] or list(PLAIN)
         self.counts = Counter()  # (form, number of words) of all answers so far
 
-    def answers(self, request: Request, answers: list[str], share: float) -> list[tuple[str, bool]]:
-        """(answer, whether it was edited) of each answer; about this share of them is edited."""
+    def answers(self, request: Request, answers: list[str], edited_share: float) -> list[tuple[str, bool]]:
+        """(answer, whether it was edited) of each answer; about `edited_share` of them are edited."""
         result = []
         for answer in answers:
-            is_edited = self.rng.random() < share
+            is_edited = self.rng.random() < edited_share
             text = self.edit(request, answer) if is_edited else answer
             self.counts[form_and_number(request, text)] += 1
             result.append((text, is_edited))

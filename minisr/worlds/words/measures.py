@@ -46,7 +46,8 @@ def measure_judge(judged: list[dict]) -> dict:
     """How the judge fares on single points, and on M0's own answers, those that were not edited, alone.
 
     "words_right", "form_right": shares of the points that the justification gives as the annotator does;
-    "natural": pairwise accuracy. Records are those of judge_evaluation.jsonl."""
+    "natural_pairwise": pairwise accuracy on the answers that were not edited.
+    Records are those of judge_evaluation.jsonl."""
     words, forms = [], []
     for record in judged:
         request = parse_request(record["prompt"])

@@ -1,7 +1,8 @@
 """The oracle: parses any request and grades any answer with 0 to 5 additive points.
 
 Four points for the words, one for the sentence. It measures models, and stands in for the annotators who judge the
-answers of the EFT data. After M1, no training signal comes from it, except in the control judge.by = "oracle".
+answers of the EFT data. After M1 it grades nothing new, except in the control judge.by = "oracle"; DPO replays the EFT
+judgements from before M1 (dpo.replay_weight).
 """
 
 import re
@@ -28,7 +29,7 @@ class Verdict:
 
 
 def examine(request: Request, response: str) -> Verdict:
-    """Grade a response to a request. Every text gets a verdict, also an empty one."""
+    """Grade a response to a request. Every text gets a verdict, even an empty one."""
     words = re.findall("[A-Za-z]+", response)
     found = tuple(find_form(word, words) for word in request.words)
     form = check_sentence(response, request.words)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 
+from minisr import InputError
 from minisr.worlds.words.words import SCENES, UNSEEN_FORMS, UNSEEN_SCENES, Scene, inflections, lemma
 
 PHRASINGS = (
@@ -19,7 +20,8 @@ PHRASINGS = (
     "In one sentence, use the words {words}.",
 )  # few, and alike: of the prompts that a small model writes after them, one third are requests
 WORDS_OF_A_REQUEST = 4
-EVALUATION_SHARE = 10  # one word set in 10 belongs to evaluation
+EVALUATION_EVERY = 10  # one word set in 10 belongs to evaluation
+MAX_MISSES = 20_000  # draws in a row without a new word set
 ITEM = r"[\"'“”]?[a-z]{2,}[\"'“”]?"
 ENUMERATION = re.compile(rf"(?<![\w'-])(?<!\w, ){ITEM}(?:(?:,? and |, ){ITEM}){{2,}}(?![\w'-])")
 NO_ITEMS = frozenset("and or the an a in on of to with it use no none all word words sentence sentences".split())
@@ -59,7 +61,7 @@ def text_hash(words) -> str:
 
 
 def set_hash(words: tuple[str, ...]) -> str:
-    """Identifies a set of words, whatever their order and forms."""
+    """Identifies a set of words, whatever their order; inflected forms count as one word if the vocabulary has it."""
     return text_hash(map(lemma, words))
 
 
@@ -70,7 +72,7 @@ def excluded(words: tuple[str, ...]) -> bool:
 
 def held_out(words: tuple[str, ...]) -> bool:
     """Whether a set of words belongs to evaluation."""
-    return int(set_hash(words), 16) % EVALUATION_SHARE == 0
+    return int(set_hash(words), 16) % EVALUATION_EVERY == 0
 
 
 def is_unseen(request: Request) -> bool:
@@ -100,16 +102,21 @@ def share_a_form(words: tuple[str, ...]) -> bool:
     return len(set(forms)) < len(forms)
 
 
-def requests(rng: Random, evaluation: bool = False, unseen: bool = False) -> Iterator[tuple[Request, str]]:
-    """(request, prompt) of training, of evaluation, or of evaluation with unseen words, without end.
+def draw_requests(rng: Random, evaluation: bool = False, unseen: bool = False) -> Iterator[tuple[Request, str]]:
+    """(request, prompt) of training, of evaluation, or of evaluation with unseen words.
 
-    No set of words comes twice."""
+    No set of words comes twice. Raises InputError when hardly any set is left."""
     scenes, known = UNSEEN_SCENES if unseen else SCENES, set()
-    while True:
+    misses = 0
+    while misses < MAX_MISSES:
         words = draw_words(rng.choice(scenes), rng)
         key = set_hash(words)
         of_other_side = not unseen and held_out(words) != evaluation
         if key in known or of_other_side or excluded(words) or share_a_form(words):
+            misses += 1
             continue
+        misses = 0
         known.add(key)
         yield Request(words), rng.choice(PHRASINGS).format(words=", ".join(words))
+    keys = "evaluation or judge_evaluation" if evaluation else "ift and ranked"
+    raise InputError(f"the words world has only {len(known)} word sets of the kind it needs; lower seed_data.{keys}")

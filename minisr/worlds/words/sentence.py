@@ -130,7 +130,8 @@ class Reader:
             return True
         if word not in MAY_REPEAT and self.counts[word] > 1:
             self.copy.append(f"={self.counts[word]}")
-            return self.counts[word] > MAX_OCCURRENCES or was_repeated and word not in FUNCTION_WORDS
+            too_often = self.counts[word] > MAX_OCCURRENCES
+            return too_often or was_repeated and word not in FUNCTION_WORDS
         if previous in BE and word in ("a", "an", "the"):
             self.definitions += 1
             if self.definitions > MAX_DEFINITIONS:
@@ -145,7 +146,7 @@ class Reader:
                 or len(requested) == REQUESTED_RUN and self.requested.issuperset(requested))
 
     def read_separator(self, token: str) -> str | None:
-        """Count the separators in a row: , ; a dash, "and", "or". "And" or "or" after a comma is none of its own."""
+        """Count consecutive separators: a comma, a semicolon, a dash, "and" or "or". ", and" counts once."""
         if token.lower() in ("and", "or"):
             self.item.pop()
             if not self.item and self.separators:

@@ -60,7 +60,7 @@ def verb_forms(verb: str) -> dict[str, tuple[str, ...]]:
         past = f"{verb[:-1]}ied"
     else:
         past = f"{verb}d" if verb.endswith("e") else f"{stem(verb)}ed"
-    pasts, participles = _IRREGULAR.get(verb, f"{past} {past}").split()
+    pasts, participles = _IRREGULAR[verb].split() if verb in _IRREGULAR else (past, past)
     progressive = f"{verb}ing" if verb.endswith("y") else f"{stem(verb)}ing"
     return {"base": (verb,), "third": (third_person(verb),), "past": tuple(pasts.split("/")),
             "participle": tuple(participles.split("/")), "ing": (_ING.get(verb, progressive),)}
