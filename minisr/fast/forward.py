@@ -23,6 +23,7 @@ def final_hidden(model: Decoder, ids: Tensor, positions: Tensor, attention_fn, s
                  gradient_checkpointing: bool = False) -> Tensor:
     """The last layer's output, normalized: (B, T, C), or (N, C) of the tokens at `select` in the flattened (B T).
 
+    ids (B, T), positions (B or 1, T), select (N,).
     attention_fn(layer, q, k, v) attends with q (B, H, T, D) and new k, v (B, G, T, D): (B, H, T, D)."""
     x = model.dropout(model.embed(ids))  # (B, T, C)
     cos, sin = rope_cos_signed_sin(positions, model.config)
@@ -43,7 +44,9 @@ def run_block(block: Block, *inputs) -> Tensor:
 
 
 def block_forward(block: Block, x: Tensor, cos: Tensor, sin: Tensor, attention_fn, select: Tensor | None) -> Tensor:
-    """Block.forward with another attention; after it, only the selected tokens continue."""
+    """Block.forward with another attention; after it, only the selected tokens continue: (B, T, C), or (N, C).
+
+    x (B, T, C), cos and sin as from rope_cos_signed_sin, select (N,)."""
     attention, (B, T, _) = block.attention, x.shape
     H, G, D = attention.config.n_heads, attention.config.n_kv_heads, attention.config.head_dim
     qkv = attention.qkv_proj(rms_norm(block.attention_norm, x)).view(B, T, H + 2 * G, D).transpose(1, 2)
@@ -64,7 +67,7 @@ def rope_cos_signed_sin(positions: Tensor, config: ModelConfig) -> tuple[Tensor,
 
 
 def rotate(x: Tensor, cos: Tensor, signed_sin: Tensor) -> Tensor:
-    """Replaces model.apply_rope: the halves are swapped by one roll, in half the time on a CPU, backward included."""
+    """Replaces model.apply_rope for x (B, H, T, D): one roll swaps the halves, in half the time on a CPU."""
     return (x * cos + x.roll(x.shape[-1] // 2, -1) * signed_sin).to(x.dtype)
 
 
@@ -74,12 +77,16 @@ def rms_norm(norm: RMSNorm, x: Tensor) -> Tensor:
 
 
 def causal_attention(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Every token attends to itself and those before it; there is no padding on the left."""
+    """Every token attends to itself and those before it; there is no padding on the left.
+
+    q (B, H, T, D), k and v (B, G, T, D): (B, H, T, D)."""
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
 
 
 def causal_attention_for(ids: Tensor, dtype: torch.dtype):
-    """causal_attention on rows of ids (B, T), as matrix products where these are faster."""
+    """causal_attention on rows of ids (B, T), as matrix products where these are faster.
+
+    In float32 the fused kernel is about as fast, because with is_causal it skips half of the work."""
     B, T = ids.shape
     if ids.is_cuda or dtype != torch.bfloat16 or T > EAGER_MAX_LEN_BFLOAT16:
         return causal_attention
