@@ -23,6 +23,7 @@ STAGES = (
     "rewards",
     "pairs",
     "M2",  # the folder M2, and with it all later models
+    "M2 rewards",  # the rewards and pairs in the folder M2, and with them M3 and all later models
 )
 
 # Files about one run as a whole, which a variant's run does not take over.
@@ -37,7 +38,7 @@ FIRST_AFFECTED_STAGE = {
     "seed_data.reasons": "eft",  # whether they give reasons
     "judge.template": "eft",  # EFT examples contain the judge prompt
     "judge.judgements": "judge_evaluation",  # see also affected_stages()
-    "judge.by": "rewards",  # the model's own judging is evaluated, whoever judges; see also affected_stages()
+    "judge.by": "rewards",  # see first_stage_judged_by()
     "judge.command": "judge_evaluation",  # an outside judge is evaluated in its place
     "judge.timeout": None,
     "prompts": "prompts",  # any key of this section; the same holds for the sections below
@@ -84,11 +85,21 @@ def affected_stages(base: Config, config: Config) -> tuple[str, ...] | None:
         stage = FIRST_AFFECTED_STAGE[name]
         if key == "judge.judgements" and base.seed_data.eft_by == "baseline":
             stage = "eft"  # the SFT baseline writes the EFT data with as many judgements
-        if key == "judge.by" and "command" in (base.judge.by, config.judge.by):
-            stage = "judge_evaluation"
+        if key == "judge.by":
+            stage = first_stage_judged_by(base.judge.by, config.judge.by)
         if stage is not None:
             first = min(first, STAGES.index(stage))
     return STAGES[first:]
+
+
+def first_stage_judged_by(base: str, variant: str) -> str:
+    """The first stage that a change of judge.by affects."""
+    judges = {base, variant}
+    if "command" in judges:
+        return "judge_evaluation"  # an outside judge is evaluated in the model's place
+    if judges == {"self", "M1"}:
+        return "M2 rewards"  # M1's responses have the same judge in both runs
+    return "rewards"  # the model's own judging is evaluated, whoever gives the rewards
 
 
 def stage_files(run: Path, stage: str) -> list[Path]:
@@ -102,4 +113,7 @@ def stage_files(run: Path, stage: str) -> list[Path]:
         return models
     if stage == "M2":
         return [folder for folder in models if folder.name != "M1"]
+    if stage == "M2 rewards":
+        later = [folder for folder in models if folder.name not in ("M1", "M2")]
+        return [*(run / "M2").glob("rewards.*"), *(run / "M2").glob("pairs.*"), *later]
     return [path for folder in ("SFT", "M1") for path in (run / folder).glob(f"{stage}.*")]

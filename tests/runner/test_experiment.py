@@ -112,7 +112,8 @@ def test_the_included_plans_can_be_read(path):
 
 MADE = ["seed/ift.jsonl", "M0/meta.json", "SFT/meta.json", "seed/eft.jsonl", "M1/meta.json",
         "SFT/judge_evaluation.jsonl", "M1/judge_evaluation.jsonl", "M1/prompts.jsonl", "M1/responses.jsonl",
-        "M1/rewards.jsonl", "M1/rewards.counts.json", "M1/pairs.jsonl", "M2/meta.json", "M3/meta.json"]
+        "M1/rewards.jsonl", "M1/rewards.counts.json", "M1/pairs.jsonl", "M2/meta.json", "M2/responses.jsonl",
+        "M2/rewards.jsonl", "M2/pairs.jsonl", "M3/meta.json"]
 
 
 def upto(name):
@@ -132,7 +133,9 @@ def base_run(folder, config, changes=()):
 @pytest.mark.parametrize("changes, copied", [
     (("judge.by=random",), upto("M1/rewards.jsonl")),
     (("dpo.replay_weight=0.5",), upto("M2/meta.json")),
-    (("dpo.replay_weight=0.5", "judge.by=M1"), upto("M1/rewards.jsonl")),
+    (("judge.by=M1",), upto("M2/rewards.jsonl")),
+    (("dpo.replay_weight=0.5", "judge.by=M1"), upto("M2/meta.json")),
+    (("judge.by=oracle", "dpo.beta=0.5"), upto("M1/rewards.jsonl")),
     (("pairs.length_control=0.2",), upto("M1/pairs.jsonl")),
     (("responses.candidates=8",), upto("M1/responses.jsonl")),
     (("prompts.source=people",), upto("M1/prompts.jsonl")),
