@@ -1,7 +1,7 @@
 """Seed data and evaluation prompts of the words world.
 
-IFT consists of M0's own answers, good or bad. They do not demonstrate the task, so any improvement after M1 comes from
-the model's own judgement. (Only answers that M0 ended by itself are used: those cut off at the token limit would teach
+IFT consists of M0's own answers, good or bad. They do not demonstrate the task: what the model gains after M1, it
+gains by its own judgement. (Only answers that M0 ended by itself are used: those cut off at the token limit would teach
 it to stop in the middle of a sentence.)
 
 EFT consists of judgements of M0's answers by the annotator, the oracle. A share of the answers is edited first: see
