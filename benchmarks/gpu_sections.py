@@ -35,7 +35,7 @@ from minisr.runner.pretrain import init_weights
 from minisr.runner.run import Run, avoid_cudnn_attention
 from minisr.runner.steps import finished_models, run_loop
 from minisr.sampler import Completion, SamplingConfig
-from minisr.sft import mean_target_losses
+from minisr.sft import make_target_loss_fns
 from minisr.train import TrainConfig, make_batches
 
 CONFIGS = Path(__file__).parents[1] / "tiny_configs"
@@ -268,7 +268,7 @@ class Sections(Side):
             return [partial(pair_loss, part) for part in (pairs[:size // 2], pairs[size // 2:])]
         prompts, chosen, rejected = (sum(map(len, side)) for side in zip(*pairs))
         works = {"dpo": (dpo_losses, prompts, chosen + rejected),
-                 "sft": (lambda: mean_target_losses(lm, examples, config), prompts, chosen)}
+                 "sft": (lambda: make_target_loss_fns(lm, examples, config), prompts, chosen)}
         results = []
         for work, (losses, prompted, predicted) in works.items():
             def run(losses=losses):

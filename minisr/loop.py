@@ -4,20 +4,20 @@ Every step goes through `keep(step, *inputs)`. By default that just calls the st
 run on disk passes a function that stores each result and restores it after an interruption.
 """
 
-from collections import Counter
 from dataclasses import dataclass, field
 
-from minisr import dpo, judge, lm, pairs, prompts, sft
-from minisr.dpo import DPOConfig
-from minisr.judge import JudgeConfig
-from minisr.lm import LM, ResponseConfig
-from minisr.prompts import PromptConfig
+from minisr.dpo import DPOConfig, train_dpo
+from minisr.judge import JudgeConfig, judge_responses
+from minisr.lm import LM, ResponseConfig, respond
+from minisr.pairs import select_pairs
+from minisr.prompts import PromptConfig, new_prompts
 from minisr.rng import derive_seed
+from minisr.sft import train_sft
 from minisr.train import TrainConfig
 
 
 def call(step, *inputs):
-    """The default `keep`: just take the step."""
+    """The default `keep`: just run the step."""
     return step(*inputs)
 
 
@@ -31,7 +31,7 @@ def self_reward(M_t, keep=call):
 
 
 def self_rewarding_training(M0, keep=call):
-    """Yield the SFT baseline, M1, M2, .. M_{T+1}, each as soon as it is trained."""
+    """Yield the SFT baseline, M1, M2, ..., M_{iterations + 1}, each as soon as it is trained."""
     yield keep(M0.train_sft, "SFT", M0.data.ift)
     M_t = keep(M0.train_sft, "M1", M0.data.ift + M0.data.eft)
     yield M_t
@@ -70,46 +70,46 @@ class SelfRewardingModel:
 
     def __init__(self, name: str, lm: LM, data: SeedData, config: LoopConfig):
         self.name, self.lm, self.data, self.config = name, lm, data, config
-        self.counts: dict[str, Counter] = {}  # of the last step that filters: what was kept, what dropped, and why
+        self.counts: dict[str, dict] = {}  # "prompts", "pairs": how many were kept and dropped, by reason
 
     def new_prompts(self) -> list[str]:
         """{x_i}: prompts that M_t writes, with the IFT prompts as examples."""
         seed_prompts = [record["prompt"] for record in self.data.ift]
-        x, self.counts["prompts"] = prompts.new_prompts(
+        x, self.counts["prompts"] = new_prompts(
             self.lm, seed_prompts, self.data.held_out, self.config.prompts, self.seed("prompts"))
         return x
 
     def respond(self, x: list[str]) -> list[dict]:
         """{y_i^n}: one record per prompt, {"prompt", "responses", "finished", "logps"}."""
-        return lm.respond(self.lm, x, self.config.responses, self.seed("responses"))
+        return respond(self.lm, x, self.config.responses, self.seed("responses"))
 
     def judge(self, x: list[str], y: list[dict]) -> list[dict]:
-        """{r_i^n}: one record per prompt, {"prompt", "rewards", "scores", "judgements"}. The records y hold x."""
-        return judge.judge_responses(self.lm, self.data.judge_template, y, self.config.judge, self.seed("judge"))
+        """{r_i^n}: one record per prompt, {"prompt", "rewards", "scores", "judgements"}. y contains x."""
+        return judge_responses(self.lm, self.data.judge_template, y, self.config.judge, self.seed("judge"))
 
     def select_pairs(self, x: list[str], y: list[dict], r: list[dict]) -> list[dict]:
         """{x_i, y_i^w, y_i^l}: {"prompt", "chosen", "rejected", "chosen_reward", "rejected_reward"} records."""
         responses = [record["responses"] for record in y]
         rewards = [record["rewards"] for record in r]
-        selected, self.counts["pairs"] = pairs.select_pairs(x, responses, rewards)
+        selected, self.counts["pairs"] = select_pairs(x, responses, rewards)
         return selected
 
     def train_dpo(self, pairs: list[dict]) -> "SelfRewardingModel":
         """M_{t+1}: a copy of M_t trained on its pairs, and on EFT examples if config.dpo.replay_weight is not 0."""
-        seed = derive_seed(self.config.seed, self.next_name, "DPO")  # named after the model that is made
-        return self.successor(self.next_name, dpo.train_dpo(self.lm, pairs, self.data.eft, self.config.dpo, seed))
+        seed = derive_seed(self.config.seed, self.next_name, "DPO")
+        return self.successor(self.next_name, train_dpo(self.lm, pairs, self.data.eft, self.config.dpo, seed))
 
     def train_sft(self, name: str, examples: list[dict]) -> "SelfRewardingModel":
         """A copy of M0 fine-tuned on {"prompt", "response"} records."""
         seed = derive_seed(self.config.seed, name, "SFT")
-        return self.successor(name, sft.train_sft(self.lm, examples, self.config.sft, seed))
+        return self.successor(name, train_sft(self.lm, examples, self.config.sft, seed))
 
     def successor(self, name: str, lm: LM) -> "SelfRewardingModel":
         return SelfRewardingModel(name, lm, self.data, self.config)
 
     @property
     def next_name(self) -> str:
-        """M2 for M1."""
+        """The name of the model that this one trains: "M2" if this is M1."""
         return f"M{int(self.name[1:]) + 1}"
 
     def seed(self, purpose: str) -> int:

@@ -1,7 +1,7 @@
 """{x_i}: the model writes new prompts by few-shot prompting, from 6 seed and 2 generated ones (sections 2.2, 3.1.1).
 
 The filters follow Self-Instruct (Wang et al., 2022): length, unsuitable keywords, exact matches, and ROUGE-L similarity
-to any prompt already there. Every rejection is counted by its reason.
+to any known prompt. Every rejection is counted by its reason.
 """
 
 import re
@@ -66,7 +66,8 @@ def few_shot_prompt(tokenizer, seed_prompts: list[str], generated: list[str], co
                     max_tokens: int) -> str:
     """A numbered list of example prompts that ends where the model writes the next one.
 
-    In the first round there are only seed prompts to show. If the examples exceed max_tokens, the last are left out."""
+    In the first round there are only seed prompts to show. The last examples are left out while the text exceeds
+    max_tokens, but one always stays."""
     n_generated = min(config.generated_shots, len(generated))
     n_seeds = min(config.seed_shots + config.generated_shots - n_generated, len(seed_prompts))
     shots = rng.sample(generated, n_generated) + rng.sample(seed_prompts, n_seeds)
@@ -113,18 +114,18 @@ class PromptPool:
             return "evaluation prompt"
         if text in self.known:
             return "exact match"
-        different = set(words)
-        if any(self.is_similar(words, different, other) for other in self.known.values()):
+        unique = set(words)
+        if any(self.is_similar(words, unique, other) for other in self.known.values()):
             return "similar"
         return None
 
-    def is_similar(self, words: list[str], different: set[str], other: list[str]) -> bool:
-        """ROUGE-L F1 = 2 LCS / (length + length) (Lin, 2004) of at least max_rouge_l. different: the set of `words`."""
-        total, least = len(words) + len(other), self.config.max_rouge_l
+    def is_similar(self, words: list[str], unique: set[str], other: list[str]) -> bool:
+        """ROUGE-L F1 = 2 LCS / (length + length) (Lin, 2004) of at least max_rouge_l. unique: the set of `words`."""
+        total, threshold = len(words) + len(other), self.config.max_rouge_l
         shortest = min(len(words), len(other))
-        if 2 * shortest / total < least or 2 * sum(map(different.__contains__, other)) / total < least:
+        if 2 * shortest / total < threshold or 2 * sum(map(unique.__contains__, other)) / total < threshold:
             return False  # both are upper bounds of the LCS
-        return 2 * lcs_length(words, other) / total >= least
+        return 2 * lcs_length(words, other) / total >= threshold
 
 
 def lcs_length(a: list[str], b: list[str]) -> int:

@@ -1,8 +1,8 @@
 """Counter-based random numbers: every number that draws a token is a hash of what it is used for.
 
 With a shared stream, the numbers of one sample would depend on its neighbors in the batch. Here they depend only on the
-sample's own seed: on the step, the index of the prompt and the index of the sample. Batch size and resuming change
-nothing.
+sample's own seed: on the step, the index of the prompt and the index of the sample. Batch size and resuming do not
+change them.
 """
 
 import hashlib

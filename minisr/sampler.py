@@ -23,7 +23,7 @@ class SamplingConfig:
     temperature: float = 0.7  # 0: greedy
     top_p: float = 0.9
     max_new_tokens: int = 64
-    rows: int = 512  # sequences decoded side by side
+    rows: int = 512  # batch size, in sequences
 
 
 @dataclass
@@ -54,7 +54,7 @@ def generate(model: Decoder, prompts: list[list[int]], seeds: np.ndarray, config
 
     # 2) Decode, until all rows have drawn a stop token or the largest max_new is reached.
     tokens = torch.empty(len(rows), 0, dtype=torch.long, device=model.device)  # (B, steps)
-    finished = torch.zeros(len(rows), dtype=torch.bool, device=model.device)
+    finished = torch.zeros(len(rows), dtype=torch.bool, device=model.device)  # (B,)
     for step in range(max(max_new)):
         drawn = sample_top_p(logits, config.temperature, config.top_p, seeds, step)  # (B,)
         tokens = torch.cat([tokens, drawn[:, None]], dim=1)
@@ -62,7 +62,7 @@ def generate(model: Decoder, prompts: list[list[int]], seeds: np.ndarray, config
         if finished.all():
             break
         attention_mask = torch.cat([attention_mask, attention_mask.new_ones(len(rows), 1)], dim=1)  # (B, S)
-        logits = model(drawn[:, None], cache, attention_mask)[:, -1]
+        logits = model(drawn[:, None], cache, attention_mask)[:, -1]  # (B, V)
 
     # 3) Cut every row at its own max_new and at its first stop token.
     completions = [cut_at_stop(row[:limit], stop_ids) for row, limit in zip(tokens.tolist(), max_new)]
@@ -90,26 +90,27 @@ def sample_top_p(logits: Tensor, temperature: float, top_p: float, seeds: np.nda
     """Draw one token for each row of logits (B, V): (B,). Temperature first, then top-p; temperature 0 is greedy.
 
     The nucleus (Holtzman et al., 2020) is the smallest set of most probable tokens whose mass reaches top_p, plus any
-    tokens tied with its least probable one. Tokens are drawn from the full distribution until one lies in the nucleus.
-    That is the same as drawing from the renormalized nucleus, and it lets a faster sampler use the same random numbers
-    without sorting. Attempt k of a row uses uniform(seed, MAX_ATTEMPTS * step + k)."""
+    tokens tied with its least probable one. This is rejection sampling: tokens are drawn from the full distribution, by
+    inverse transform sampling, until one lies in the nucleus. The result is distributed as a draw from the renormalized
+    nucleus, and a faster sampler can use the same random numbers without sorting. Attempt k of a row uses
+    uniform(seed, MAX_ATTEMPTS * step + k)."""
     if temperature == 0:
         return logits.argmax(-1)
     probs = (upcast(logits) / max(temperature, 1e-30)).softmax(-1)  # (B, V)
     descending = probs.sort(descending=True).values
     mass_before = descending.cumsum(-1) - descending  # of the tokens before each one in descending order
-    least = descending.masked_fill(mass_before >= top_p, torch.inf).amin(-1, keepdim=True)  # (B, 1)
-    in_nucleus = (probs >= least) | (top_p >= 1)  # (B, V)
+    min_prob = descending.masked_fill(mass_before >= top_p, torch.inf).amin(-1, keepdim=True)  # (B, 1)
+    in_nucleus = (probs >= min_prob) | (top_p >= 1)  # (B, V)
 
     cdf = probs.cumsum(-1)  # (B, V)
     token = probs.argmax(-1)  # the fallback if all attempts miss, possible only for a tiny top_p
-    missing = torch.ones_like(token, dtype=torch.bool)
+    pending = torch.ones_like(token, dtype=torch.bool)
     for attempt in range(MAX_ATTEMPTS):
         u = torch.from_numpy(uniform(seeds, MAX_ATTEMPTS * step + attempt)).to(cdf.device)  # (B,)
         drawn = torch.searchsorted(cdf, u[:, None] * cdf[:, -1:], right=True).clamp(max=cdf.shape[1] - 1)  # (B, 1)
-        hit = missing & in_nucleus.gather(1, drawn)[:, 0]
-        token = torch.where(hit, drawn[:, 0], token)
-        missing &= ~hit
-        if not missing.any():
+        accepted = pending & in_nucleus.gather(1, drawn)[:, 0]
+        token = torch.where(accepted, drawn[:, 0], token)
+        pending &= ~accepted
+        if not pending.any():
             break
     return token

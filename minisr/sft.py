@@ -25,7 +25,7 @@ def train_sft(lm, examples: list[dict], config: TrainConfig, seed: int):
     batches = [[encoded[i] for i in batch] for batch in order]
     torch.manual_seed(derive_seed(seed, "dropout"))  # dropout draws from PyTorch's global stream
     trained = lm.copy()
-    trained.fit(batches, partial(mean_target_losses, trained), config)
+    trained.fit(batches, partial(make_target_loss_fns, trained), config)
     return trained
 
 
@@ -42,14 +42,15 @@ def check_length(lm, name: str, length: int) -> None:
         raise InputError(f"{name} has {length} tokens; max_seq_len is {lm.max_seq_len}: shorten it or leave it out")
 
 
-def mean_target_losses(lm, batch: list[Example], config: TrainConfig, weight: float = 1.0) -> list:
-    """One function per micro-batch, as in train.fit: its summed loss over the number of targets of the whole batch."""
+def make_target_loss_fns(lm, batch: list[Example], config: TrainConfig, weight: float = 1.0) -> list:
+    """One function per micro-batch, see train.fit. Each computes the cross-entropy summed over its targets,
+    divided by the number of targets in the whole batch."""
     targets = sum(sum(example.mask[1:]) for example in batch)  # the first token has nothing to predict it from
 
-    def loss(part: list[Example]):
+    def loss_fn(part: list[Example]):
         return weight * (lm.target_loss(part) / targets), {}
 
-    return [partial(loss, part) for part in micro_batches(batch, config)]
+    return [partial(loss_fn, part) for part in micro_batches(batch, config)]
 
 
 def right_pad(examples: list[Example], device) -> tuple[Tensor, Tensor]:

@@ -29,9 +29,9 @@ class Tokenizer:
         before, _, after = template.partition("{response}")
         # A space before {response} belongs to the response: most vocabularies join it with the first word.
         self._before_response = before.rstrip(" ")
-        self._space = before[len(self._before_response):]
-        # The text between the last special token and the response. A letter stands for the end of the prompt.
-        self._lead = self._special.split(self._before_response)[-1].replace("{prompt}", "a")
+        self._space_before_response = before[len(self._before_response):]
+        # The text between the last special token and the response; "a" stands for the prompt.
+        self._text_before_response = self._special.split(self._before_response)[-1].replace("{prompt}", "a")
         self._after_response, *end = self._special.split(after)[:2]  # text, then the first special token
         if re.findall(r"\{prompt\}|\{response\}", template) != ["{prompt}", "{response}"] or not end:
             raise TemplateError("a chat template contains {prompt} once, then {response} once, then a special token "
@@ -52,9 +52,10 @@ class Tokenizer:
 
     def decode_response(self, ids: list[int]) -> str:
         """The inverse of encode_response."""
-        lead, decode = self.vocabulary.encode_after_special(self._lead), self.vocabulary.decode_after_special
-        text = decode(lead + [i for i in ids if i < len(self)])
-        return text.removeprefix(decode(lead)).removeprefix(self._space).removesuffix(self._after_response)
+        before = self.vocabulary.encode_after_special(self._text_before_response)
+        decoded = self.vocabulary.decode_after_special(before + [i for i in ids if i < len(self)])
+        text = decoded.removeprefix(self.vocabulary.decode_after_special(before))
+        return text.removeprefix(self._space_before_response).removesuffix(self._after_response)
 
     def encode_prompt(self, prompt: str) -> list[int]:
         """The template up to {response}: the model continues with its answer."""
@@ -67,9 +68,9 @@ class Tokenizer:
 
     def encode_response(self, response: str) -> list[int]:
         """A response, the template's text after it, and the end token, as ids that continue a prompt."""
-        text, encode = self._space + response + self._after_response, self.vocabulary.encode_after_special
-        for lead in (self._lead, "\n", ""):
-            before, ids = encode(lead), encode(lead + text)
+        text = self._space_before_response + response + self._after_response
+        for text_before in (self._text_before_response, "\n", ""):  # the empty text always matches
+            before, ids = map(self.vocabulary.encode_after_special, (text_before, text_before + text))
             if ids[:len(before)] == before:  # else a token would span the end of the prompt
                 return [*ids[len(before):], self.eos_id]
 

@@ -25,15 +25,15 @@ class TrainConfig:
     dropout: float = 0.0
 
 
-def fit(model: nn.Module, optimizer, batches: list, loss_fn, config: TrainConfig) -> list[dict]:
+def fit(model: nn.Module, optimizer, batches: list, make_loss_fns, config: TrainConfig) -> list[dict]:
     """Train the model in place, one optimizer step per batch; return one log record per step.
 
-    loss_fn(batch, config) returns one function per micro-batch, which computes (loss, metrics) divided by the size of
-    the whole batch, so that they add up. Each micro-batch's graph is freed before the next one is built. The config is
-    an argument because a run may lower micro_batch when memory runs out."""
+    make_loss_fns(batch, config) returns one function per micro-batch, which computes (loss, metrics) divided by the
+    size of the whole batch, so that they add up. Each micro-batch's graph is freed before the next one is built. The
+    config is an argument because a run may lower micro_batch when memory runs out."""
     log = []
     for step, batch in enumerate(tqdm(batches, "train", leave=False, disable=None)):
-        metrics = accumulate_gradients(loss_fn(batch, config))
+        metrics = accumulate_gradients(make_loss_fns(batch, config))
         rate = learning_rate(step, len(batches), config)
         grad_norm = optimizer_step(optimizer, rate, config.max_grad_norm)
         log.append({"step": step, **metrics, "grad_norm": grad_norm, "learning_rate": rate})
@@ -41,11 +41,11 @@ def fit(model: nn.Module, optimizer, batches: list, loss_fn, config: TrainConfig
     return log
 
 
-def accumulate_gradients(losses) -> Counter:
+def accumulate_gradients(loss_fns) -> Counter:
     """Add up the gradients of all micro-batches of a batch; return the batch's metrics."""
     metrics = Counter()
-    for compute in losses:
-        loss, values = compute()
+    for loss_fn in loss_fns:
+        loss, values = loss_fn()
         loss.backward()
         metrics.update({"loss": loss.item(), **values})  # Counter.update adds
     return metrics
@@ -58,7 +58,7 @@ def optimizer_step(optimizer, rate: float, max_grad_norm: float) -> float:
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     norm = nn.utils.clip_grad_norm_(parameters, max_grad_norm or math.inf)
     if not torch.isfinite(norm):
-        raise FloatingPointError("the loss or its gradient is not finite")
+        raise FloatingPointError("the gradient norm is not finite")
     for group in optimizer.param_groups:
         group["lr"] = rate
     optimizer.step()

@@ -12,7 +12,7 @@ from minisr.cli import main
 from minisr.dpo import dpo_loss, encode_pairs
 from minisr.lm import ResponseConfig
 from minisr.sampler import Completion, SamplingConfig
-from minisr.sft import encode_examples, mean_target_losses
+from minisr.sft import encode_examples, make_target_loss_fns
 from minisr.train import TrainConfig
 
 # Of tiny_model: per block q, out 16 x 16, k, v 16 x 8, three matrices 16 x 24, two norms of 16.
@@ -122,7 +122,7 @@ def test_a_training_step_leaves_the_weights_and_gives_the_loss(engine):
     lm = tiny_lm(engine)
     before, trainer = lm.model.head.weight.clone(), bench.Trainer(lm, TrainConfig(micro_batch=2))
     examples = encode_examples(lm, [{"prompt": pair["prompt"], "response": pair["chosen"]} for pair in PAIRS])
-    losses = [trainer.step(mean_target_losses(lm, examples, trainer.config)) for _ in range(2)]
+    losses = [trainer.step(make_target_loss_fns(lm, examples, trainer.config)) for _ in range(2)]
     assert losses[0] == losses[1] > 0 and torch.equal(lm.model.head.weight, before)
     assert not lm.model.training and trainer.optimizer.state  # it has made its step
 

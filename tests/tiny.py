@@ -62,8 +62,8 @@ def tiny_lm(engine: str = "plain", **shape) -> LM:
 class LogMixin:
     """Stores the log of the last training in .log."""
 
-    def fit(self, batches, loss_fn, config):
-        self.log = super().fit(batches, loss_fn, config)
+    def fit(self, batches, make_loss_fns, config):
+        self.log = super().fit(batches, make_loss_fns, config)
         return self.log
 
 

@@ -1,5 +1,5 @@
-"""Drop-in replacements of core functions, faster. Nothing in the core needs them: delete this folder, set
-``engine = "plain"``, and everything still runs.
+"""Faster drop-in replacements of core functions. Nothing in the core needs them: without this folder, every run with
+``engine = "plain"`` still works. LoRA, sharding, gradient checkpointing and bfloat16 need the fast engine.
 
     lm.py              FastLM, the engine: which core operation is replaced by what
     sampler.py         generate: shared prefixes, grouped prefill, finished rows leave, top-p without sorting

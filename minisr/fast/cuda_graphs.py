@@ -10,9 +10,10 @@ addresses are fixed, and the host cannot read a value inside it. Therefore
 - sampling is part of the step, with a fixed number of attempts for top-p;
 - the host reads which rows are alive once every 16 steps, and moves them into the next smaller bucket.
 
-The tokens are the same; in one of a million, all attempts miss the nucleus and the most probable token is taken. On a
-CPU the same steps run without graphs, which is how they are tested. One graph for each batch size, with dummy rows, is
-known from vLLM and nano-vllm; capturing at first use from Kyutai's moshi. Legend as in model.py.
+The tokens are the same, except where all attempts miss the nucleus: then the most probable token is taken. With a top_p
+of 0.2 or more this happens to at most one token in a million. On a CPU the same steps run without graphs, which is how
+they are tested. One graph for each batch size, with dummy rows, is known from vLLM and nano-vllm, capturing at first
+use from Kyutai's moshi. Legend as in model.py.
 """
 
 import gc
@@ -26,14 +27,14 @@ from torch import Tensor
 from minisr.fast.cache import PrefixCache, SharedPrefix, attend_to_parts
 from minisr.fast.decode_step import DecodeStep
 from minisr.fast.rng import uniforms
-from minisr.fast.sampler import Decoding, inverse_cdf, outside_nucleus
+from minisr.fast.sampler import DecodingConfig, inverse_cdf, outside_nucleus
 from minisr.model import Decoder, upcast
+from minisr.sampler import MAX_ATTEMPTS
 
 CHECK_EVERY = 16  # decode steps between two checks of which rows are alive
 ROWS = sorted([2**k for k in range(3, 16)] + [3 * 2**k for k in range(4, 15)])  # 8, 16, 32, 48, 64, 96, ...
 COLUMNS = [2**k for k in range(5, 21)]  # 32, 64, 128, ...
 PREFIX_COLUMNS = sorted([2**k for k in range(4, 21)] + [3 * 2**k for k in range(3, 20)])  # 16, 24, 32, 48, ...
-MAX_ATTEMPTS = 64  # of top-p sampling, as in sampler.sample_top_p
 
 
 def bucket(size: int, sizes: list[int]) -> int:
@@ -42,17 +43,17 @@ def bucket(size: int, sizes: list[int]) -> int:
 
 
 class GraphDecoder:
-    """decoder(logits, cache, seeds, max_new) is sampler.decode(model, logits, cache, seeds, max_new, how).
+    """decoder(logits, cache, seeds, max_new) is sampler.decode(model, logits, cache, seeds, max_new, config).
 
     Graphs are captured at first use and serve all later batches of the same buckets, so one GraphDecoder should decode
     all batches of a step of the loop. Make a new one when the weights have changed."""
 
-    def __init__(self, model: Decoder, max_new_tokens: int, how: Decoding):
+    def __init__(self, model: Decoder, max_new_tokens: int, config: DecodingConfig):
         """For batches of up to max_new_tokens new tokens."""
         max_seq_len = model.config.max_seq_len
         self.columns = bucket(min(max_new_tokens, max_seq_len), COLUMNS)
-        self.step = SamplingStep(model, max_seq_len + self.columns, how)  # finished rows may pass max_seq_len
-        self.drops_rows = how.options.row_dropping
+        self.step = SamplingStep(model, max_seq_len + self.columns, config)  # finished rows may pass max_seq_len
+        self.drops_rows = config.options.row_dropping
         self.state: DecodeState | None = None
         self.graphs: dict[tuple[int, int], CudaGraph] = {}
         self.capturing = Capturing() if model.embed.weight.is_cuda else None
@@ -114,11 +115,11 @@ class SamplingStep:
 
     It does not refer to the GraphDecoder. A cycle would keep the memory of a decoder that is no longer used."""
 
-    def __init__(self, model: Decoder, max_len: int, how: Decoding):
+    def __init__(self, model: Decoder, max_len: int, config: DecodingConfig):
         """For rows of up to max_len tokens."""
-        self.how, self.forward = how, DecodeStep(model, max_len)
-        self.is_stop = how.is_stop(model.config.vocab_size, model.device)
-        self.attempts = torch.arange(number_of_attempts(how.top_p), device=model.device)
+        self.config, self.forward = config, DecodeStep(model, max_len)
+        self.is_stop = config.stop_table(model.config.vocab_size, model.device)
+        self.attempts = torch.arange(number_of_attempts(config.top_p), device=model.device)
 
     def __call__(self, batch: "StaticBatch") -> None:
         self.sample(self.forward(batch.token, batch), batch)
@@ -126,17 +127,17 @@ class SamplingStep:
     def sample(self, logits: Tensor, batch: "StaticBatch") -> None:
         """Draw a token for each row of logits (rows, V) and record it."""
         numbers = uniforms(batch.seed, batch.n_columns * MAX_ATTEMPTS + self.attempts)  # (attempts, rows)
-        drawn = sample_top_p(logits, self.how.temperature, self.how.top_p, numbers)
+        drawn = sample_top_p(logits, self.config.temperature, self.config.top_p, numbers)
         batch.token.copy_(drawn)
         batch.tokens.view(-1).index_copy_(0, batch.n_columns * batch.tokens.shape[1] + batch.row, drawn)
-        if self.how.options.record_logps:
+        if self.config.options.record_logps:
             logps = logits.log_softmax(-1, dtype=batch.logps.dtype).gather(1, drawn[:, None])[:, 0]
             batch.logps.index_add_(0, batch.row, logps.masked_fill(batch.alive.logical_not(), 0.0))
         batch.alive.logical_and_(self.is_stop[drawn].logical_not())
 
 
 def number_of_attempts(top_p: float) -> int:
-    """So many that all of them miss the nucleus once in a million tokens. One attempt misses it by 1 - top_p."""
+    """So many that all of them miss the nucleus at most once in a million tokens, for top_p of 0.2 or more."""
     if top_p >= 1:
         return 1
     digits = -math.log10(1 - max(top_p, 0.0))  # of the probability that one attempt misses

@@ -83,7 +83,7 @@ def causal_attention(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
 
 
-def causal_attention_for(ids: Tensor, dtype: torch.dtype):
+def choose_causal_attention(ids: Tensor, dtype: torch.dtype):
     """causal_attention on rows of ids (B, T), as matrix products where these are faster.
 
     In float32 the fused kernel is about as fast, because with is_causal it skips half of the work."""

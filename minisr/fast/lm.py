@@ -31,7 +31,7 @@ class FastLM(LM):
         self.recorded: dict[tuple, float] = {}  # (prompt ids, response ids) -> log p under the present weights
         self.frozen = False
         self.gradient_checkpointing = False
-        self.graphs: tuple | None = None  # (what it was made for, GraphDecoder) of the last batch on a GPU
+        self.graphs: tuple | None = None  # ((config, stop_ids, options), GraphDecoder) of the last batch on a GPU
 
     def copy(self) -> "FastLM":
         clone = super().copy()
@@ -46,7 +46,7 @@ class FastLM(LM):
         return clone
 
     def sample_batch(self, prompts, seeds, config, stop_ids):
-        # In bfloat16, training computes other log-probabilities than sampling, whose products have other shapes.
+        # In bfloat16, rounding depends on the shapes of the products: sampling cannot record the values of training.
         is_exact = self.model.embed.weight.dtype != torch.bfloat16
         record = isinstance(config, ResponseConfig) and is_exact
         options = sampler.Options(record, "prefix-sharing" not in self.without, "row-dropping" not in self.without,
@@ -62,11 +62,11 @@ class FastLM(LM):
 
     def graph_decoder(self, config, stop_ids, options: sampler.Options) -> GraphDecoder:
         """Captured graphs serve all batches of a step, so they are kept until another step begins."""
-        made_for = (config, stop_ids, options)
-        if self.graphs is None or self.graphs[0] != made_for:
+        key = (config, stop_ids, options)
+        if self.graphs is None or self.graphs[0] != key:
             self.graphs = None  # free the memory of the last step's
-            how = sampler.Decoding(config, stop_ids, options)
-            self.graphs = made_for, GraphDecoder(self.model, config.max_new_tokens, how)
+            decoding = sampler.DecodingConfig(config, stop_ids, options)
+            self.graphs = key, GraphDecoder(self.model, config.max_new_tokens, decoding)
         return self.graphs[1]
 
     def record(self, prompt: list[int], response: list[int], logp: float) -> None:

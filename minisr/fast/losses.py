@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from minisr.dpo import EncodedPair
-from minisr.fast.forward import MaskedAttention, causal_attention_for, final_hidden
+from minisr.fast.forward import MaskedAttention, choose_causal_attention, final_hidden
 from minisr.model import Decoder, upcast
 from minisr.sft import Example, right_pad
 
@@ -27,7 +27,7 @@ def target_loss(model: Decoder, examples: list[Example], gradient_checkpointing:
     is_target = mask[:, 1:]
     sources = F.pad(is_target, (0, 1)).flatten().nonzero()[:, 0]  # (N,) the tokens before the targets
     positions = torch.arange(ids.shape[1], device=ids.device)[None]
-    attention = causal_attention_for(ids, model.embed.weight.dtype)
+    attention = choose_causal_attention(ids, model.embed.weight.dtype)
     x = final_hidden(model, ids, positions, attention, sources, gradient_checkpointing)  # (N, C)
     return -token_logps(model.head, x, ids[:, 1:][is_target]).sum()
 

@@ -1,6 +1,7 @@
-"""Training bfloat16 weights: the optimizer updates float32 copies, in which a small step does not round to nothing.
+"""Training bfloat16 weights: the optimizer updates float32 copies, so that small updates are not lost to rounding.
 
-Replaces train.make_optimizer for bfloat16 models. Half the memory traffic of float32 weights on a GPU.
+Replaces train.make_optimizer for bfloat16 models. Compared with float32 weights, the model's own memory traffic is
+halved.
 """
 
 import torch

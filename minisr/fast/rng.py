@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from minisr.rng import GOLDEN_GAMMA
+from minisr.sampler import MAX_ATTEMPTS
 
 
 def seeds_to_tensor(seeds: np.ndarray, device) -> Tensor:
@@ -18,8 +19,8 @@ def uniform(seeds: Tensor, counter: int) -> Tensor:
 
 
 def first_uniforms(seeds: Tensor, steps: int) -> Tensor:
-    """uniform(seeds, 64 step) of every step at once: (steps, B). These are the first attempts of sample_top_p."""
-    counters = [to_int64((64 * step + 1) * GOLDEN_GAMMA) for step in range(steps)]
+    """uniform(seeds, MAX_ATTEMPTS * step) of every step: (steps, B). They are the first attempts of sample_top_p."""
+    counters = [to_int64((MAX_ATTEMPTS * step + 1) * GOLDEN_GAMMA) for step in range(steps)]
     return splitmix64(seeds + torch.tensor(counters, dtype=torch.long, device=seeds.device)[:, None])
 
 

@@ -19,7 +19,7 @@ from minisr.fast.decode_step import DecodeStep
 from minisr.fast.forward import final_hidden
 from minisr.fast.rng import first_uniforms, seeds_to_tensor, uniform
 from minisr.model import Decoder, upcast
-from minisr.sampler import Completion, SamplingConfig, cut_at_stop
+from minisr.sampler import MAX_ATTEMPTS, Completion, SamplingConfig, cut_at_stop
 
 MIN_SHARED_TOKENS = 16  # a shorter common prefix costs more in every decode step than it saves
 PREFILL_TOKENS = 512  # tokens prefilled together on a CPU
@@ -28,7 +28,7 @@ PREFILL_TOKENS_GPU = 2**15
 
 @dataclass(frozen=True)
 class Options:
-    """What generate does. Each trick can be switched off, to measure what it is worth."""
+    """Switches of generate(), which turn off single optimizations to measure their effect."""
 
     record_logps: bool = False  # give each finished completion the log p of its ids
     prefix_sharing: bool = True
@@ -50,7 +50,7 @@ def generate(model: Decoder, prompts: list[list[int]], seeds: np.ndarray, config
         rows = [prompt for prompt in prompts for _ in range(n)]
         logits, cache = prefill(model, rows, 1, max_new, share=False)
     seeds_tensor = seeds_to_tensor(seeds.flatten(), model.device)  # (B,)
-    decoder = options.decoder or partial(decode, model, how=Decoding(config, stop_ids, options))
+    decoder = options.decoder or partial(decode, model, config=DecodingConfig(config, stop_ids, options))
     tokens, logps = decoder(logits, cache, seeds_tensor, max_new)
     completions = []
     for row, (ids, logp) in enumerate(zip(tokens.tolist(), logps.tolist())):
@@ -67,9 +67,9 @@ def prefill(model: Decoder, prompts: list[list[int]], n: int, max_new: int, shar
     """Logits (P, V) after each prompt, and the cache of n rows a prompt, with room for max_new tokens."""
     weight, config = model.embed.weight, model.config
     shared = shared_prefix_length(prompts) if share else 0
-    lengths = torch.tensor([len(prompt) - shared for prompt in prompts])
+    lengths = torch.tensor([len(prompt) - shared for prompt in prompts])  # (P,)
     T = int(lengths.max())  # of the part that is not shared, padded on the left
-    ids = torch.zeros(len(prompts), T, dtype=torch.long)
+    ids = torch.zeros(len(prompts), T, dtype=torch.long)  # (P, T)
     for row, prompt in enumerate(prompts):
         ids[row, T - lengths[row]:] = torch.tensor(prompt[shared:])
     capacity = T + (max_new if n == 1 else 0)
@@ -88,15 +88,15 @@ def prefill(model: Decoder, prompts: list[list[int]], n: int, max_new: int, shar
     last_states = []
     for rows in group_by_length(lengths.tolist(), PREFILL_TOKENS_GPU if weight.is_cuda else PREFILL_TOKENS):
         skip = T - int(lengths[rows].max())  # columns in which no row of the group has a token
-        group = ids[rows, skip:].to(model.device)
-        last = torch.arange(1, len(group) + 1, device=model.device) * group.shape[1] - 1
+        group = ids[rows, skip:].to(model.device)  # (rows, T - skip)
+        last = torch.arange(1, len(group) + 1, device=model.device) * group.shape[1] - 1  # (rows,)
         last_states.append(extend(model, group, cache.row_view(rows, skip), select=last))
     cache.advance(T)
 
     # 3) Each prompt becomes n rows.
     if n > 1:
         cache.fan_out(n, max_new)
-    return model.head(torch.cat(last_states)), cache
+    return model.head(torch.cat(last_states)), cache  # (P, V)
 
 
 def extend(model: Decoder, ids: Tensor, cache: PrefixCache, select: Tensor) -> Tensor:
@@ -129,40 +129,40 @@ def group_by_length(lengths: list[int], min_tokens: int) -> list[slice]:
     return groups
 
 
-class Decoding:
-    """What decides the tokens besides logits and seeds, and how they are computed."""
+class DecodingConfig:
+    """Temperature, top-p, stop ids, and the options of generate()."""
 
     def __init__(self, config: SamplingConfig, stop_ids: tuple[int, ...], options: Options):
         self.temperature, self.top_p = config.temperature, config.top_p
         self.stop_ids, self.options = stop_ids, options
 
-    def is_stop(self, vocab_size: int, device) -> Tensor:
+    def stop_table(self, vocab_size: int, device) -> Tensor:
         """Whether a token ends a row, as a table (V,)."""
         table = torch.zeros(max(vocab_size, *self.stop_ids) + 1, dtype=torch.bool, device=device)
         table[[token for token in self.stop_ids if token >= 0]] = True
         return table
 
 
-def decode(model: Decoder, logits: Tensor, cache: PrefixCache, seeds: Tensor, max_new: int, how: Decoding
+def decode(model: Decoder, logits: Tensor, cache: PrefixCache, seeds: Tensor, max_new: int, config: DecodingConfig
            ) -> tuple[Tensor, Tensor]:
     """Draw up to max_new tokens for each row: (B, max_new), and their log p up to the stop token: (B,).
 
     A row's tokens after its stop token are arbitrary."""
     device, B = seeds.device, len(seeds)
-    if how.options.decode_step:
+    if config.options.decode_step:
         forward = DecodeStep(model, int(cache.seq_lens.max()) + max_new)
     else:
         forward = partial(decode_with_modules, model)
-    is_stop = how.is_stop(logits.shape[1], device)
+    is_stop = config.stop_table(logits.shape[1], device)
     logps = torch.zeros(B, dtype=upcast(logits[:0]).dtype, device=device)
-    tokens = torch.full((max_new, B), how.stop_ids[0], device=device)
+    tokens = torch.full((max_new, B), config.stop_ids[0], device=device)
     rows = torch.arange(B, device=device)  # rows still in the batch
     alive = torch.ones(B, dtype=torch.bool, device=device)
     uniforms = first_uniforms(seeds, max_new)  # (max_new, B)
     for step in range(max_new):
-        drawn = sample_top_p(logits, how, seeds, step, uniforms[step])  # (B,)
+        drawn = sample_top_p(logits, config, seeds, step, uniforms[step])  # (B,)
         tokens[step].index_copy_(0, rows, drawn)
-        if how.options.record_logps:
+        if config.options.record_logps:
             token_logps = upcast(logits).gather(1, drawn[:, None])[:, 0] - upcast(logits).logsumexp(1)
             logps.index_add_(0, rows, torch.where(alive, token_logps, 0.0))
         alive = alive & ~is_stop[drawn]
@@ -170,7 +170,7 @@ def decode(model: Decoder, logits: Tensor, cache: PrefixCache, seeds: Tensor, ma
         if n_alive == 0 or step == max_new - 1:
             break
         # Dropping rows copies the cache, so it is not worth it for a few.
-        if n_alive < 0.8 * len(rows) and how.options.row_dropping:
+        if n_alive < 0.8 * len(rows) and config.options.row_dropping:
             keep = alive.nonzero()[:, 0]
             cache.select_rows(keep)
             rows, seeds, drawn, alive = rows[keep], seeds[keep], drawn[keep], alive[keep]
@@ -185,25 +185,25 @@ def decode_with_modules(model: Decoder, ids: Tensor, cache: PrefixCache) -> Tens
     return model.head(extend(model, ids[:, None], cache, select=everything))
 
 
-def sample_top_p(logits: Tensor, how: Decoding, seeds: Tensor, step: int, first: Tensor) -> Tensor:
+def sample_top_p(logits: Tensor, config: DecodingConfig, seeds: Tensor, step: int, first: Tensor) -> Tensor:
     """Replaces sampler.sample_top_p: the same tokens without sorting. `first` (B,) are the first attempts' numbers.
 
     A token lies in the nucleus if the tokens strictly more probable than it have a mass below top_p. With p = 0.9 the
     first draw lies in the nucleus nine times in ten, and then one masked sum replaces the sort."""
-    if how.temperature == 0:
+    if config.temperature == 0:
         return logits.argmax(-1)
-    probs = (upcast(logits) / max(how.temperature, 1e-30)).softmax(-1)  # (B, V)
+    probs = (upcast(logits) / max(config.temperature, 1e-30)).softmax(-1)  # (B, V)
     cdf = probs.cumsum(-1)
     drawn = inverse_cdf(cdf, first)
-    if how.top_p >= 1:
+    if config.top_p >= 1:
         return drawn
-    todo = outside_nucleus(probs, drawn, how.top_p).nonzero()[:, 0]
-    for attempt in range(1, 64):
+    todo = outside_nucleus(probs, drawn, config.top_p).nonzero()[:, 0]
+    for attempt in range(1, MAX_ATTEMPTS):
         if len(todo) == 0:
             return drawn
-        again = inverse_cdf(cdf[todo], uniform(seeds[todo], 64 * step + attempt))
-        drawn[todo] = again
-        todo = todo[outside_nucleus(probs[todo], again, how.top_p)]
+        redrawn = inverse_cdf(cdf[todo], uniform(seeds[todo], MAX_ATTEMPTS * step + attempt))
+        drawn[todo] = redrawn
+        todo = todo[outside_nucleus(probs[todo], redrawn, config.top_p)]
     drawn[todo] = probs[todo].argmax(-1)  # a nucleus of almost no mass
     return drawn
 

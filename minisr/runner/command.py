@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 from minisr import InputError
 from minisr.judge import MAX_SCORE, Judgement
-from minisr.runner.files import HALF_CHARACTER, has_half_character, printable, unique_keys
+from minisr.runner.files import LONE_SURROGATE, has_lone_surrogate, printable, unique_keys
 from minisr.runner.stop import Stop
 
 BATCH = 64  # records for one start of the program
@@ -49,9 +49,9 @@ class Command:
         return arguments
 
     def ask(self, records: list[dict], read_answer, workspace, *key) -> list:
-        """read_answer(answer, label) of the program's answer to each record; see the module's docstring.
+        """Return read_answer(answer) of the program's answer to each record; see the module's docstring.
 
-        read_answer takes a JSON object, and returns what JSON can hold or raises ValueError."""
+        read_answer takes a JSON object. It returns a value that JSON can store, or raises ValueError."""
         def ask_batch(numbered: list[tuple[int, dict]]) -> list:
             return self.ask_batch([record for _, record in numbered], numbered[0][0], read_answer)
 
@@ -234,8 +234,8 @@ def read_text_of(answer: dict) -> str:
     text = answer.get("text") or ""
     if not isinstance(text, str):
         raise ValueError("text must be a text")
-    if has_half_character(text):
-        raise ValueError(f"{HALF_CHARACTER} in the text")
+    if has_lone_surrogate(text):
+        raise ValueError(f"{LONE_SURROGATE} in the text")
     return text
 
 

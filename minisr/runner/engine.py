@@ -12,7 +12,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from minisr import InputError, train
+from minisr import InputError
 from minisr.dpo import encode_pairs
 from minisr.lm import LM
 from minisr.runner import processes
@@ -29,12 +29,12 @@ REFERENCE_BATCH = 16  # pairs
 
 @dataclass
 class Workspace:
-    """What the present step of a run stores its unfinished work in. All LMs of a run share one."""
+    """Where the current step of a run stores its unfinished work. All LMs of a run share one."""
 
     title: str = ""  # of progress bars
     journal: Journal | None = None  # finished batches of sampling
     training_folder: Path | None = None  # state of the training
-    training_made_from: tuple = field(default=())  # what decides its outcome beside batches and config
+    training_made_from: tuple = field(default=())  # values besides batches and config that determine its result
 
     @contextlib.contextmanager
     def step(self, **values):
@@ -47,7 +47,7 @@ class Workspace:
             vars(self).update(before)
 
     def share(self, compute, batches: list[list], *key) -> list:
-        """compute(batch) for each batch, concatenated. Its results are lists of what JSON can hold.
+        """compute(batch) for each batch, concatenated. compute must return a list that JSON can store.
 
         Batches are dealt to the processes in turn. Finished ones are stored in the journal under the key and their
         number, and taken from it."""
@@ -85,17 +85,17 @@ class RunLM:
         """Workspace.share; where memory runs out, a batch is split."""
         return self.workspace.share(partial(compute_within_memory, compute), batches, *key)
 
-    def fit(self, batches: list, loss_fn, config) -> list[dict]:
+    def fit(self, batches: list, make_loss_fns, config) -> list[dict]:
         """Replaces LM.fit: in a run, the training can be resumed."""
         if self.workspace.training_folder is None:
-            return super().fit(batches, loss_fn, config)
-        return ResumableTraining(self, batches, loss_fn, config).run()
+            return super().fit(batches, make_loss_fns, config)
+        return ResumableTraining(self, batches, make_loss_fns, config).run()
 
-    def gradients_within_memory(self, optimizer, loss_fn, batch, config, seed) -> tuple[Counter, train.TrainConfig]:
+    def gradients_within_memory(self, optimizer, make_loss_fns, batch, config, seed) -> tuple[Counter, object]:
         """Replaces train.accumulate_gradients: the processes share the micro-batches, and where memory runs out, their
         size is halved from here on. Returns the metrics and the config that worked."""
         while True:
-            gradient = GradientSum(optimizer, loss_fn(batch, config), seed)
+            gradient = GradientSum(optimizer, make_loss_fns(batch, config), seed)
             gradient.compute()
             if gradient.error and not is_out_of_memory(gradient.error):
                 raise gradient.error
@@ -103,8 +103,9 @@ class RunLM:
             if not any(failed for _, failed in gathered):
                 return gradient.total_metrics([metrics for metrics, _ in gathered]), config
             if config.micro_batch == 1:
-                raise InputError("not enough memory to train on one example at a time; try a new run with "
-                                 "gradient_checkpointing = true or a smaller model")
+                raise InputError("not enough memory to train on one example at a time; to resume with less, run the "
+                                 "same command with --set SECTION.gradient_checkpointing=true, SECTION being sft or "
+                                 "dpo, or start a new run with a smaller model")
             config = replace(config, micro_batch=config.micro_batch // 2)
             optimizer.zero_grad()
             self.model.zero_grad()

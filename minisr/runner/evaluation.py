@@ -166,8 +166,9 @@ def model_metrics(model, answers: dict[str, list[dict]], judged: list[dict]) -> 
     result = answer_metrics(own)
     before = list(answers)[:list(answers).index(model.name)]
     against = {"previous": before[-1:], "sft": before[:1], "m1": before[1:2]}
-    for label, [other] in ((k, v) for k, v in against.items() if v and model.run.has_oracle):
-        result[f"versus_{label}"] = win_rates(_scores(own), _scores(answers[other]))
+    for label, others in against.items():
+        if others and model.run.has_oracle:
+            result[f"versus_{label}"] = win_rates(_scores(own), _scores(answers[others[0]]))
     scores = [s for r in judged for row in r["given"] for s in row]
     result["judge"] = {
         **judge_metrics([r["scores"] for r in judged], [r["rewards"] for r in judged]),
@@ -199,11 +200,11 @@ def training_summary(model) -> dict:
     seconds += _seconds(parent, "prompts", "responses", "rewards", "pairs")
     selection = read_counts(parent / "pairs.counts.json", "pairs")
     responses = read_counts(parent / "responses.counts.json", "finished", "cut", "distinct")
-    counts = (read_counts(parent / f"{name}.counts.json") for name in ("prompts", "rewards"))
     return {"pairs": selection["pairs"], "selection": selection, "seconds": seconds,
             "distinct": responses["distinct"] / max(responses["finished"] + responses["cut"], 1),
             **(pair_label_accuracy(parent) if model.run.has_oracle else {}),
-            **dict(zip(("prompts", "scores"), counts))}
+            "prompts": read_counts(parent / "prompts.counts.json"),
+            "scores": read_counts(parent / "rewards.counts.json")}
 
 
 def pair_label_accuracy(folder: Path) -> dict:

@@ -106,11 +106,11 @@ def overrides(table: dict, prefix: str = "") -> list[str]:
         if isinstance(value, dict):
             changes += overrides(value, f"{prefix}{name}.")
         else:
-            changes.append(f"{prefix}{name}={as_set_takes_it(value)}")
+            changes.append(f"{prefix}{name}={format_value(value)}")
     return changes
 
 
-def as_set_takes_it(value) -> str:
+def format_value(value) -> str:
     """A value in TOML; a text without quotes, unless TOML would read it as something else, such as "true"."""
     if isinstance(value, list):
         value = tuple(value)

@@ -19,7 +19,7 @@ from minisr.runner import processes
 BIDI_CONTROLS = ("LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI")
 # What to do about a damaged file that a run made and can make once more.
 RESTORE = "restore it from a copy, or move it away: minisr run (or experiment) then makes it again"
-HALF_CHARACTER = "half a character (a lone surrogate, \\ud800 to \\udfff)"
+LONE_SURROGATE = "a lone surrogate (\\ud800 to \\udfff)"
 # What a text file may begin with, and its encoding. UTF-32 comes first: its mark begins like that of UTF-16.
 BYTE_ORDER_MARKS = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32",
                     codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
@@ -204,12 +204,12 @@ def check_object(value, path: Path) -> dict:
 
 
 def check_encodable(text: str, where: str) -> None:
-    """Raise InputError if a text has half a character."""
-    if has_half_character(text):
-        raise InputError(f"{where}: {HALF_CHARACTER} in the text {text[:60]!r}; remove it")
+    """Raise InputError if a text has a lone surrogate."""
+    if has_lone_surrogate(text):
+        raise InputError(f"{where}: {LONE_SURROGATE} in the text {text[:60]!r}; remove it")
 
 
-def has_half_character(text: str) -> bool:
+def has_lone_surrogate(text: str) -> bool:
     """Whether a text holds half of a surrogate pair, which JSON can escape and no tokenizer encodes."""
     try:
         text.encode()

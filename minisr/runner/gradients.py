@@ -1,8 +1,9 @@
 """The gradient of a batch, shared by the processes of a run, with the same bits for any number of them.
 
-It is the sum of its micro-batches' gradients. Floating-point sums depend on the order, so the order is fixed: one after
-another, as in train.accumulate_gradients. Each process computes a contiguous part. Process 0 accumulates its own, the
-next process adds its gradients to this sum one by one, and so on; the last one sends the total to all.
+It is the sum of its micro-batches' gradients. Floating-point sums depend on the order, so the order is fixed: the
+gradients are added one after another, in the order of GradientSum.order. Each process computes a contiguous part.
+Process 0 accumulates its own, the next process adds its gradients to this sum one by one, and so on; the last one sends
+the total to all.
 """
 
 from collections import Counter
@@ -19,24 +20,24 @@ BUFFERS = WeakKeyDictionary()  # {optimizer: the vectors of its steps}, since ne
 
 
 class GradientSum:
-    """The gradient of all that an optimizer trains, for a list of losses: functions that return (loss, metrics).
+    """The gradient of all that an optimizer trains, for a list of loss functions; each returns (loss, metrics).
 
     Dropout's random numbers depend on the seed and on the index of the loss."""
 
-    def __init__(self, optimizer, losses: list[Callable], seed: int):
-        self.optimizer, self.losses, self.seed = optimizer, losses, seed
+    def __init__(self, optimizer, loss_fns: list[Callable], seed: int):
+        self.optimizer, self.loss_fns, self.seed = optimizer, loss_fns, seed
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self.buffers: list[Tensor] = BUFFERS.setdefault(optimizer, [])
         # The losses of a DPO batch are those of its pairs, then those of its replayed examples. Interleaving both
         # halves gives every process some of either.
-        half = -(-len(losses) // 2)
-        self.order = sorted(range(len(losses)), key=lambda i: i % half)
+        half = -(-len(loss_fns) // 2)
+        self.order = sorted(range(len(loss_fns)), key=lambda i: i % half)
         self.metrics: dict[int, Counter] = {}  # of the losses that this process computed
         self.error: Exception | None = None  # the first one in computing them
 
     def owner(self, position: int) -> int:
         """The process that computes the loss at this position of the order."""
-        return position * processes.size() // len(self.losses)
+        return position * processes.size() // len(self.loss_fns)
 
     def compute(self) -> None:
         """Set .grad of all parameters, in all processes. If self.error is set afterwards, they are meaningless."""
@@ -72,7 +73,7 @@ class GradientSum:
             return
         try:
             torch.manual_seed(derive_seed(self.seed, index))
-            loss, values = self.losses[index]()
+            loss, values = self.loss_fns[index]()
             loss.backward()
             self.metrics[index] = Counter({"loss": loss.item(), **values})
         except (MemoryError, RuntimeError) as error:
@@ -102,7 +103,7 @@ class GradientSum:
         """The sum of all losses' metrics, added in the order of the losses."""
         by_index = {index: values for part in gathered for index, values in part.items()}
         total = Counter()
-        for index in range(len(self.losses)):
+        for index in range(len(self.loss_fns)):
             total.update(by_index[index])
         return total
 

@@ -104,8 +104,8 @@ class LoRATraining:
         self.base, self.model = self.model, add_adapters(self.model, self.lora)
         return super().prepare_training(config)
 
-    def fit(self, batches: list, loss_fn, config) -> list[dict]:
-        log = super().fit(batches, loss_fn, config)
+    def fit(self, batches: list, make_loss_fns, config) -> list[dict]:
+        log = super().fit(batches, make_loss_fns, config)
         self.model = merge_adapters(self.base, self.model)
         del self.base
         return log

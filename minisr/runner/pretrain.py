@@ -26,7 +26,7 @@ from minisr.runner.engine import Workspace, run_lm_class
 from minisr.runner.journal import TrainingState
 from minisr.runner.resumable import deciding_values
 from minisr.runner.storage import folder_lock
-from minisr.sft import Example, mean_target_losses
+from minisr.sft import Example, make_target_loss_fns
 from minisr.tokenizer import SentencePiece, Tokenizer
 from minisr.train import make_batches
 from minisr.worlds.tiny import corpus
@@ -46,7 +46,7 @@ def pretrain(config: PretrainConfig, folder: Path) -> None:
         if (folder / "meta.json").exists():
             raise InputError(f"{folder} already holds a model; choose another folder with --out")
         lm.workspace = Workspace("pretrain", training_folder=folder, training_made_from=(deciding_values(config),))
-        train(lm, documents, config)
+        train_on_documents(lm, documents, config)
         save_model(folder, model, tokenizer, {
             "made_by": "pretrain", "seed": config.seed, "torch": torch.__version__,
             "config_hash": digest(to_toml(config).encode())})
@@ -100,12 +100,13 @@ def init_weights(model: Decoder, generator: torch.Generator) -> None:
         nn.init.normal_(weight, std=std, generator=generator)
 
 
-def train(lm: LM, documents: list[Example], config: PretrainConfig) -> None:
+def train_on_documents(lm: LM, documents: list[Example], config: PretrainConfig) -> None:
     """Train on every token of the documents."""
     lengths = [len(document.ids) for document in documents]
     batches = make_batches(lengths, config.train, derive_seed(config.seed, "order"))
 
-    def loss_fn(batch, train_config):
-        return mean_target_losses(lm, [documents[i] for i in batch], train_config)
+    def make_loss_fns(batch, train_config):
+        return make_target_loss_fns(lm, [documents[i] for i in batch], train_config)
 
-    lm.fit(batches, loss_fn, config.train)
+    torch.manual_seed(derive_seed(config.seed, "dropout"))
+    lm.fit(batches, make_loss_fns, config.train)

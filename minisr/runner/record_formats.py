@@ -7,7 +7,7 @@ reason. tiny_configs/README.md has the table of formats.
 import unicodedata
 from typing import NamedTuple
 
-from minisr.runner.files import HALF_CHARACTER, has_half_character
+from minisr.runner.files import LONE_SURROGATE, has_lone_surrogate
 
 ROLES = {"user": "user", "human": "user", "prompter": "user",
          "assistant": "assistant", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant",
@@ -55,8 +55,8 @@ def parse_exchange(record) -> Exchange:
         raise LeftOut("a turn of another role before the answer")
     prompt = "\n\n".join([*system, prompt])
     response = answers[0][1] if answers else None
-    if has_half_character(prompt + (response or "")):
-        raise LeftOut(HALF_CHARACTER)
+    if has_lone_surrogate(prompt + (response or "")):
+        raise LeftOut(LONE_SURROGATE)
     return Exchange(name, prompt, response, len(answers[1:]))
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from minisr.runner.config import Config, differences, load_stored_config, to_toml
 from minisr.runner.files import write_bytes
+from minisr.worlds.catalog import WORLDS
 
 STAGES = (
     "SFT",  # the folder SFT, and with it all that follows; only the seed data and M0 come before
@@ -79,8 +80,7 @@ def affected_stages(base: Config, config: Config) -> tuple[str, ...] | None:
         key = difference.partition(": ")[0]
         section = key.partition(".")[0]
         name = key if key in FIRST_AFFECTED_STAGE else section
-        rounds_seed_data = base.seed_data.source == "words" and name in ("engine", "dtype", "threads")  # M0's answers
-        if name not in FIRST_AFFECTED_STAGE or rounds_seed_data:
+        if name not in FIRST_AFFECTED_STAGE or affects_seed_data(base, name):
             return None
         stage = FIRST_AFFECTED_STAGE[name]
         if key == "judge.judgements" and base.seed_data.eft_by == "baseline":
@@ -90,6 +90,14 @@ def affected_stages(base: Config, config: Config) -> tuple[str, ...] | None:
         if stage is not None:
             first = min(first, STAGES.index(stage))
     return STAGES[first:]
+
+
+def affects_seed_data(base: Config, key: str) -> bool:
+    """Whether a change of this key also changes the seed data that the base run has made."""
+    if base.seed_data.source == "words":
+        return key in ("engine", "dtype", "threads")  # M0's answers
+    # Records of a file whose judgements are longer than the model's context are left out.
+    return base.seed_data.source not in WORLDS and FIRST_AFFECTED_STAGE[key] == "eft"
 
 
 def first_stage_judged_by(base: str, variant: str) -> str:

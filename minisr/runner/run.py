@@ -60,7 +60,7 @@ class Run:
         old = load_stored_config(stored) if stored.exists() else None
         if old:
             config = keep_stored_paths(old, config, Path(folder))
-        else:  # at once: process 0 may write the config before the others look
+        else:  # check now, before process 0 writes config.toml
             check_new(Path(folder))
         run = cls(folder, config)
         if old:
@@ -215,7 +215,7 @@ class Run:
 
 
 def check_config(config: Config) -> None:
-    """Raise InputError for what a run of this config would report when it starts, before it reads data and model."""
+    """Raise InputError for errors in a config that can be found without data and model."""
     check_consistency(config)
     uses_gpu(config)
     choose_dtype(config)

@@ -31,7 +31,7 @@ from minisr.runner.data_sets import (
     reject_too_long,
     shorten,
 )
-from minisr.runner.files import HALF_CHARACTER, has_half_character
+from minisr.runner.files import LONE_SURROGATE, has_lone_surrogate
 from minisr.runner.json_records import read_records
 from minisr.runner.record_formats import (
     LeftOut,
@@ -271,8 +271,8 @@ def read_judged(source: Path, config) -> DataSet:
             continue
         if "reasons" not in record:
             unexplained.append(place)
-        if has_half_character("".join([record["prompt"], *record["responses"], *record.get("reasons", [])])):
-            data.leave_out(HALF_CHARACTER, place)
+        if has_lone_surrogate("".join([record["prompt"], *record["responses"], *record.get("reasons", [])])):
+            data.leave_out(LONE_SURROGATE, place)
             continue
         data.formats["judged"] += 1
         kept = ("prompt", "responses", "scores", "reasons")

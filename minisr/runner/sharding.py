@@ -132,9 +132,9 @@ class ShardedTraining:
         self.base, self.model = self.model, shard(self.model)
         return super().prepare_training(config)
 
-    def fit(self, batches: list, loss_fn, config) -> list[dict]:
+    def fit(self, batches: list, make_loss_fns, config) -> list[dict]:
         try:
-            log = super().fit(batches, loss_fn, config)
+            log = super().fit(batches, make_loss_fns, config)
             self.model = gather_weights(self.model, self.base)
         except RuntimeError as error:
             if is_lost_connection(error):
@@ -153,23 +153,24 @@ class ShardedTraining:
         """function(batch), which computes with the present model, sharded or not."""
         return self.model.call(function, batch) if hasattr(self.model, "call") else function(batch)
 
-    def gradients_within_memory(self, optimizer, loss_fn, batch, config, seed) -> tuple[Counter, object]:
+    def gradients_within_memory(self, optimizer, make_loss_fns, batch, config, seed) -> tuple[Counter, object]:
         """Replaces RunLM's. The processes take the micro-batches in turn. As they gather the weights together, all of
         them compute equally often: one without a micro-batch of its own adds the last one's gradient times 0."""
-        losses, metrics = loss_fn(batch, config), {}
-        for first in range(0, len(losses), processes.size()):
+        loss_fns, metrics = make_loss_fns(batch, config), {}
+        for first in range(0, len(loss_fns), processes.size()):
             own = first + processes.rank()
-            index = min(own, len(losses) - 1)
+            index = min(own, len(loss_fns) - 1)
             torch.manual_seed(derive_seed(seed, index))  # of dropout: the same numbers in any process
             try:
-                loss, values = losses[index]()
+                loss, values = loss_fns[index]()
                 (loss * (own == index)).backward()
             except (MemoryError, RuntimeError) as error:
                 if not is_out_of_memory(error):
                     raise
                 # No second try with smaller micro-batches: the other processes cannot go back.
-                raise InputError("not enough memory for the micro-batches of a sharded training; try a new run with a "
-                                 "smaller micro_batch or gradient_checkpointing = true") from error
+                raise InputError("not enough memory for the micro-batches of a sharded training; to resume with less, "
+                                 "run the same command with --set SECTION.micro_batch=1 or "
+                                 "SECTION.gradient_checkpointing=true, SECTION being sft or dpo") from error
             if own == index:
                 metrics[index] = Counter({"loss": loss.item(), **values})
         by_index = {index: values for part in processes.gather(metrics) for index, values in part.items()}

@@ -133,7 +133,7 @@ class StoredModel(SelfRewardingModel):
 
 
 def keep(step, *inputs):
-    """Restore what a step of a StoredModel made, or take the step and store the result."""
+    """Restore what a step of a StoredModel made, or run the step and store the result."""
     if step.__name__ in FILES:
         return keep_records(step, *inputs)
     return keep_model(step, *inputs)

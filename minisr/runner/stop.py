@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM wait for the end of the current batch or optimizer step, which is saved first.
+"""On Ctrl-C or SIGTERM, finish and save the current batch or optimizer step, then stop.
 
 Imported before anything heavy, so that a signal during start-up is handled too.
 """

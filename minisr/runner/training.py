@@ -16,10 +16,10 @@ from minisr.runner.stop import Stop
 class ResumableTraining:
     """One training of a RunLM, from its first step or from the state that an interrupted process stored."""
 
-    def __init__(self, lm, batches: list, loss_fn, config):
-        self.lm, self.work, self.batches, self.loss_fn = lm, lm.workspace, batches, loss_fn
+    def __init__(self, lm, batches: list, make_loss_fns, config):
+        self.lm, self.work, self.batches, self.make_loss_fns = lm, lm.workspace, batches, make_loss_fns
         self.config = replace(config, micro_batch=micro_batch_size(config))
-        self.dropout_seed = torch.initial_seed()
+        self.dropout_seed = torch.initial_seed()  # what the caller set with torch.manual_seed
         self.optimizer = lm.prepare_training(self.config)
         self.state = lm.training_state(
             self.work.training_folder, self.work.training_made_from, batches, deciding_values(self.config))
@@ -27,21 +27,22 @@ class ResumableTraining:
         processes.check_same(len(self.log), self.work.training_folder)
 
     def run(self) -> list[dict]:
-        """Take the remaining steps; return and write the log. The state is stored every save_every steps and when a
+        """Run the remaining steps; return and write the log. The state is stored every save_every steps and when a
         signal asks to stop."""
         bar = tqdm(self.batches, self.work.title, leave=False, initial=len(self.log), disable=None)
         for step in range(len(self.log), len(self.batches)):
-            self.log.append(self.take_step(step))
+            self.log.append(self.run_step(step))
             bar.update()
             self.save_or_stop()
         self.lm.model.eval()
         write_jsonl(self.work.training_folder / "train_log.jsonl", self.log)
         return self.log
 
-    def take_step(self, step: int) -> dict:
+    def run_step(self, step: int) -> dict:
         """One optimizer step; returns its record. After a lack of memory the config keeps the smaller micro-batch."""
+        seed = derive_seed(self.dropout_seed, step)
         metrics, self.config = self.lm.gradients_within_memory(
-            self.optimizer, self.loss_fn, self.batches[step], self.config, derive_seed(self.dropout_seed, step))
+            self.optimizer, self.make_loss_fns, self.batches[step], self.config, seed)
         rate = train.learning_rate(step, len(self.batches), self.config)
         try:
             grad_norm = train.optimizer_step(self.optimizer, rate, self.config.max_grad_norm)

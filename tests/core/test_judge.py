@@ -17,6 +17,7 @@ from minisr.judge import (
     reward_records,
 )
 from minisr.lm import LM
+from minisr.tokenizer import Tokenizer
 
 TEMPLATE = "Rate. {prompt} / {response}"
 
@@ -74,6 +75,13 @@ def response_of_length(tokens: int) -> str:
 
 def test_the_score_is_parsed_from_what_the_judge_writes():
     assert judged("Score:3", ["A fox."]) == [[Judgement("Score:3", 3)]]
+
+
+def test_a_judgement_ends_before_the_templates_text_after_a_response():
+    tokenizer = Tokenizer(tiny_tokenizer().vocabulary, "<s><|user|>{prompt}<|assistant|>{response}\n</s>")
+    lm = LM(speaker("Score:3\n"), tokenizer)
+    [[judgement]] = judge(lm, TEMPLATE, ["Write."], ["A fox."], JudgeConfig(judgements=1, max_new_tokens=20), seed=0)
+    assert judgement == Judgement("Score:3", 3)
 
 
 def test_a_response_that_scores_itself_changes_nothing():

@@ -7,7 +7,7 @@ import torch
 from tiny import ENGINES, EXAMPLES, bigram, tiny_lm, tiny_tokenizer, with_log
 
 from minisr import InputError
-from minisr.sft import Example, encode_examples, mean_target_losses, right_pad, train_sft
+from minisr.sft import Example, encode_examples, make_target_loss_fns, right_pad, train_sft
 from minisr.train import TrainConfig, learning_rate
 
 
@@ -35,7 +35,7 @@ def test_the_first_token_is_never_a_target(engine):
 
 
 def loss_values(*arguments):
-    return [compute()[0].item() for compute in mean_target_losses(*arguments)]
+    return [compute()[0].item() for compute in make_target_loss_fns(*arguments)]
 
 
 def test_prompt_and_padding_bear_no_loss_and_the_end_token_does(engine):

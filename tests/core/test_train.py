@@ -112,9 +112,9 @@ def steps(monkeypatch):
 
 def fit_model(model, factors, config):
     """Train on the loss `factor * mean(logits^2)`; each factor is a batch."""
-    def loss_fn(factor, config):
+    def make_loss_fns(factor, config):
         return [lambda: (factor * model(torch.tensor([[1, 2]])).square().mean(), {})]
-    return fit(model, make_optimizer(model.named_parameters(), config), factors, loss_fn, config)
+    return fit(model, make_optimizer(model.named_parameters(), config), factors, make_loss_fns, config)
 
 
 def test_a_gradient_above_the_largest_norm_is_scaled_down_to_it(steps):
@@ -140,13 +140,13 @@ def test_each_step_has_its_own_gradient_and_learning_rate(steps):
 def test_a_loss_that_is_not_finite_stops_the_training_and_changes_no_weight(bad):
     model, before = tiny_model(), []
 
-    def loss_fn(factor, config):
+    def make_loss_fns(factor, config):
         before.append(model.embed.weight.detach().clone())
         return [lambda: (model(torch.tensor([[1, 2]])).square().mean() * factor, {})]
 
     optimizer = make_optimizer(model.named_parameters(), TrainConfig())
     with pytest.raises(FloatingPointError, match="not finite"):
-        fit(model, optimizer, [1.0, 1.0, bad, 1.0], loss_fn, TrainConfig())
+        fit(model, optimizer, [1.0, 1.0, bad, 1.0], make_loss_fns, TrainConfig())
     assert len(before) == 3 and torch.equal(model.embed.weight, before[-1])
     assert not torch.equal(before[0], before[1])
 
@@ -157,11 +157,11 @@ def test_a_loss_that_is_not_finite_stops_the_training_and_changes_no_weight(bad)
 def test_dropout_is_on_during_training_and_off_after_it(engine):
     lm, seen = tiny_lm(engine), []
 
-    def loss_fn(batch, config):
+    def make_loss_fns(batch, config):
         seen.extend((m.training, m.p) for m in lm.model.modules() if isinstance(m, torch.nn.Dropout))
         return [lambda: (lm.model(torch.tensor([[1, 2]])).square().mean(), {})]
 
-    lm.fit([0], loss_fn, TrainConfig(dropout=0.3))
+    lm.fit([0], make_loss_fns, TrainConfig(dropout=0.3))
     assert set(seen) == {(True, 0.3)} and not any(m.training for m in lm.model.modules())
 
 

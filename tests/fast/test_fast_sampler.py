@@ -16,7 +16,7 @@ from minisr.fast.decode_step import DecodeStep
 from minisr.fast.rng import seeds_to_tensor, uniform
 from minisr.fast.sampler import (
     MIN_SHARED_TOKENS,
-    Decoding,
+    DecodingConfig,
     Options,
     common_prefix_length,
     group_by_length,
@@ -228,7 +228,7 @@ LOGITS = st.lists(one_of(-math.inf, 0.0, 0.0, *(i / 4 for i in range(-32, 33))),
 
 def draw_without_sorting(logits, temperature, top_p, seeds, step):
     seeds = seeds_to_tensor(seeds, "cpu")
-    how = Decoding(SamplingConfig(temperature, top_p), STOP_IDS, Options())
+    how = DecodingConfig(SamplingConfig(temperature, top_p), STOP_IDS, Options())
     return fast_sampler.sample_top_p(logits, how, seeds, step, uniform(seeds, 64 * step))
 
 

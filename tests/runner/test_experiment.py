@@ -161,6 +161,15 @@ def test_a_variant_copies_from_the_base_what_its_changes_do_not_affect(changes, 
     assert not list(tmp_path.glob("*.part"))
 
 
+@pytest.mark.parametrize("change", ["judge.template=x.txt", "seed_data.reasons=false", "seed_data.eft_by=none"])
+def test_a_change_of_the_judgements_copies_nothing_where_records_of_a_file_may_then_be_too_long(change, plan, tmp_path):
+    toml, source = plan("").with_name("base.toml"), "seed_data.source=english"
+    base_run(tmp_path / "base-0", toml, [source])
+    config = load_config(toml, overrides=(source, "dpo.replay_weight=0", change))
+    copy_unaffected(tmp_path / "base-0", tmp_path / "a-0", config)
+    assert not (tmp_path / "a-0").exists()
+
+
 def test_more_judgements_change_eft_data_written_by_the_baseline(plan, tmp_path):
     toml, by = plan("").with_name("base.toml"), "seed_data.eft_by=baseline"
     base_run(tmp_path / "base-0", toml, [by])

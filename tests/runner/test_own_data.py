@@ -165,8 +165,8 @@ NO_TEXT = {"role": "user", "content": [text_part("What is this?"), {"type": "ima
     ({"conversations": [HUMAN, GPT | {"loss": False}]}, "an answer that is marked as not to be trained on"),
     (ALPACA | {"output": "\u200b\ufeff \x00"}, "empty answer"), ({"prompt": "\u2060", "response": "b"}, "empty prompt"),
     ({"prompt": "a", "completion": "b", "label": False}, "labelled as a bad answer (label: false)"),
-    ({"prompt": "Name \ud800.", "response": "b"}, "half a character (a lone surrogate, \\ud800 to \\udfff)"),
-    ({"prompt": "a", "response": "\udfff"}, "half a character (a lone surrogate, \\ud800 to \\udfff)"),
+    ({"prompt": "Name \ud800.", "response": "b"}, "a lone surrogate (\\ud800 to \\udfff)"),
+    ({"prompt": "a", "response": "\udfff"}, "a lone surrogate (\\ud800 to \\udfff)"),
     ({"prompt": {"text": "a", "role": "prompter", "replies": []}}, "no answer"),
     ({"prompt": {"text": "a", "role": "prompter", "deleted": True}}, "a deleted message"),
     ([1, 2], "not a record {...}"), (None, "not a record {...}"), (3, "not a record {...}"),
@@ -263,7 +263,7 @@ def test_half_a_character_in_a_judged_record_leaves_it_out(change, folder):
     write_jsonl(folder / "judged.jsonl", [JUDGED | {"prompt": "a"}, JUDGED | change, JUDGED | {"prompt": "b"}])
     data, sets = load(folder, judge_evaluation=1)
     assert [r["prompt"] for r in data["ranked"] + data["judge_evaluation"]] == ["a", "b"]
-    assert sets["judged"].left_out == {"half a character (a lone surrogate, \\ud800 to \\udfff)": ["line 2"]}
+    assert sets["judged"].left_out == {"a lone surrogate (\\ud800 to \\udfff)": ["line 2"]}
 
 
 def load(source, **settings):

@@ -52,6 +52,16 @@ def test_the_text_is_whole_documents_with_an_end_token_up_to_the_number_of_token
     assert documents == make_documents(tokenizer, config)
 
 
+def test_the_seed_decides_the_dropout(config, tmp_path):
+    torch.manual_seed(1)
+    assert pretrain(config, tmp_path / "first", "train.dropout=0.2") == 0
+    torch.manual_seed(2)
+    assert pretrain(config, tmp_path / "second", "train.dropout=0.2") == 0
+    assert (tmp_path / "first/model.pt").read_bytes() == (tmp_path / "second/model.pt").read_bytes()
+    assert pretrain(config, tmp_path / "without") == 0
+    assert (tmp_path / "without/model.pt").read_bytes() != (tmp_path / "first/model.pt").read_bytes()
+
+
 def test_resumed_pretraining_gives_the_same_model_and_it_has_learned(
         config, tmp_path, monkeypatch, capsys):
     assert pretrain(config, tmp_path / "whole") == 0

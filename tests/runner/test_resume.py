@@ -261,14 +261,14 @@ def test_without_memory_the_micro_batch_is_halved_and_the_gradient_is_the_same_s
         lm, sizes = run_lm("fast", tiny_model().to(dtype), training_folder=tmp_path), []
         rows = torch.arange(24).reshape(8, 3)
 
-        def loss_fn(batch, config):
+        def make_loss_fns(batch, config):
             def loss(number, part):
                 sizes.append(len(part))
                 if len(part) > limit and number == 1:  # the first part's gradient is there already
                     raise error
                 return lm.model(rows[part]).float().square().mean((1, 2)).sum() / 8, {"rows": len(part)}
             return [partial(loss, *part) for part in enumerate(train.micro_batches(batch, config))]
-        return lm.model, sizes, lm.fit([list(range(8))] * 3, loss_fn, config)
+        return lm.model, sizes, lm.fit([list(range(8))] * 3, make_loss_fns, config)
     whole, _, log = run(8)
     halved, sizes, parts = run(3)
     assert sizes == [4, 4, *[2] * 12]  # the smaller size is used from then on
@@ -285,7 +285,7 @@ def test_without_memory_the_micro_batch_is_halved_and_the_gradient_is_the_same_s
 def test_dropout_is_drawn_again_as_it_was_where_memory_ran_out(tmp_path):
     drawn = []
 
-    def loss_fn(batch, config):
+    def make_loss_fns(batch, config):
         def loss():
             drawn.append(torch.rand(3).tolist())
             if len(drawn) == 1:
@@ -293,7 +293,7 @@ def test_dropout_is_drawn_again_as_it_was_where_memory_ran_out(tmp_path):
             return lm.model(torch.tensor([[1, 2]])).square().mean(), {}
         return [loss]
     lm = run_lm("plain", training_folder=tmp_path)
-    lm.fit([[0]], loss_fn, TrainConfig(micro_batch=2))
+    lm.fit([[0]], make_loss_fns, TrainConfig(micro_batch=2))
     assert len(drawn) == 2 and drawn[0] == drawn[1]
 
 
@@ -312,9 +312,9 @@ def test_a_max_grad_norm_of_0_leaves_the_gradient_as_it_is(tmp_path):
     def trained_with(max_grad_norm):
         lm = run_lm("plain", training_folder=tmp_path)
 
-        def loss_fn(batch, config):
+        def make_loss_fns(batch, config):
             return [lambda: (100 * lm.model(torch.tensor([[1, 2]])).square().mean(), {})]
-        log = lm.fit([[0]] * 2, loss_fn, TrainConfig(max_grad_norm=max_grad_norm))
+        log = lm.fit([[0]] * 2, make_loss_fns, TrainConfig(max_grad_norm=max_grad_norm))
         return torch.cat([p.detach().flatten() for p in lm.model.parameters()]), log[0]["grad_norm"]
     (free, norm), (loose, _), (tight, _) = map(trained_with, (0.0, 1e9, 1e-9))
     assert norm > 1 and torch.equal(free, loose) and not torch.equal(free, tight)
@@ -335,10 +335,10 @@ def test_another_runtime_error_does_not_mean_too_little_memory(message, tmp_path
 def test_a_loss_that_is_not_finite_leaves_the_last_good_state(tmp_path):
     lm = run_lm("plain", training_folder=tmp_path)
 
-    def loss_fn(batch, config):
+    def make_loss_fns(batch, config):
         return [lambda: (lm.model(torch.tensor([[1, 2]])).square().mean() * batch, {})]
     with pytest.raises(InputError, match="test: .* not finite at step 2 of 4; try a new run with a lower"):
-        lm.fit([1.0, 1.0, float("inf"), 1.0], loss_fn, TrainConfig(save_every=1))
+        lm.fit([1.0, 1.0, float("inf"), 1.0], make_loss_fns, TrainConfig(save_every=1))
     assert json.loads((tmp_path / "training.json").read_text())["step"] == 2
 
 

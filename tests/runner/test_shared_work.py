@@ -163,14 +163,14 @@ def test_where_one_process_runs_out_of_memory_all_halve_the_micro_batch(victim, 
         lm = PlainRunLM(copy.deepcopy(model), tiny_tokenizer())
         config = TrainConfig(batch_size=8, micro_batch=micro_batch)
 
-        def loss_fn(batch, config):
+        def make_loss_fns(batch, config):
             def loss(part):
                 if len(part) > 2 and processes.rank() == victim:
                     raise MemoryError
                 return lm.model(rows[part]).square().mean((1, 2)).sum() / 8, {"rows": len(part)}
             return [partial(loss, part) for part in micro_batches(batch, config)]
         optimizer = make_optimizer(lm.model.named_parameters(), config)
-        metrics, config = lm.gradients_within_memory(optimizer, loss_fn, list(range(8)), config, seed=0)
+        metrics, config = lm.gradients_within_memory(optimizer, make_loss_fns, list(range(8)), config, seed=0)
         return metrics, config.micro_batch, torch.cat([p.grad.flatten() for p in lm.model.parameters()])
     [(expected, _, whole)] = in_processes(1, partial(gradient, 2))
     assert expected["rows"] == 8
