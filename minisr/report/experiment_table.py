@@ -11,12 +11,13 @@ COLUMNS = (
     ("pairwise %", "judge.pairwise", 100), ("5-best %", "judge.five_best", 100),
     ("exact %", "judge.exact", 100), ("Spearman", "judge.spearman", 1), ("Kendall", "judge.kendall", 1),
     ("parsed %", "judge.parse_rate", 100), ("chars", "length", 1), ("pairs", "pairs", 1),
-    ("right %", "pairs_right", 100), ("distinct %", "distinct", 100), ("form %", "criteria.4", 100),
+    ("right %", "pairs_right", 100), ("own pairwise %", "rewards.pairwise", 100),
+    ("distinct %", "distinct", 100), ("form %", "criteria.4", 100),
     ("cover %", "words.all.cover", 100), ("unseen: cover %", "words.unseen.cover", 100),
     ("unseen: flawless %", "words.unseen.flawless", 100), ("list %", "words.all.lists", 100),
     ("words", "words.all.length", 1), ("words judged %", "judge.words_right", 100),
     ("form judged %", "judge.form_right", 100))
-OF_ONE_WORLD = {"judge.words_right", "judge.form_right"} | {  # left out where nothing was measured
+OPTIONAL = {"judge.words_right", "judge.form_right", "rewards.pairwise"} | {  # left out where nothing was measured
     metric for _, metric, _ in COLUMNS if metric.startswith("words.")}
 
 
@@ -42,7 +43,7 @@ def table(head: str, rows: dict, sign: str = "", columns: tuple = COLUMNS) -> st
 
     With sign "+" the values are differences: those whose 95 % interval excludes 0 are bold."""
     measured = [metric for metrics in rows.values() for metric, values in metrics.items() if None not in values]
-    columns = [column for column in columns if column[1] not in OF_ONE_WORLD or column[1] in measured]
+    columns = [column for column in columns if column[1] not in OPTIONAL or column[1] in measured]
     headings = " | ".join([head, *(heading for heading, _, _ in columns)])
     column_count = headings.count(" | ") + 1
     lines = [f"| {headings} |", "|" + "---|" * column_count]
@@ -53,12 +54,14 @@ def table(head: str, rows: dict, sign: str = "", columns: tuple = COLUMNS) -> st
 
 
 def _cell(values: list | None, factor: float, sign: str) -> str:
-    """"mean ± half-width of the interval", or "-" if a seed has no value."""
+    """"mean ± half-width of the interval", the value of a single seed, or "-" if a seed has no value."""
     if not values or None in values:
         return NOT_MEASURED
     mean, half_width = mean_and_interval([factor * value for value in values])
     digits = _digits(mean, factor)
-    text = f"{mean:{sign}.{digits}f} ± {half_width:.{digits}f}"
+    text = f"{mean:{sign}.{digits}f}"
+    if len(values) > 1:  # one seed has no interval
+        text += f" ± {half_width:.{digits}f}"
     excludes_zero = len(values) > 1 and abs(mean) > half_width
     return f"**{text}**" if sign and excludes_zero else text
 

@@ -14,6 +14,7 @@ from minisr.evaluate import bootstrap_ci, judge_metrics, mean, win_rates
 from minisr.judge import judge, reward
 from minisr.rng import derive_seed
 from minisr.runner.command import command_judgements
+from minisr.runner.data_sets import BY_MODELS
 from minisr.runner.files import RESTORE, check_object, read_json, read_jsonl, write_json
 from minisr.runner.storage import read_step, verify_checksum
 from minisr.sampler import SamplingConfig
@@ -203,6 +204,7 @@ def training_summary(model) -> dict:
     return {"pairs": selection["pairs"], "selection": selection, "seconds": seconds,
             "distinct": responses["distinct"] / max(responses["finished"] + responses["cut"], 1),
             **(pair_label_accuracy(parent) if model.run.has_oracle else {}),
+            **({"rewards": reward_metrics(model.run, parent)} if model.run.has_oracle else {}),
             "prompts": read_counts(parent / "prompts.counts.json"),
             "scores": read_counts(parent / "rewards.counts.json")}
 
@@ -216,6 +218,34 @@ def pair_label_accuracy(folder: Path) -> dict:
         return {}
     return {"pairs_right": sum(chosen > rejected for chosen, rejected in known) / len(known),
             "pairs_wrong": sum(chosen < rejected for chosen, rejected in known) / len(known)}
+
+
+def reward_metrics(run, folder: Path) -> dict:
+    """The mean reward of a model's own responses, and how often the rewards order two of them as the oracle does.
+
+    If a model wrote the judgements, also the world's measures of single points."""
+    records = own_responses(folder)
+    metrics = judge_metrics([record["scores"] for record in records], [record["rewards"] for record in records])
+    parsed = [reward for record in records for reward in record["rewards"] if reward is not None]
+    result = {"mean": mean(parsed), "pairwise": metrics["pairwise"], "pairwise_ci95": metrics["pairwise_ci95"]}
+    if run.config.judge.by in BY_MODELS:
+        result |= run.world.measure_judge(records)
+    return result
+
+
+def own_responses(folder: Path) -> list[dict]:
+    """A model's finished responses to requests of a world, as records like those of judge_evaluation.jsonl."""
+    records = []
+    for y, r in zip(read_step(folder / "responses.jsonl"), read_step(folder / "rewards.jsonl"), strict=True):
+        finished = [i for i, done in enumerate(y["finished"]) if done]
+        if not finished or true_score(y["prompt"], "") is None:
+            continue
+        responses = [y["responses"][i] for i in finished]
+        records.append({"prompt": y["prompt"], "responses": responses,
+                        "scores": [true_score(y["prompt"], response) for response in responses],
+                        "rewards": [r["rewards"][i] for i in finished],
+                        "judgements": [r["judgements"][i] for i in finished]})
+    return records
 
 
 def _seconds(folder: Path, *names: str) -> float:

@@ -22,8 +22,8 @@ from minisr.runner.stop import Stop
 # The metrics of a model that results.json holds, as paths in metrics.json; criteria.4 is correct form.
 METRICS = ("flawless", "flawless_greedy", "mean_score", "versus_m1.win", "versus_m1.lose", "judge.pairwise",
            "judge.five_best", "judge.exact", "judge.spearman", "judge.kendall", "judge.parse_rate", "length",
-           "pairs", "pairs_right", "distinct", "criteria.4", "words.all.cover", "words.unseen.cover",
-           "words.unseen.flawless", "words.all.lists", "words.all.length", "judge.words_right",
+           "pairs", "pairs_right", "rewards.pairwise", "distinct", "criteria.4", "words.all.cover",
+           "words.unseen.cover", "words.unseen.flawless", "words.all.lists", "words.all.length", "judge.words_right",
            "judge.form_right")
 
 

@@ -11,7 +11,7 @@ import pytest
 from small_run import jsonl, minisr
 from tiny import tiny_lm
 
-from minisr import InputError, prompts
+from minisr import InputError, loop
 from minisr.lm import ResponseConfig
 from minisr.prompts import PromptConfig, few_shot_prompt
 from minisr.runner.config import Config, SeedConfig
@@ -177,7 +177,7 @@ def test_sampled_answers_of_the_words_world_are_never_refused(tmp_path):
 
 def test_a_new_prompt_that_leaves_no_room_for_an_answer_is_dropped(folder, tmp_path, monkeypatch):
     new = ["Write a story about a sad pig at the river.", LONG, "News?"]
-    monkeypatch.setattr(prompts, "new_prompts", lambda *_: (list(new), Counter(accepted=3)))
+    monkeypatch.setattr(loop, "new_prompts", lambda *_: (list(new), Counter(accepted=3)))
     config = replace(config_for(folder), responses=ResponseConfig(max_new_tokens=8))
     M0 = StoredModel(Run.open(tmp_path / "run", config), "M0").copy_seed_model()
     x = M0.new_prompts()

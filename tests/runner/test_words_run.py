@@ -13,7 +13,7 @@ import pytest
 from small_run import files, jsonl, minisr
 from tiny import tiny_lm
 
-from minisr import prompts as core_prompts
+from minisr import loop
 from minisr.report.run_charts import answer_charts
 from minisr.runner.config import load_config
 from minisr.runner.files import read_json
@@ -112,7 +112,7 @@ def test_prompts_of_the_models_own_are_filtered(config, tmp_path, monkeypatch):
     written = ["Use cup, tea, pour, table in one short sentence.",
                "In one sentence, use the words tent, camel, sit, dune.", "Write about a zebra.", "Write about a horse."]
     counts = Counter(accepted=4)
-    monkeypatch.setattr(core_prompts, "new_prompts", lambda *arguments: (list(written), counts))
+    monkeypatch.setattr(loop, "new_prompts", lambda *arguments: (list(written), counts))
     run = Run(tmp_path / "run", load_config(config, overrides=("prompts.source=self",)))
     monkeypatch.setattr(Run, "ift", [])
     monkeypatch.setattr(Run, "held_out", set())

@@ -391,7 +391,10 @@ def test_metrics_of_judgements_by_hand():
               "judgements": [[right], [wrong], [right]], "edited": [False, False, True]}
     measured = measures.measure_judge([record])
     # `right` of the third says knife (wrong) and no soup (wrong), a sentence (wrong).
-    assert measured == {"words_right": 10 / 12, "form_right": 1 / 3, "natural_pairwise": 0.0}
+    assert measured == {"words_right": 10 / 12, "form_right": 1 / 3, "false_sentences": 1.0, "natural_pairwise": 0.0}
+    del record["edited"]
+    record["judgements"][2] = [judgement(KITCHEN, examine(KITCHEN, "Soup"))]
+    assert measures.measure_judge([record]) == {"words_right": 1.0, "form_right": 2 / 3, "false_sentences": 0.5}
 
 
 def test_each_prompt_is_of_one_world():

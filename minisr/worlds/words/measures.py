@@ -43,27 +43,33 @@ def measure_texts(texts: list[tuple]) -> dict:
 
 
 def measure_judge(judged: list[dict]) -> dict:
-    """How the judge fares on single points, and on M0's own answers, those that were not edited, alone.
+    """How the judge fares on single points, and on the answers that were not edited alone.
 
     "words_right", "form_right": shares of the points that the justification gives as the annotator does;
-    "natural_pairwise": pairwise accuracy on the answers that were not edited.
+    "false_sentences": share of the answers that are no sentence to which it gives the sentence's point all the same;
+    "natural_pairwise": pairwise accuracy on the answers that were not edited, if some were.
     Records are those of judge_evaluation.jsonl."""
-    words, forms = [], []
+    words, forms, false_sentences = [], [], []
     for record in judged:
         request = parse_request(record["prompt"])
         for text, judgements in zip(record["responses"], record["judgements"]):
             true = examine(request, text).points
             for judgement in judgements:
-                right = [given == point for given, point in zip(read_points(request, judgement), true)]
+                given = read_points(request, judgement)
+                right = [point == true_point for point, true_point in zip(given, true)]
                 words += right[:-1]
                 forms.append(right[-1])
-    natural = [keep_natural(record) for record in judged]
-    metrics = judge_metrics([scores for scores, _ in natural], [rewards for _, rewards in natural])
-    return {"words_right": mean(words), "form_right": mean(forms), "natural_pairwise": metrics["pairwise"]}
+                if not true[-1]:
+                    false_sentences.append(given[-1] is True)
+    result = {"words_right": mean(words), "form_right": mean(forms), "false_sentences": mean(false_sentences)}
+    if any("edited" in record for record in judged):
+        natural = [keep_natural(record) for record in judged]
+        metrics = judge_metrics([scores for scores, _ in natural], [rewards for _, rewards in natural])
+        result["natural_pairwise"] = metrics["pairwise"]
+    return result
 
 
 def keep_natural(record: dict) -> tuple[list, list]:
     """(scores, rewards) of the answers that were not edited."""
-    edited = record.get("edited", [False] * len(record["scores"]))
-    kept = [i for i, is_edited in enumerate(edited) if not is_edited]
+    kept = [i for i, is_edited in enumerate(record["edited"]) if not is_edited]
     return [record["scores"][i] for i in kept], [record["rewards"][i] for i in kept]
