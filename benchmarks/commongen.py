@@ -185,7 +185,7 @@ def measure(sets: list[WordSet], answers: list[Answer], lemmatizer: Lemmatizer) 
     form = [is_sentence(answer, word_set.concepts) for word_set, answer in zip(sets, answers)]
     both = [a and b for a, b in zip(cover, form)]
     return {"sets": len(sets), "cover": mean(cover), "cover_ci95": bootstrap_ci(cover),
-            "both": mean(both), "both_ci95": bootstrap_ci(both), "form": mean(form),
+            "both": mean(both), "both_ci95": bootstrap_ci(both), "form": mean(form), "form_ci95": bootstrap_ci(form),
             "single": mean([hit for found in hits for hit in found]), "pos": mean([all(hit) for hit in hits_with_pos]),
             "words": mean([len(answer.text.split()) for answer in answers]),
             "list": mean([is_list(answer.text) for answer in answers]),
@@ -290,7 +290,7 @@ def main() -> None:
     print_table(results)
     hardware = machine(options.device, options.threads, options.weights_dtype)
     print(json.dumps({"machine": hardware, "sets": str(options.sets), "examples": options.examples,
-                      "results": results}))
+                      "score_only": options.score_only, "results": results}))
 
 
 if __name__ == "__main__":

@@ -4,24 +4,30 @@
     python benchmarks/commongen.py runs/words_experiment/base-0/M* --sets FILE > plain.txt
     python notebooks/collect_words.py runs/words_experiment --commongen plain.txt
 
-Results of the same variant and seed are replaced, all others in words.json are kept, so seeds may be collected one by
-one.
+Runs that are not finished are named and left out. Results of the same variant and seed are replaced, all others in
+words.json are kept, so seeds may be collected one by one. Seeds of one variant must have the same config.
 """
 
 import argparse
 import re
 import sys
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from minisr import InputError
-from minisr.runner.experiment import METRICS, lookup
+from minisr.runner.config import Config, differences, load_stored_config
+from minisr.runner.experiment import METRICS, is_finished, lookup
 from minisr.runner.files import parse_json, read_json, read_jsonl, read_text, write_json
 
 GROUPS = [f"{way}.{group}" for way in ("words", "words_greedy") for group in ("all", "seen", "unseen")]
-WORDS_METRICS = [f"{group}.{name}" for group in GROUPS
-                 for name in ("cover", "form", "flawless", "lists", "length", "forms.repeats")]
-ALL_METRICS = tuple(dict.fromkeys((*METRICS, *WORDS_METRICS, "judge.natural_pairwise")))
-COMMONGEN_METRICS = ("cover", "form", "both", "single", "pos", "words", "list", "repeats", "ends", "ppl", "median")
+OF_A_GROUP = ("cover", "cover_ci95", "form", "form_ci95", "flawless", "flawless_ci95", "lists", "length",
+              "forms.repeats")
+WORDS_METRICS = [f"{group}.{name}" for group in GROUPS for name in OF_A_GROUP]
+JUDGE_METRICS = ("judge.pairwise_ci95", "judge.natural_pairwise", "judge.false_sentences", "pairs_wrong",
+                 "rewards.mean", "rewards.pairwise_ci95", "rewards.form_right", "rewards.false_sentences")
+ALL_METRICS = tuple(dict.fromkeys((*METRICS, *WORDS_METRICS, *JUDGE_METRICS)))
+COMMONGEN_METRICS = ("cover", "cover_ci95", "form", "form_ci95", "both", "both_ci95", "single", "pos", "words", "list",
+                     "repeats", "ends", "ppl", "median")
 RUN = re.compile(r"(?P<variant>.+)-(?P<seed>\d+)")
 EXAMPLES = 5  # held-out prompts whose answers are stored
 
@@ -37,30 +43,52 @@ def main() -> None:
     options = parser.parse_args()
     content = read_json(options.into, "results") if options.into.exists() else {}
     content = {"runs": {}, "commongen": {}, "commongen_examples": {}, "texts": {}} | content
-    for folder in finished_runs(options.experiment):
+    folders = finished_runs(options.experiment)
+    check_configs(folders)
+    for folder in folders:
         add_run(content["runs"], folder)
         add_texts(content["texts"], folder)
     for path in options.commongen:
         document = read_commongen(path)
-        add_commongen(content["commongen_examples" if document["examples"] else "commongen"], document["results"])
+        add_commongen(content["commongen_examples" if document["examples"] else "commongen"], document)
     if options.english:
         content["texts"]["english"] = read_english(options.english)
     write_json(options.into, content)
 
 
 def finished_runs(experiment: Path) -> list[Path]:
-    """The folders of an experiment's runs. Raises InputError if there are none."""
-    folders = [path.parent for path in sorted(experiment.glob("*-*/metrics.json"))]
-    if not folders:
-        raise InputError(f"{experiment} has no finished run: no folder VARIANT-SEED with metrics.json")
-    return folders
+    """The folders of an experiment's finished runs; the others are named on stderr. Raises InputError without any."""
+    finished = []
+    for path in sorted(experiment.glob("*-*/config.toml")):
+        last_model = f"M{load_stored_config(path).iterations + 1}"
+        if is_finished(path.parent, last_model):
+            finished.append(path.parent)
+        else:
+            print(f"collect_words: {path.parent} is not finished ({last_model} is missing) and left out",
+                  file=sys.stderr)
+    if not finished:
+        raise InputError(f"{experiment} has no finished run, that is, no folder VARIANT-SEED with metrics of its last "
+                         "model; make some with minisr experiment")
+    return finished
+
+
+def check_configs(folders: list[Path]) -> None:
+    """Raise InputError if two seeds of a variant have different configs."""
+    first: dict[str, tuple[Path, Config]] = {}
+    for folder in folders:
+        variant, _ = name_of_run(folder.name)
+        config = replace(load_stored_config(folder / "config.toml"), seed=0)
+        other, expected = first.setdefault(variant, (folder, config))
+        if changed := differences(asdict(expected), asdict(config)):
+            raise InputError(f"{other} and {folder} have different configs ({'; '.join(changed)}); move one of them "
+                             "away")
 
 
 def read_english(folder: Path) -> dict[str, list[dict]]:
     """{model: answers} from the files that minisr eval --export wrote. Raises InputError if there are none."""
     paths = sorted(folder.glob("*.json"))
     if not paths:
-        raise InputError(f"{folder} has no .json file; make it with minisr eval RUN --export {folder}")
+        raise InputError(f"{folder} has no .json file; make one with minisr eval RUN --export {folder}")
     return {path.stem: read_json(path, "answers") for path in paths}
 
 
@@ -69,31 +97,27 @@ def add_run(runs: dict, folder: Path) -> None:
     variant, seed = name_of_run(folder.name)
     metrics = read_json(folder / "metrics.json", "metrics")["models"]
     for model, measured in metrics.items():
+        for group in ("words", "words_greedy"):  # a reason that no answer has is not counted
+            for texts in measured.get(group, {}).values():
+                texts["forms"] = {"repeats": 0.0} | texts.get("forms", {})
         values = {metric: lookup(measured, metric) for metric in ALL_METRICS}
-        values["mean_reward"] = mean_reward(measured.get("scores", {}))
         set_values(runs.setdefault(variant, {}).setdefault(model, {"seed": []}), seed, values)
-
-
-def mean_reward(scores: dict[str, int]) -> float | None:
-    """The mean score that the model before gave to its own responses; None for a model without pairs."""
-    counts = {float(score): count for score, count in scores.items() if score != "unread"}
-    total = sum(counts.values())
-    return sum(score * count for score, count in counts.items()) / total if total else None
 
 
 def read_commongen(path: Path) -> dict:
     """The JSON document in the last line that commongen.py printed."""
     document = parse_json((read_text(path, "output").splitlines() or [""])[-1], f"the last line of {path}")
-    if not isinstance(document, dict) or not {"examples", "results"} <= set(document):
-        raise InputError(f"the last line of {path} is not the JSON document that benchmarks/commongen.py prints")
+    if not isinstance(document, dict) or not {"examples", "score_only", "results"} <= set(document):
+        raise InputError(f"the last line of {path} is not the JSON document that benchmarks/commongen.py prints; store "
+                         "its whole output with > FILE")
     return document
 
 
-def add_commongen(runs: dict, results: list[dict]) -> None:
+def add_commongen(runs: dict, document: dict) -> None:
     """Add CommonGen-lite's columns to {variant: {model: ...}}; outputs of other models are stored under "published"."""
-    for result in results:
+    for result in document["results"]:
         path = Path(result["model"])
-        is_published = path == Path(path.name)  # a name without a folder
+        is_published = result["model"] in document["score_only"]
         variant, seed = ("published", 0) if is_published else name_of_run(path.parent.name)
         values = {name: result.get(name) for name in COMMONGEN_METRICS}
         set_values(runs.setdefault(variant, {}).setdefault(path.name, {"seed": []}), seed, values)
@@ -129,7 +153,8 @@ def name_of_run(name: str) -> tuple[str, int]:
     """("base", 0) of base-0."""
     match = RUN.fullmatch(name)
     if not match:
-        raise InputError(f"{name} is no run of an experiment; their folders are named VARIANT-SEED")
+        raise InputError(f"{name or 'a model without a folder'} is no run of an experiment; name its models as "
+                         "EXPERIMENT/VARIANT-SEED/MODEL")
     return match["variant"], int(match["seed"])
 
 

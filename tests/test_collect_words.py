@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 
 from minisr import InputError
+from minisr.runner.config import load_config, to_toml
 
 POINTS = [1, 0, 1, 0, 1]
 NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
+CONFIG = Path(__file__).parents[1] / "tiny_configs" / "words.toml"
 
 
 @pytest.fixture
@@ -20,12 +22,12 @@ def collect(monkeypatch):
     return importlib.import_module("collect_words")
 
 
-def write_run(folder, cover, scores=None):
-    """A run with metrics and answers of M1 and M2."""
+def write_run(folder, cover, models=("M1", "M2"), changes=()):
+    """A run of one iteration with metrics and answers of some models."""
+    config = load_config(CONFIG, overrides=("iterations=1", *changes))
     metrics = {"seed": 0, "models": {}}
-    for model in ("M1", "M2"):
-        measured = {"flawless": 0.25, "words": {"all": {"cover": cover}}}
-        metrics["models"][model] = measured | ({"scores": scores} if scores and model == "M2" else {})
+    for model in models:
+        metrics["models"][model] = {"flawless": 0.25, "words": {"all": {"cover": cover, "forms": {"fine": 1.0}}}}
         (folder / model).mkdir(parents=True)
         records = [{"prompt": f"p{i}", "greedy": f"{model} says {i} in {folder.name}", "greedy_points": POINTS}
                    for i in range(9)]
@@ -33,6 +35,7 @@ def write_run(folder, cover, scores=None):
         (folder / model / "judge_evaluation.jsonl").write_text(json.dumps(judged) + "\n")
         (folder / model / "answers.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     (folder / "metrics.json").write_text(json.dumps(metrics))
+    (folder / "config.toml").write_text(to_toml(config))
 
 
 def run(collect, monkeypatch, *arguments):
@@ -43,13 +46,14 @@ def run(collect, monkeypatch, *arguments):
 def commongen_line(model, cover, examples=False):
     columns = ("form", "both", "single", "pos", "words", "list", "repeats", "ends", "ppl", "median")
     results = [{"model": model, "cover": cover} | dict.fromkeys(columns)]
-    return "a table\n" + json.dumps({"examples": examples, "results": results}) + "\n"
+    document = {"examples": examples, "score_only": ["zephyr-7b-beta"], "results": results}
+    return f"a table\n{json.dumps(document)}\n"
 
 
 def test_seeds_are_collected_one_by_one_and_replaced(collect, monkeypatch, tmp_path):
     out = tmp_path / "words.json"
     for seed, cover in ((1, 0.5), (0, 0.25)):
-        write_run(tmp_path / f"first{seed}" / f"base-{seed}", cover, {"5": 1, "2": 3, "unread": 7})
+        write_run(tmp_path / f"first{seed}" / f"base-{seed}", cover)
         run(collect, monkeypatch, tmp_path / f"first{seed}", "--into", out)
     write_run(tmp_path / "second" / "base-1", 0.75)
     write_run(tmp_path / "second" / "random-1", 0.1)
@@ -57,8 +61,28 @@ def test_seeds_are_collected_one_by_one_and_replaced(collect, monkeypatch, tmp_p
     runs = json.loads(out.read_text())["runs"]
     assert runs["base"]["M2"]["seed"] == [0, 1] and runs["random"]["M1"]["seed"] == [1]
     assert runs["base"]["M2"]["words.all.cover"] == [0.25, 0.75]
-    assert runs["base"]["M2"]["mean_reward"] == [(5 + 3 * 2) / 4, None]
-    assert runs["base"]["M1"]["mean_reward"] == [None, None] and runs["base"]["M1"]["flawless"] == [0.25, 0.25]
+    assert runs["base"]["M2"]["words.all.forms.repeats"] == [0.0, 0.0]
+    assert runs["base"]["M1"]["rewards.mean"] == [None, None] and runs["base"]["M1"]["flawless"] == [0.25, 0.25]
+
+
+def test_a_run_that_is_not_finished_is_named_and_left_out(collect, monkeypatch, tmp_path, capsys):
+    write_run(tmp_path / "base-0", 0.5)
+    write_run(tmp_path / "base-1", 0.5, models=("M1",))
+    run(collect, monkeypatch, tmp_path, "--into", tmp_path / "words.json")
+    runs = json.loads((tmp_path / "words.json").read_text())["runs"]
+    assert {model: metrics["seed"] for model, metrics in runs["base"].items()} == {"M1": [0], "M2": [0]}
+    err = capsys.readouterr().err
+    assert err == f"collect_words: {tmp_path / 'base-1'} is not finished (M2 is missing) and left out\n"
+
+
+def test_seeds_of_a_variant_must_have_the_same_config(collect, monkeypatch, tmp_path):
+    write_run(tmp_path / "base-0", 0.5)
+    write_run(tmp_path / "base-1", 0.5, changes=("seed=1",))
+    write_run(tmp_path / "other-1", 0.5, changes=("seed=1", "dpo.beta=0.3"))
+    run(collect, monkeypatch, tmp_path, "--into", tmp_path / "words.json")
+    write_run(tmp_path / "base-2", 0.5, changes=("seed=2", "dpo.beta=0.3"))
+    with pytest.raises(InputError, match="base-2 have different configs .*dpo.beta"):
+        run(collect, monkeypatch, tmp_path, "--into", tmp_path / "words.json")
 
 
 def test_texts_are_those_of_seed_0(collect, monkeypatch, tmp_path):
@@ -90,7 +114,8 @@ def test_a_folder_that_is_no_run_is_named(collect, monkeypatch, tmp_path):
         run(collect, monkeypatch, tmp_path, "--into", tmp_path / "words.json")
 
 
-@pytest.mark.parametrize("content", ["", "a table\n", "a table\n[1]\n", '{"examples": false}\n'])
+@pytest.mark.parametrize("content", ["", "a table\n", "a table\n[1]\n", '{"examples": false}\n',
+                                     '{"examples": false, "results": []}\n'])
 def test_a_file_that_commongen_did_not_print_is_named(collect, monkeypatch, tmp_path, content):
     write_run(tmp_path / "runs" / "base-0", 0.5)
     (tmp_path / "wrong.txt").write_text(content)
