@@ -42,12 +42,14 @@ def main() -> None:
                         help="where the results are kept; default: words.json beside this script")
     options = parser.parse_args()
     content = read_json(options.into, "results") if options.into.exists() else {}
-    content = {"runs": {}, "commongen": {}, "commongen_examples": {}, "texts": {}} | content
+    content = {"runs": {}, "eft": {}, "commongen": {}, "commongen_examples": {}, "texts": {}} | content
     folders = finished_runs(options.experiment)
     check_configs(folders)
     for folder in folders:
         add_run(content["runs"], folder)
         add_texts(content["texts"], folder)
+        if name_of_run(folder.name)[0] == "base":
+            set_values(content["eft"], name_of_run(folder.name)[1], count_eft(folder / "seed"))
     for path in options.commongen:
         document = read_commongen(path)
         add_commongen(content["commongen_examples" if document["examples"] else "commongen"], document)
@@ -104,6 +106,17 @@ def add_run(runs: dict, folder: Path) -> None:
         set_values(runs.setdefault(variant, {}).setdefault(model, {"seed": []}), seed, values)
 
 
+def count_eft(folder: Path) -> dict[str, int]:
+    """How many EFT judgements there are, and how many of them quote an answer of five points, edited or not."""
+    judgements = read_jsonl(folder / "eft.jsonl", "EFT data", ("response",))
+    five = [record["response"].endswith("Score: 5") for record in judgements]
+    ranked = read_jsonl(folder / "ranked.jsonl", "seed data")
+    edited = [is_edited for record in ranked for score, is_edited in zip(record["scores"], record["edited"])
+              if score == 5]
+    return {"judgements": len(judgements), "five_points": sum(five), "answers_of_five_points": len(edited),
+            "of_these_edited": sum(edited)}
+
+
 def read_commongen(path: Path) -> dict:
     """The JSON document in the last line that commongen.py printed."""
     document = parse_json((read_text(path, "output").splitlines() or [""])[-1], f"the last line of {path}")
@@ -125,7 +138,7 @@ def add_commongen(runs: dict, document: dict) -> None:
 
 def set_values(metrics: dict, seed: int, values: dict) -> None:
     """Set one seed's values in {"seed": [...], metric: [...]}, sorted by seed."""
-    by_seed = {old: {name: metrics[name][i] for name in metrics} for i, old in enumerate(metrics["seed"])}
+    by_seed = {old: {name: metrics[name][i] for name in metrics} for i, old in enumerate(metrics.get("seed", []))}
     by_seed[seed] = {"seed": seed, **values}
     for name in dict.fromkeys((*metrics, "seed", *values)):
         metrics[name] = [by_seed[key].get(name) for key in sorted(by_seed)]

@@ -36,6 +36,12 @@ def write_run(folder, cover, models=("M1", "M2"), changes=()):
         (folder / model / "answers.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     (folder / "metrics.json").write_text(json.dumps(metrics))
     (folder / "config.toml").write_text(to_toml(config))
+    (folder / "seed").mkdir()
+    eft = [{"prompt": "p", "response": f"Sentence: fine, 5.\nScore: {score}"} for score in (5, 3, 5)]
+    ranked = [{"prompt": "p", "scores": [5, 5], "edited": [True, False]},
+              {"prompt": "q", "scores": [3, 5], "edited": [True, True]}]
+    for name, data in (("eft", eft), ("ranked", ranked)):
+        (folder / "seed" / f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in data))
 
 
 def run(collect, monkeypatch, *arguments):
@@ -58,7 +64,10 @@ def test_seeds_are_collected_one_by_one_and_replaced(collect, monkeypatch, tmp_p
     write_run(tmp_path / "second" / "base-1", 0.75)
     write_run(tmp_path / "second" / "random-1", 0.1)
     run(collect, monkeypatch, tmp_path / "second", "--into", out)
-    runs = json.loads(out.read_text())["runs"]
+    content = json.loads(out.read_text())
+    assert content["eft"] == {"seed": [0, 1], "judgements": [3, 3], "five_points": [2, 2],
+                              "answers_of_five_points": [3, 3], "of_these_edited": [2, 2]}
+    runs = content["runs"]
     assert runs["base"]["M2"]["seed"] == [0, 1] and runs["random"]["M1"]["seed"] == [1]
     assert runs["base"]["M2"]["words.all.cover"] == [0.25, 0.75]
     assert runs["base"]["M2"]["words.all.forms.repeats"] == [0.0, 0.0]

@@ -181,6 +181,8 @@ def _moving_average(values: list[float]) -> list[float]:
 
 def _model_style(name: str) -> dict:
     """A model's colour and marker. SFT has the first; M1, M2, ... take turns with the others."""
+    if name == "M0":
+        return {"color": GREY, "marker": "x"}
     number = int(name[1:]) if re.fullmatch(r"M[0-9]{1,4}", name) else 0
     if number > 0:
         number = 1 + (number - 1) % (len(COLOURS) - 1)

@@ -193,7 +193,9 @@ def read_counts(path: Path, *keys: str) -> dict:
 
 def training_summary(model) -> dict:
     """The pairs that trained a model, what became of the other prompts, how the responses were scored, and the seconds
-    that training and evaluation took."""
+    that training and evaluation took.
+
+    With dpo.positives_only no pair trains the model, so there are none, right or wrong."""
     seconds = _seconds(model.folder, "training", "answers", "judge_evaluation")
     if model.name in ("SFT", "M1"):
         return {"pairs": 0, "seconds": seconds}
@@ -201,12 +203,16 @@ def training_summary(model) -> dict:
     seconds += _seconds(parent, "prompts", "responses", "rewards", "pairs")
     selection = read_counts(parent / "pairs.counts.json", "pairs")
     responses = read_counts(parent / "responses.counts.json", "finished", "cut", "distinct")
-    return {"pairs": selection["pairs"], "selection": selection, "seconds": seconds,
-            "distinct": responses["distinct"] / max(responses["finished"] + responses["cut"], 1),
-            **(pair_label_accuracy(parent) if model.run.has_oracle else {}),
-            **({"rewards": reward_metrics(model.run, parent)} if model.run.has_oracle else {}),
-            "prompts": read_counts(parent / "prompts.counts.json"),
-            "scores": read_counts(parent / "rewards.counts.json")}
+    trained_on_pairs = not model.run.config.dpo.positives_only
+    summary = {"pairs": selection["pairs"] if trained_on_pairs else 0, "selection": selection, "seconds": seconds,
+               "distinct": responses["distinct"] / max(responses["finished"] + responses["cut"], 1)}
+    if model.run.has_oracle and trained_on_pairs:
+        summary |= pair_label_accuracy(parent)
+    if model.run.has_oracle:
+        summary["rewards"] = reward_metrics(model.run, parent)
+    summary["prompts"] = read_counts(parent / "prompts.counts.json")
+    summary["scores"] = read_counts(parent / "rewards.counts.json")
+    return summary
 
 
 def pair_label_accuracy(folder: Path) -> dict:

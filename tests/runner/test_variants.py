@@ -237,7 +237,7 @@ def test_a_run_on_positives_trains_m0_on_the_responses_of_full_score(tmp_path):
             if given == 5}
     examples = 8 + len(read_jsonl(folder / "seed/eft.jsonl", "EFT"))
     assert steps == [-(-examples // 8), -(-(examples + len(full)) // 8)]
-    assert models["M2"]["pairs"] >= 0
+    assert models["M2"]["pairs"] == 0 and "pairs_right" not in models["M2"]
 
 
 def test_without_eft_a_run_is_trained_on_instructions_alone(tmp_path):

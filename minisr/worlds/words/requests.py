@@ -18,7 +18,7 @@ PHRASINGS = (
     "Make a simple sentence with the words {words}.",
     "Put all of these words into one short sentence: {words}.",
     "In one sentence, use the words {words}.",
-)  # few, and alike: of the prompts that a small model writes after them, one third are requests
+)  # few and similar, so that a small model that sees them as examples writes requests, too
 WORDS_OF_A_REQUEST = 4
 EVALUATION_EVERY = 10  # one word set in 10 belongs to evaluation
 MAX_MISSES = 20_000  # draws in a row without a new word set
@@ -118,5 +118,5 @@ def draw_requests(rng: Random, evaluation: bool = False, unseen: bool = False) -
         misses = 0
         known.add(key)
         yield Request(words), rng.choice(PHRASINGS).format(words=", ".join(words))
-    keys = "evaluation or judge_evaluation" if evaluation else "ift and ranked"
-    raise InputError(f"the words world has only {len(known)} word sets of the kind it needs; lower seed_data.{keys}")
+    keys = "seed_data.evaluation or judge_evaluation" if evaluation else "seed_data.ift and ranked, or prompts.count"
+    raise InputError(f"the words world has only {len(known)} word sets of the kind it needs; lower {keys}")
