@@ -1,7 +1,7 @@
 """Seed data and evaluation prompts of the words world.
 
-IFT consists of M0's own answers, good or bad, so it does not demonstrate the task. (Only answers that M0 ended by itself
-are used: those cut off at the token limit would teach it to stop in the middle of a sentence.)
+IFT consists of M0's own answers, good or bad, so it does not demonstrate the task. (Only answers that M0 ended by
+itself are used: those cut off at the token limit would teach it to stop in the middle of a sentence.)
 
 EFT consists of judgements of M0's answers by the annotator, the oracle. A share of the answers is edited first: see
 edits.py. A judgement quotes its answer, so EFT does contain sentences with all four words, most of them edited; a run
