@@ -27,7 +27,7 @@ from minisr.interop.source import load_source
 from minisr.judge import judge_prompt
 from minisr.pairs import select_pairs
 from minisr.runner.config import SeedConfig
-from minisr.runner.files import need
+from minisr.runner.files import import_extra
 from minisr.runner.run import ENGLISH_TEMPLATE, WORLD_TEMPLATE, load_template
 from minisr.runner.seed_data import build_seed_data
 from minisr.sampler import SamplingConfig
@@ -138,7 +138,7 @@ def main() -> None:
         parser.error("--processes must be at least 2, in ascending order")
     if not options.out.endswith(".png") or not Path(options.out).absolute().parent.is_dir():
         parser.error(f"--out {options.out}: it must be a .png file in an existing folder")
-    figure = need("matplotlib.figure", "report").Figure((11, 6.5), layout="constrained")
+    figure = import_extra("matplotlib.figure", "report").Figure((11, 6.5), layout="constrained")
     torch.set_num_threads(options.threads)
     able = machine("cpu", options.threads)
     print(f"{options.model:32} seconds (median) at each size; the exponent of growth over the last doubling")

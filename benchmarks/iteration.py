@@ -33,7 +33,7 @@ from minisr.loop import self_reward
 from minisr.runner.config import load_config
 from minisr.runner.engine import RunLM
 from minisr.runner.evaluation import answer_metrics
-from minisr.runner.files import need, read_json
+from minisr.runner.files import import_extra, read_json
 from minisr.runner.run import Run
 from minisr.runner.steps import StoredModel, keep
 from minisr.sampler import Completion
@@ -147,7 +147,7 @@ def parse_options():
 def main() -> None:
     options = parse_options()
     for package in ("transformers", "trl"):
-        need(package, "test")
+        import_extra(package, "test")
     warnings.simplefilter("ignore", FutureWarning)
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     both = ["dpo.replay_weight=0.0", "dpo.nll_weight=0.0", "device=cpu", f"dtype={options.dtype}", *options.set]

@@ -26,7 +26,7 @@ from minisr.interop.source import load_source
 from minisr.judge import judge_prompt
 from minisr.pairs import select_pairs
 from minisr.runner.config import SeedConfig
-from minisr.runner.files import need
+from minisr.runner.files import import_extra
 from minisr.runner.run import ENGLISH_TEMPLATE, WORLD_TEMPLATE, load_template
 from minisr.runner.seed_data import build_seed_data
 
@@ -50,7 +50,7 @@ def main() -> None:
     # For the sides' processes: everything runs on the CPU in float32, without progress bars.
     os.environ |= {"CUDA_VISIBLE_DEVICES": "", "TQDM_DISABLE": "1", "TOKENIZERS_PARALLELISM": "false"}
     for package in ("transformers", "trl"):
-        need(package, "test")
+        import_extra(package, "test")
     for model in options.model:
         load_source(MODELS[model])  # a missing model is reported now, not in an hour
     able, results = machine("cpu", options.threads), []

@@ -6,7 +6,7 @@ Parts of speech come from HanTa and lemmas from lemminflect, the extra "commonge
 import re
 from typing import NamedTuple
 
-from minisr.runner.files import need
+from minisr.runner.files import import_extra
 
 TOKEN = re.compile(r"'\w+|\w+|[^\w\s]")
 LONGEST_TOKEN = 40  # characters; the tagger needs seconds for a word of a thousand
@@ -33,8 +33,8 @@ class Lemmatizer:
 
     def __init__(self):
         """Raises InputError if a package of the extra is missing."""
-        self.inflections = need("lemminflect", "commongen")
-        self.tagger = need("HanTa.HanoverTagger", "commongen").HanoverTagger("morphmodel_en.pgz")
+        self.inflections = import_extra("lemminflect", "commongen")
+        self.tagger = import_extra("HanTa.HanoverTagger", "commongen").HanoverTagger("morphmodel_en.pgz")
 
     def readings(self, text: str) -> set[tuple[str, str | None]]:
         """(lemma, category) of each word: "The dog catches it." has ("dog", "NOUN"), ("catch", "VERB") and others.

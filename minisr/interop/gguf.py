@@ -22,7 +22,7 @@ from minisr.interop.shape import check_downloaded, fused_weight_sizes, model_con
 from minisr.interop.tokenizer_json import TokenizerJSON
 from minisr.model import Decoder, ModelConfig, rope_frequencies
 from minisr.runner.checkpoint import build_decoder, check_vocab_size
-from minisr.runner.files import need, short_reason
+from minisr.runner.files import import_extra, short_reason
 from minisr.tokenizer import SentencePiece, Tokenizer
 
 # Our weight -> the tensors that it consists of, in order. "{}" is the number of the block.
@@ -69,7 +69,7 @@ def is_gguf(path: Path) -> bool:
 
 def load(path: Path, device: str = "cpu", template: str = "") -> tuple[Decoder, Tokenizer]:
     """The model of a file. `template` is the text of a chat template; "" means the file's own."""
-    gguf = need("gguf", "gguf")
+    gguf = import_extra("gguf", "gguf")
     metadata, tensors = read_parts(gguf, path)
     config = read_config(metadata, tensors, path)
     try:
@@ -258,7 +258,7 @@ def read_jinja(metadata: dict) -> JinjaTemplate:
 
 def byte_level_vocabulary(metadata: dict) -> TokenizerJSON:
     """Byte-level BPE as in GPT-2, with the pre-tokenizer of the model's family."""
-    tokenizers = need("tokenizers", "gguf")
+    tokenizers = import_extra("tokenizers", "gguf")
     tokens, types = lists_of_same_length(metadata, "tokens", "token_type")
     merges = [tuple(merge.split(" ", 1)) for merge in metadata["tokenizer.ggml.merges"]]
     family = metadata.get("tokenizer.ggml.pre")
@@ -294,7 +294,7 @@ def pre_tokenizer(tokenizers, family: str | None):
 
 def sentencepiece_vocabulary(metadata: dict) -> SentencePiece:
     """SentencePiece as in Llama 2: a model built from the pieces in the file, without normalization."""
-    proto = need("sentencepiece.sentencepiece_model_pb2", "gguf").ModelProto()
+    proto = import_extra("sentencepiece.sentencepiece_model_pb2", "gguf").ModelProto()
     tokens, scores, types = lists_of_same_length(metadata, "tokens", "scores", "token_type")
     for token, score, token_type in zip(tokens, scores, types):
         proto.pieces.add(piece=token, score=score, type=token_type)

@@ -32,7 +32,7 @@ from minisr.interop.shape import check_downloaded, check_links
 from minisr.interop.tokenizer_json import TokenizerJSON, with_special_tokens
 from minisr.model import Decoder, ModelConfig
 from minisr.runner.checkpoint import GENERATION_CONFIG, build_decoder, check_vocab_size, tokenizer_files
-from minisr.runner.files import need, read_bytes, read_object, read_text, short_reason, write_bytes, write_json
+from minisr.runner.files import import_extra, read_bytes, read_object, read_text, short_reason, write_bytes, write_json
 from minisr.tokenizer import SentencePiece, Tokenizer
 
 CONFIG = "config.json"
@@ -134,7 +134,7 @@ def same_values(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 
 def read_safetensors(path: Path) -> dict[str, torch.Tensor]:
-    safetensors = need("safetensors.torch", "hf")
+    safetensors = import_extra("safetensors.torch", "hf")
     try:
         return safetensors.load_file(path)
     except Exception as error:  # SafetensorError cannot be imported from a public module
@@ -248,7 +248,7 @@ def default_template(templates, path: Path) -> str | None:
 
 def export(model: Decoder, tokenizer: Tokenizer, folder: Path) -> None:
     """Write a folder that transformers can load. The same model gives the same bytes."""
-    safetensors = need("safetensors.torch", "hf")
+    safetensors = import_extra("safetensors.torch", "hf")
     weights = names.weights_to_hf(model.config, model.state_dict())
     weights = {name: weight.contiguous() for name, weight in weights.items()}
     files = tokenizer_files(tokenizer)

@@ -11,7 +11,7 @@ from functools import cached_property
 from importlib.metadata import version
 
 from minisr import InputError
-from minisr.runner.files import need, short_reason
+from minisr.runner.files import import_extra, short_reason
 from minisr.tokenizer import Tokenizer
 
 SAFE_VERSION = (3, 1, 6)  # older versions of Jinja have known ways out of the sandbox
@@ -45,7 +45,7 @@ class JinjaTemplate:
 
     @cached_property
     def compiled(self):
-        sandbox, ext = need("jinja2.sandbox", "hf"), need("jinja2.ext", "hf")
+        sandbox, ext = import_extra("jinja2.sandbox", "hf"), import_extra("jinja2.ext", "hf")
         if tuple(map(int, re.findall(r"\d+", version("jinja2"))[:3])) < SAFE_VERSION:
             raise InputError(f'jinja2 {version("jinja2")} is not safe: pip install "jinja2>=3.1.6"')
 

@@ -1,7 +1,7 @@
 """A SentencePiece BPE model as a tokenizer.json that gives the same ids for every text (extra "hf")."""
 
 from minisr import InputError
-from minisr.runner.files import need
+from minisr.runner.files import import_extra
 from minisr.tokenizer import SentencePiece
 
 BPE = 2  # TrainerSpec.ModelType
@@ -12,9 +12,9 @@ def to_tokenizer_json(vocabulary: SentencePiece, prepend_scheme: str | None = No
 
     A dummy prefix is added as SentencePiece does, or with a prepend_scheme as LlamaTokenizer of transformers does:
     "always" is its legacy=True, "first" its legacy=False. Both leave out the space if a text begins with one."""
-    proto = need("sentencepiece.sentencepiece_model_pb2", "hf").ModelProto.FromString(vocabulary.content)
+    proto = import_extra("sentencepiece.sentencepiece_model_pb2", "hf").ModelProto.FromString(vocabulary.content)
     check_exportable(proto)
-    tokenizers = need("tokenizers", "hf")
+    tokenizers = import_extra("tokenizers", "hf")
     result = tokenizers.Tokenizer(bpe_model(tokenizers, vocabulary, proto))
     result.normalizer = normalizer(tokenizers.normalizers, proto.normalizer_spec, prepend_scheme)
     if proto.normalizer_spec.add_dummy_prefix and prepend_scheme:
@@ -32,13 +32,13 @@ def to_tokenizer_json(vocabulary: SentencePiece, prepend_scheme: str | None = No
 
 def has_dummy_prefix(vocabulary: SentencePiece) -> bool:
     """Whether the model adds a space before a text."""
-    proto = need("sentencepiece.sentencepiece_model_pb2", "hf").ModelProto.FromString(vocabulary.content)
+    proto = import_extra("sentencepiece.sentencepiece_model_pb2", "hf").ModelProto.FromString(vocabulary.content)
     return proto.normalizer_spec.add_dummy_prefix
 
 
 def without_bos(vocabulary: SentencePiece) -> SentencePiece:
     """The same model without a BOS token: SentencePiece has none if its piece is not a control symbol."""
-    proto = need("sentencepiece.sentencepiece_model_pb2", "hf").ModelProto.FromString(vocabulary.content)
+    proto = import_extra("sentencepiece.sentencepiece_model_pb2", "hf").ModelProto.FromString(vocabulary.content)
     proto.trainer_spec.bos_piece = proto.trainer_spec.unk_piece
     return SentencePiece(proto.SerializeToString())
 

@@ -3,7 +3,7 @@
 import json
 from itertools import chain
 
-from minisr.runner.files import need
+from minisr.runner.files import import_extra
 
 
 class TokenizerJSON:
@@ -14,7 +14,7 @@ class TokenizerJSON:
     def __init__(self, content: bytes):
         """Raises ValueError if the content is not a valid tokenizer.json."""
         self.content = content
-        tokenizers = need("tokenizers", "hf")
+        tokenizers = import_extra("tokenizers", "hf")
         try:
             self.pieces = tokenizers.Tokenizer.from_str(content.decode())
             changed = without_first_prefix(json.loads(content))

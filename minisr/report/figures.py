@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from html import escape
 from math import ceil
 
-from minisr.runner.files import need
+from minisr.runner.files import import_extra
 
 WIDTH = 4.6  # inches: 331 pixels at the 72 pixels per inch of an SVG
 GREY = "#5F6368"
@@ -37,12 +37,12 @@ def svg_chart(draw):
     The same numbers give the same bytes."""
     @functools.wraps(draw)
     def chart(title: str, *numbers, **options) -> str:
-        matplotlib = need("matplotlib", "report")
+        matplotlib = import_extra("matplotlib", "report")
         file = io.StringIO()
         with matplotlib.rc_context():
             matplotlib.rcdefaults()  # ignore the user's own style
             matplotlib.rcParams.update(STYLE | {"svg.hashsalt": title})  # no two charts share an id
-            figure = need("matplotlib.figure", "report").Figure((WIDTH, 3.0), layout="tight")
+            figure = import_extra("matplotlib.figure", "report").Figure((WIDTH, 3.0), layout="tight")
             axes = figure.add_subplot()
             draw(axes, *numbers, **options)
             axes.legend(loc="lower left", bbox_to_anchor=(-0.02, 1.0), ncols=4, borderaxespad=0.2)

@@ -25,7 +25,7 @@ BYTE_ORDER_MARKS = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF32_LE: "utf-32",
                     codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
 
 
-def need(module: str, extra: str):
+def import_extra(module: str, extra: str):
     """Import a package that only an extra of minisr installs."""
     try:
         return importlib.import_module(module)

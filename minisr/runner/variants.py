@@ -47,9 +47,12 @@ def judge_by_M1(model, y: list[dict]) -> list[dict]:
 def judge_by_word_points(model, y: list[dict]) -> list[dict]:
     """Control of the words world: M_t judges, but only its points for the words count, not the sentence's."""
     records = judge_responses(model.lm, model.data.judge_template, y, model.config.judge, model.seed("judge"))
-    judgements = [[Judgement(text, word_points(record["prompt"], text) if score is not None else None)
-                   for text, score in zip(texts, scores)]
-                  for record in records for texts, scores in zip(record["judgements"], record["scores"])]
+    judgements = []  # of all responses
+    for record in records:
+        for texts, scores in zip(record["judgements"], record["scores"]):
+            points = [None if score is None else word_points(record["prompt"], text)
+                      for text, score in zip(texts, scores)]
+            judgements.append([Judgement(text, point) for text, point in zip(texts, points)])
     return reward_records(y, judgements)
 
 
