@@ -82,7 +82,7 @@ FAULTS = {
          "upcast(logits) / max(temperature, 1e-30)", "upcast(logits) * max(temperature, 1e-30)"),
         ("top-p includes the token at the boundary", "mass_before >= top_p", "mass_before > top_p"),
         ("top-p excludes the token that crosses p", "mass_before >= top_p", "mass_before + descending >= top_p"),
-        ("top-p excludes its least probable token", "(probs >= least)", "(probs > least)"),
+        ("top-p excludes its least probable token", "(probs >= min_prob)", "(probs > min_prob)"),
         ("every attempt uses the same number", "MAX_ATTEMPTS * step + attempt)", "MAX_ATTEMPTS * step)"),
         ("an attempt uses the next token's number", "MAX_ATTEMPTS * step + attempt)", "step + attempt)"),
         ("seeds of samples and prompts change places", "seeds = seeds.flatten()", "seeds = seeds.T.flatten()"),
@@ -120,7 +120,8 @@ FAULTS = {
     ("tokenizer", "tokenizer"): [
         ("prompt tokens are targets", "[False] * len(prompt_ids)", "[True] * len(prompt_ids)"),
         ("responses have no end token", "[*ids[len(before):], self.eos_id]", "ids[len(before):]"),
-        ("a response is encoded as a text of its own", "for lead in (self._lead, ", "for lead in ("),
+        ("a response is encoded as a text of its own",
+         "for text_before in (self._text_before_response, ", "for text_before in ("),
         ("a token spans prompt and response", "if ids[:len(before)] == before:", "if True:"),
         ("the space before a response is part of the prompt", 'before.rstrip(" ")', "before"),
         ("a prompt makes special tokens", "beginning, *parts = self._special.split(self._before_response)",
@@ -177,6 +178,8 @@ FAULTS = {
          " if scores"),
         ("a comment may hold numbers", r"[^\d\n%十百])*+", r"[^\n%十百])*+"),
         ("a mark stands anywhere", r"(?:^|[.!?;:,…)\]>|。！？；：，–—•→]|(?<!\S)-){OPENING}", "{OPENING}"),
+        ("a judgement holds the template's text", "lm.tokenizer.decode_response(completion.ids) for",
+         "lm.tokenizer.decode(completion.ids) for"),
         ("a judgement that was cut off is parsed",
          "parse_score(t) if c.finished else None", "parse_score(t)"),
         ("a reward is rounded", "sum(scores) / len(scores) if", "round(sum(scores) / len(scores)) if"),
@@ -201,8 +204,8 @@ FAULTS = {
     ("prompts", "prompts"): [
         ("ROUGE-L is the recall", "return 2 * lcs_length(words, other) / total >=",
          "return lcs_length(words, other) / len(other) >="),
-        ("similar only above the threshold", "lcs_length(words, other) / total >= least",
-         "lcs_length(words, other) / total > least"),
+        ("similar only above the threshold", "lcs_length(words, other) / total >= threshold",
+         "lcs_length(words, other) / total > threshold"),
         ("a shortcut skips similar prompts", "or 2 * sum(", "or sum("),
         ("the bound by length skips similar prompts", "if 2 * shortest", "if shortest"),
         ("marks split words", ' or unicodedata.category(c)[0] == "M"', ""),
@@ -265,7 +268,8 @@ FAULTS = {
         ("top-p includes the token at the boundary",
          "more_probable).sum(-1) >= top_p", "more_probable).sum(-1) > top_p"),
         ("top-p excludes the token that crosses p", "more_probable = probs > probs", "more_probable = probs >= probs"),
-        ("a second attempt uses the next token's number", "64 * step + attempt", "64 * step + 64 * attempt"),
+        ("a second attempt uses the next token's number",
+         "MAX_ATTEMPTS * step + attempt", "MAX_ATTEMPTS * (step + attempt)"),
         ("a row that stays uses a leaver's numbers",
          "uniforms = uniforms[:, keep]", "uniforms = uniforms[:, :len(keep)]"),
         ("log p without the end token",
@@ -286,7 +290,7 @@ FAULTS = {
          "self.bias[:A, :, :, :S] = prefix.bias")],
     ("fast/rng", "fast_rng"): [
         ("the shift of a negative number keeps its sign", "(x >> bits) & (2 ** (64 - bits) - 1)", "x >> bits"),
-        ("first numbers of steps overlap", "(64 * step + 1) * GOLDEN_GAMMA", "(step + 1) * GOLDEN_GAMMA")],
+        ("first numbers of steps overlap", "(MAX_ATTEMPTS * step + 1) * GOLDEN_GAMMA", "(step + 1) * GOLDEN_GAMMA")],
     ("fast/losses", "fast_losses"): [
         ("a state predicts its own token", "F.pad(is_target, (0, 1))", "F.pad(is_target, (1, 0))"),
         ("log p of a packed response is the mean", 'segment_reduce(logps, "sum"', 'segment_reduce(logps, "mean"'),
@@ -324,7 +328,7 @@ FAULTS = {
     ("runner/training", "resume"): [
         ("a step is skipped on resuming", "range(len(self.log), len(self.batches))",
          "range(len(self.log) + bool(self.log), len(self.batches))"),
-        ("every step drops the same units", "derive_seed(self.dropout_seed, step))", "self.dropout_seed)"),
+        ("every step drops the same units", "derive_seed(self.dropout_seed, step)", "self.dropout_seed"),
         ("another micro-batch loses the state", "batches, deciding_values(self.config))", "batches, self.config)")],
     ("runner/engine", "shared_work"): [
         ("every process computes every batch", "range(processes.rank(), len(batches), processes.size())",
@@ -436,8 +440,8 @@ FAULTS = {
         ("a recorded log p belongs to another response", 'zip(record["responses"], record["logps"])',
          'zip(record["responses"], record["logps"][::-1])')],
     ("runner/evaluation", "loop"): [
-        ("win rates are the other model's", "win_rates(_scores(own), _scores(answers[other]))",
-         "win_rates(_scores(answers[other]), _scores(own))")],
+        ("win rates are the other model's", "win_rates(_scores(own), _scores(answers[others[0]]))",
+         "win_rates(_scores(answers[others[0]]), _scores(own))")],
     ("runner/evaluation", "command"): [
         ("an outside judge is not measured", "    if by_command:\n", "    if False:\n"),
         ("an outside judge is asked again for each model", 'if model.name == "SFT" or', "if True or"),
@@ -474,7 +478,9 @@ FAULTS = {
         ("the judgements of training are held out", "judge_evaluation = fitting[n_train:]",
          "judge_evaluation = fitting[:n_train]")],
     ("runner/reuse", "experiment"): [
-        ("another judge keeps the rewards", '"judge.by": "rewards"', '"judge.by": "pairs"')],
+        ("another judge keeps the rewards", '"judge.by": "rewards"', '"judge.by": "pairs"'),
+        ("other judgements leave out the same records of a file",
+         'return base.seed_data.source not in WORLDS and', "return False and")],
     ("runner/muon", "muon"): [
         ("Muon takes the embedding", 'name.startswith("blocks.") and p.dim() == 2', "p.dim() == 2"),
         ("Muon takes q, k, v for one matrix", "fused_weight_sizes(name, shape) or len(p)", "len(p)"),
@@ -526,7 +532,17 @@ FAULTS = {
         ("answers that were cut off are taught", "if done and text.strip()", "if text.strip()")],
     ("worlds/words/measures", "words"): [
         ("one point is flawless", "points.all(1)\n", "points.any(1)\n"),
-        ("edited answers are M0's own", "if not is_edited]", "]")],
+        ("edited answers are M0's own", "if not is_edited]", "]"),
+        ("sentences count among the others", "                if not true[-1]:\n", "                if True:\n")],
+    ("runner/evaluation", "answer_metrics"): [
+        ("responses that were cut off are compared", 'for i, done in enumerate(y["finished"]) if done]',
+         'for i, done in enumerate(y["finished"])]'),
+        ("random rewards have justifications", "if run.config.judge.by in BY_MODELS:", "if True:")],
+    ("runner/evaluation", "variants"): [
+        ("positives are trained on pairs", "trained_on_pairs = not model.run.config.dpo.positives_only",
+         "trained_on_pairs = True")],
+    ("runner/pretrain", "pretrain"): [
+        ("dropout follows the process", 'torch.manual_seed(derive_seed(config.seed, "dropout"))', "pass")],
     ("runner/pretrain", "init_weights"): [
         ("initial weights of L, not 2 L writers",
          "math.sqrt(2 * model.config.n_layers)", "math.sqrt(model.config.n_layers)")],

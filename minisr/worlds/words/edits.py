@@ -204,8 +204,18 @@ def a_list(text: str, words: list[str], rng: Random) -> str:
     items = enumerate_words(words, rng)
     nouns = [token for token in body.split() if token.lower() in FORM_OF and FORM_OF[token.lower()][0] in NOUNS]
     if nouns and rng.random() < 0.4:
-        place = rf"(?:\b(?:an?|the|his|her|my|our|their) )?\b{rng.choice(nouns)}\b"
-        return capitalize(articles(re.sub(place, items, body, count=1) + "."))
+        return list_for_noun(body, rng.choice(nouns), items)
+    return list_in_frame(body, items, rng)
+
+
+def list_for_noun(body: str, noun: str, items: str) -> str:
+    """The items take the place of a noun and its article."""
+    noun_phrase = rf"(?:\b(?:an?|the|his|her|my|our|their) )?\b{noun}\b"
+    return capitalize(articles(re.sub(noun_phrase, items, body, count=1) + "."))
+
+
+def list_in_frame(body: str, items: str, rng: Random) -> str:
+    """The items alone, with a few words before or after them, or at the end of the text."""
     start = rng.choice(("", "", "There is ", "He has ", "I see ", "My day is a mix of ", "She takes ", "It is all "))
     end = rng.choice((" are all part of it", " are here", " make a good day", " are a few of the things", " for you"))
     return capitalize(articles(rng.choice((
