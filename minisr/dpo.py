@@ -71,7 +71,7 @@ def train_dpo(lm, pairs: list[dict], eft: list[dict], config: DPOConfig, seed: i
 def fit_dpo(policy, reference, batches: list[tuple], config: DPOConfig, preference_loss=dpo_loss) -> None:
     """Train the policy in place on batches of (pairs, replayed examples), see dpo_batches.
 
-    Control experiments replace dpo_loss by another preference_loss."""
+    Control experiments replace dpo_loss with another preference_loss."""
 
     def pair_loss(part: list[EncodedPair], batch_size: int):
         chosen, rejected = policy.pair_logps(part)  # (B,) each

@@ -9,15 +9,17 @@ words.json are kept, so seeds may be collected one by one. Seeds of one variant 
 """
 
 import argparse
+import json
 import re
 import sys
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 from minisr import InputError
-from minisr.runner.config import Config, differences, load_stored_config
+from minisr.runner.config import differences, load_stored_config
 from minisr.runner.experiment import METRICS, is_finished, lookup
 from minisr.runner.files import parse_json, read_json, read_jsonl, read_text, write_json
+from minisr.runner.resumable import deciding_values
 
 GROUPS = [f"{way}.{group}" for way in ("words", "words_greedy") for group in ("all", "seen", "unseen")]
 OF_A_GROUP = ("cover", "cover_ci95", "form", "form_ci95", "flawless", "flawless_ci95", "lists", "length",
@@ -42,10 +44,10 @@ def main() -> None:
                         help="where the results are kept; default: words.json beside this script")
     options = parser.parse_args()
     content = read_json(options.into, "results") if options.into.exists() else {}
-    content = {"runs": {}, "eft": {}, "commongen": {}, "commongen_examples": {}, "texts": {}} | content
+    content = {"configs": {}, "runs": {}, "eft": {}, "commongen": {}, "commongen_examples": {}, "texts": {}} | content
     folders = finished_runs(options.experiment)
-    check_configs(folders)
     for folder in folders:
+        check_config(content["configs"], folder)
         add_run(content["runs"], folder)
         add_texts(content["texts"], folder)
         if name_of_run(folder.name)[0] == "base":
@@ -74,16 +76,14 @@ def finished_runs(experiment: Path) -> list[Path]:
     return finished
 
 
-def check_configs(folders: list[Path]) -> None:
-    """Raise InputError if two seeds of a variant have different configs."""
-    first: dict[str, tuple[Path, Config]] = {}
-    for folder in folders:
-        variant, _ = name_of_run(folder.name)
-        config = replace(load_stored_config(folder / "config.toml"), seed=0)
-        other, expected = first.setdefault(variant, (folder, config))
-        if changed := differences(asdict(expected), asdict(config)):
-            raise InputError(f"{other} and {folder} have different configs ({'; '.join(changed)}); move one of them "
-                             "away")
+def check_config(configs: dict, folder: Path) -> None:
+    """Store the config of a variant, {variant: config}. Raises InputError if another seed of it has another config."""
+    variant, _ = name_of_run(folder.name)
+    config = deciding_values(replace(load_stored_config(folder / "config.toml"), seed=0))
+    config = json.loads(json.dumps(config))  # lists in place of tuples, as in the stored configs
+    if changed := differences(configs.setdefault(variant, config), config):
+        raise InputError(f"{folder} has another config than the other seeds of {variant} ({'; '.join(changed)}); move "
+                         "it away")
 
 
 def read_english(folder: Path) -> dict[str, list[dict]]:

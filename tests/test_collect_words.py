@@ -89,9 +89,9 @@ def test_seeds_of_a_variant_must_have_the_same_config(collect, monkeypatch, tmp_
     write_run(tmp_path / "base-1", 0.5, changes=("seed=1",))
     write_run(tmp_path / "other-1", 0.5, changes=("seed=1", "dpo.beta=0.3"))
     run(collect, monkeypatch, tmp_path, "--into", tmp_path / "words.json")
-    write_run(tmp_path / "base-2", 0.5, changes=("seed=2", "dpo.beta=0.3"))
-    with pytest.raises(InputError, match="base-2 have different configs .*dpo.beta"):
-        run(collect, monkeypatch, tmp_path, "--into", tmp_path / "words.json")
+    write_run(tmp_path / "later" / "base-2", 0.5, changes=("seed=2", "dpo.beta=0.3"))
+    with pytest.raises(InputError, match="base-2 has another config than the other seeds of base .*dpo.beta"):
+        run(collect, monkeypatch, tmp_path / "later", "--into", tmp_path / "words.json")
 
 
 def test_texts_are_those_of_seed_0(collect, monkeypatch, tmp_path):

@@ -137,7 +137,7 @@ class SamplingStep:
 
 
 def number_of_attempts(top_p: float) -> int:
-    """So many that all of them miss the nucleus at most once in a million tokens, for top_p of 0.2 or more."""
+    """The number of attempts after which at most one token in a million has missed the nucleus, for top_p >= 0.2."""
     if top_p >= 1:
         return 1
     digits = -math.log10(1 - max(top_p, 0.0))  # of the probability that one attempt misses

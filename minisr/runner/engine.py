@@ -103,9 +103,10 @@ class RunLM:
             if not any(failed for _, failed in gathered):
                 return gradient.total_metrics([metrics for metrics, _ in gathered]), config
             if config.micro_batch == 1:
-                raise InputError("not enough memory to train on one example at a time; to resume with less, run the "
-                                 "same command with --set SECTION.gradient_checkpointing=true, SECTION being sft or "
-                                 "dpo, or start a new run with a smaller model")
+                raise InputError("not enough memory to train on one example at a time; to resume with less memory, add "
+                                 "--set SECTION.gradient_checkpointing=true to the same command (SECTION: sft, dpo, "
+                                 "or train in minisr pretrain; needs the fast engine), or start a new run with a "
+                                 "smaller model")
             config = replace(config, micro_batch=config.micro_batch // 2)
             optimizer.zero_grad()
             self.model.zero_grad()

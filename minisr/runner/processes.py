@@ -2,8 +2,8 @@
 
 Every process executes the same code. They share what takes time: batches of sampling (engine.py) and micro-batches of
 training (gradients.py). All else each process computes by itself, with the same result. Process 0 alone writes files
-and prints; the others read what it wrote, so all need the same folder. Without torchrun
-or --processes there is one process, and the functions here return at once.
+and prints; the others read what it wrote, so all need the same folder. Without torchrun or --processes there is
+one process, and the functions here return at once.
 
 Every function that communicates has to be called by all processes, in the same order. Among them are Stop.check and the
 properties of a Run that read seed data.

@@ -168,9 +168,9 @@ class ShardedTraining:
                 if not is_out_of_memory(error):
                     raise
                 # No second try with smaller micro-batches: the other processes cannot go back.
-                raise InputError("not enough memory for the micro-batches of a sharded training; to resume with less, "
-                                 "run the same command with --set SECTION.micro_batch=1 or "
-                                 "SECTION.gradient_checkpointing=true, SECTION being sft or dpo") from error
+                raise InputError("not enough memory for the micro-batches of a sharded training; to resume with less "
+                                 "memory, add --set SECTION.gradient_checkpointing=true or, without dropout, "
+                                 "SECTION.micro_batch=1 to the same command (SECTION: sft or dpo)") from error
             if own == index:
                 metrics[index] = Counter({"loss": loss.item(), **values})
         by_index = {index: values for part in processes.gather(metrics) for index, values in part.items()}

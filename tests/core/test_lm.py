@@ -31,7 +31,7 @@ def test_a_response_without_its_end_token_counts_as_cut_off(engine):
 
 @pytest.mark.parametrize("spare, finished", [(0, True), (-1, False)])
 def test_a_response_that_does_not_fit_as_training_encodes_it_counts_as_cut_off(engine, spare, finished):
-    # The model writes half a character. Its text is U+FFFD, which training encodes as three bytes.
+    # The model writes an incomplete UTF-8 sequence. Its text is U+FFFD, which training encodes as three bytes.
     tokenizer, prompt = tiny_tokenizer(), tiny_tokenizer().encode_prompt("Hi")
     byte = tokenizer.vocabulary.pieces.piece_to_id("<0xC3>")
     model = chain({prompt[-1]: byte, byte: tokenizer.eos_id}, len(tokenizer))

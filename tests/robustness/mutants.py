@@ -275,7 +275,8 @@ FAULTS = {
         ("log p without the end token",
          "torch.where(alive, token_logps", "torch.where(alive & ~is_stop[drawn], token_logps"),
         ("log p continues after the end", "torch.where(alive, token_logps, 0.0)", "token_logps"),
-        ("log p at the temperature", "upcast(logits).logsumexp(1)", "(upcast(logits) / how.temperature).logsumexp(1)"),
+        ("log p at the temperature", "upcast(logits).logsumexp(1)",
+         "(upcast(logits) / config.temperature).logsumexp(1)"),
         ("a row takes another's room", "len(prompts[row // n])", "len(prompts[row % len(prompts)])")],
     ("fast/cuda_graphs", "cuda_graphs"): [
         ("log p goes on after the end", "logps.masked_fill(batch.alive.logical_not(), 0.0)", "logps"),

@@ -133,7 +133,7 @@ FAILURES = {  # the program, and what the error says
     "a text": (answers('{"score": "4"}'), "record 3 .*from 0 to 5"),
     "true": (answers('{"score": true}'), "record 3 .*from 0 to 5"),
     "text of another type": (answers('{"score": 4, "text": [1]}'), "record 3 .*text must be a text"),
-    "half a character": (answers('{"score": 4, "text": "\\ud800"}'), "record 3"),
+    "a lone surrogate": (answers('{"score": 4, "text": "\\ud800"}'), "record 3"),
     "deep": (answers("[" * 100_000), "record 3 .*nested too deeply"),
     "two scores": (answers('{"score": 1, "score": 5}'), "record 3 .*the key 'score' comes twice"),
     "a log line": ("print('Loading the judge', flush=True)\n" + ECHO,

@@ -132,10 +132,10 @@ def take(copy, monkeypatch):
     def add(self, value, *key, add=Journal.add):
         add(self, value, *key)
         computed.append(key)
-        Stop.requested = take_step.stop_after_each_batch
+        Stop.requested = run_step.stop_after_each_batch
     monkeypatch.setattr(Journal, "add", add)
 
-    def take_step(step):
+    def run_step(step):
         keep(getattr(with_small_batches(copy), step), *inputs[step])
         name = FILES[step]
         assert not (copy / f"M1/{name}.journal").exists()
@@ -144,9 +144,9 @@ def take(copy, monkeypatch):
         batches = list(computed)
         computed.clear()
         return made, batches
-    take_step.stop_after_each_batch = False
-    take_step.copy, take_step.inputs = copy, inputs
-    return take_step
+    run_step.stop_after_each_batch = False
+    run_step.copy, run_step.inputs = copy, inputs
+    return run_step
 
 
 @pytest.mark.parametrize("step", SAMPLING_STEPS)

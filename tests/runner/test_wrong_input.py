@@ -125,7 +125,7 @@ COMMANDS = {  # what is wrong: the command, and texts that the one line must con
     "folder with other things": (lambda at: run(at, out="M0"), "M0 is no run", "chat.txt", "no config.toml", "--out"),
     "folder in a file": (lambda at: run(at, out="run.toml/new"), "cannot write", "run.toml/new"),
     "long question": (lambda at: chat(at, "Write a story. " * 99), "tokens; the model takes 1 to 319"),
-    "question with half a character": (lambda at: chat(at, "News\ud800?"), "question: a lone surrogate"),
+    "question with a lone surrogate": (lambda at: chat(at, "News\ud800?"), "question: a lone surrogate"),
     "question of spaces": (lambda at: chat(at, "  "), "--ask is empty"),
     "chat with a run": (lambda at: ["chat", at / "run", "--ask", "News?"], "is a run", "one of its models"),
     "no answers to show": (lambda at: ["show", at / "run", "--answers", "2"], "no evaluated model yet"),

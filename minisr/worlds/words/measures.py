@@ -43,12 +43,12 @@ def measure_texts(texts: list[tuple]) -> dict:
 
 
 def measure_judge(judged: list[dict]) -> dict:
-    """How the judge fares on single points, and on the answers that were not edited alone.
+    """Accuracy of the judge on single points, and on answers that were not edited.
 
     "words_right", "form_right": shares of the points that the justification gives as the annotator does;
-    "false_sentences": share of the answers that are no sentence to which it gives the sentence's point all the same;
-    "natural_pairwise": pairwise accuracy on the answers that were not edited, if some were.
-    Records are those of judge_evaluation.jsonl."""
+    "false_sentences": share of the non-sentences to which it gives the sentence's point;
+    "natural_pairwise": pairwise accuracy on the answers that were not edited, if the records say which were.
+    Records are those of judge_evaluation.jsonl, or a model's own responses (evaluation.own_responses)."""
     words, forms, false_sentences = [], [], []
     for record in judged:
         request = parse_request(record["prompt"])
