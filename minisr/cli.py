@@ -577,7 +577,7 @@ next: compare with the measured results in benchmarks/README.md
     parser.add_argument("--repeats", type=int, default=5, metavar="K", help="timed repetitions; default 5")
     parser.add_argument("--threads", type=int, metavar="K",
                         help="CPU threads; default 2. With --processes: of the one process; default: one a core")
-    parser.add_argument("--processes", metavar="N", help='compare N processes with one; "auto": one a GPU, or one a '
-                        "core")
+    parser.add_argument("--processes", metavar="N", help='compare N processes with one; "auto": one per GPU, or '
+                        "one per core")
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto",
                         help="of the weights; default: bfloat16 on a GPU, else float32")

@@ -34,7 +34,7 @@ ORDER = """
     interop interop.shape interop.end_tokens interop.jinja_templates interop.chat_templates interop.tokenizer_json
     interop.sentencepiece_json interop.names
     runner.judge_prompt runner.checkpoint interop.hf interop.gguf interop.source
-    runner.stop runner.storage runner.journal runner.muon runner.lora runner.resumable runner.gradients runner.sharding
+    runner.stop runner.journal runner.storage runner.muon runner.lora runner.resumable runner.gradients runner.sharding
     runner.training runner.engine runner.json_records runner.command runner.config runner.record_formats
     runner.data_sets runner.seed_data runner.sources runner.pretrain runner.run runner.evaluation runner.variants
     runner.steps runner.head_to_head runner.reuse runner.experiment_plan runner.experiment

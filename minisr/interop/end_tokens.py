@@ -92,8 +92,9 @@ def added_tokens(folder: Path, n_pieces: int) -> list[dict]:
     Raises InputError if their ids leave out one."""
     declared = read_settings(folder / SETTINGS[0]).get("added_tokens_decoder") or {}
     found = {int(i): token for i, token in declared.items()}
+    special = special_names(folder)
     for text, i in read_settings(folder / "added_tokens.json").items():
-        found.setdefault(i, {"content": text, "special": text in special_names(folder)})
+        found.setdefault(i, {"content": text, "special": text in special})
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": False}
     added = [{"id": i, **flags, **found[i]} for i in sorted(found) if i >= n_pieces]
     if [token["id"] for token in added] != list(range(n_pieces, n_pieces + len(added))):

@@ -90,7 +90,7 @@ def load(path: Path, device: str = "cpu", template: str = "") -> tuple[Decoder, 
 
 
 def split_files(path: Path) -> list[Path]:
-    """All parts of a split file, in order, by the name of any of them. Another file is its only part."""
+    """All parts of a split file, in order, given any one of them. A file that is not split is returned alone."""
     match = PART.fullmatch(path.name)
     if not match:
         return [path]

@@ -16,7 +16,7 @@ from minisr.tokenizer import Tokenizer
 
 SAFE_VERSION = (3, 1, 6)  # older versions of Jinja have known ways out of the sandbox
 # Exchanges on which a template is compared with the model's own, and two that show whether it strips messages and
-# removes what a model thought.
+# removes a model's thoughts.
 EXCHANGES = [("What is 2 + 2?", "It is 4."), ("One line.\n\nAnother: \"it's\" <b>", "Two\nlines\n\nand {'a': 1}"),
              (" ".join(["A long request."] * 300), " ".join(["A long response."] * 300))]
 SPACED = (" \n How? ", " \n So. \n")

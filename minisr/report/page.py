@@ -14,7 +14,7 @@ from minisr import InputError
 from minisr.report import figures, markup
 from minisr.report.markup import Chart, text
 from minisr.report.run_charts import answer_charts, judge_charts, training_charts
-from minisr.report.run_files import read_object
+from minisr.report.run_files import read_object_if_any
 from minisr.report.seed_statistics import over_seeds
 from minisr.report.table import LEGEND
 from minisr.report.transcripts import held_out_answers, iteration
@@ -49,10 +49,10 @@ def run_page(folder: Path) -> str:
     """The page of a run, finished or not."""
     config = load_config(folder / "config.toml")
     names = ["SFT", *(f"M{t}" for t in range(1, config.iterations + 2))]
-    evaluated = read_object(folder / "metrics.json").get("models", {})
+    evaluated = read_object_if_any(folder / "metrics.json").get("models", {})
     metrics = {name: evaluated[name] for name in names if name in evaluated}
     missing = [name for name in names if name not in metrics]
-    parts = _settings(config, read_object(folder / "SFT/meta.json"))
+    parts = _settings(config, read_object_if_any(folder / "SFT/meta.json"))
     if missing:
         parts.append(f'<p class="bad">Unfinished: {", ".join(missing)} not evaluated yet.</p>')
     if metrics:
@@ -83,7 +83,7 @@ def _settings(config: Config, meta: dict) -> list[str]:
 
 def experiment_page(folder: Path, out: Path) -> str:
     """The page of an experiment: means over seeds with intervals, and links to the pages of its runs."""
-    results = read_object(folder / "results.json")
+    results = read_object_if_any(folder / "results.json")
     parts = ["<h2>Variants</h2>"]
     for variant in results:
         parts.append(_variant(folder, out, variant))

@@ -11,13 +11,13 @@ def read_records(path: Path) -> list[dict]:
     return read_step(path) if path.exists() else []
 
 
-def read_object(path: Path) -> dict:
+def read_object_if_any(path: Path) -> dict:
     """The content of a JSON file."""
     return check_object(read_json(path, "report"), path) if path.exists() else {}
 
 
 def read_each(folder: Path, names: list[str], file: str) -> dict:
     """{model: content of its file} of all models for which the file has any content."""
-    read = read_records if file.endswith(".jsonl") else read_object
+    read = read_records if file.endswith(".jsonl") else read_object_if_any
     contents = {name: read(folder / name / file) for name in names}
     return {name: content for name, content in contents.items() if content}

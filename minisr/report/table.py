@@ -134,7 +134,7 @@ def line(metrics: dict) -> str:
     parts = []
     if "flawless" in m:
         parts.append(f"flawless {percent(m, 'flawless')} % sampled, {percent(m, 'flawless_greedy')} % greedy")
-    if "selection" in m and not m["pairs"]:
+    if m.get("selection", {}).get("pairs") == 0:
         parts.append("no preference pair was found, so its weights equal the previous model's")
     if lookup(m, "judge.parse_rate") is not None:
         parts.append(f"{percent(m, 'judge.parse_rate')} % of its judgements parsed, {_ordered(m)} % of pairs "

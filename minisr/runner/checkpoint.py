@@ -35,7 +35,7 @@ from minisr.tokenizer import SentencePiece, Tokenizer
 
 GENERATION_CONFIG = "generation_config.json"
 SEED_MODEL = Path(__file__).parents[1] / "worlds" / "tiny" / "M0"  # ships with minisr
-RESTORE = "restore it from a copy, or make the model again in another folder"  # what to do about a damaged model
+RESTORE_MODEL = "restore it from a copy, or make the model again in another folder"  # what to do about a damaged model
 MODEL_KEYS_REMOVED = ("dropout",)  # keys in model.pt files of older versions; it is now a setting of a training
 
 
@@ -88,9 +88,9 @@ def check_model_files(folder: Path) -> None:
 
 def check_file(path: Path, expected: str) -> None:
     if not path.exists():
-        raise InputError(f"{path} is missing; {RESTORE}")
+        raise InputError(f"{path} is missing; {RESTORE_MODEL}")
     if file_digest(path) != expected:
-        raise InputError(f"{path} is not the file that meta.json describes (truncated or changed); {RESTORE}")
+        raise InputError(f"{path} is not the file that meta.json describes (truncated or changed); {RESTORE_MODEL}")
 
 
 def read_meta(folder: Path) -> dict:
@@ -100,9 +100,9 @@ def read_meta(folder: Path) -> dict:
     try:
         meta = parse_json(text, f"model description {path}")
     except InputError as error:
-        raise InputError(f"{error}; {RESTORE}") from error
+        raise InputError(f"{error}; {RESTORE_MODEL}") from error
     if not isinstance(meta, dict):
-        raise InputError(f"model description {path} is not a JSON object {{...}}; {RESTORE}")
+        raise InputError(f"model description {path} is not a JSON object {{...}}; {RESTORE_MODEL}")
     return meta
 
 
@@ -142,7 +142,7 @@ def tokenizer_files(tokenizer: Tokenizer) -> dict[str, bytes]:
 def load_tokenizer(folder: Path) -> Tokenizer:
     """The vocabulary in tokenizer.model or tokenizer.json, with chat.txt (if missing: the tiny world's).
 
-    The ids that end a response are in generation_config.json; if missing, common names tell them."""
+    The ids that end a response are in generation_config.json; if that is missing, they are found by common names."""
     kind = SentencePiece if (folder / SentencePiece.FILE).exists() else TokenizerJSON
     chat = folder / "chat.txt"
     template = read_text(chat, "chat template") if chat.exists() else chat_template("tiny")
@@ -168,7 +168,7 @@ def model_hash(folder: Path, which: str = "hash") -> str:
         raise InputError(f"there is no model folder {folder}; the models of a run are in M0, SFT, M1, ...")
     meta = read_meta(folder)
     if which not in meta:
-        raise InputError(f"{folder}/meta.json does not contain {which!r}; {RESTORE}")
+        raise InputError(f"{folder}/meta.json does not contain {which!r}; {RESTORE_MODEL}")
     return meta[which]
 
 

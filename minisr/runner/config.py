@@ -219,7 +219,8 @@ def checked_value(kind, value, name: str, where: str):
     if kind is float and type(value) is int:
         value = float(value)
     if type(value) is not kind:
-        fix = f"; put it in quotes: {name} = \"{value}\"" if kind is str else ""
+        shown = toml_value(value) if isinstance(value, bool) else value
+        fix = f"; put it in quotes: {name} = \"{shown}\"" if kind is str else ""
         raise InputError(f"{where}: {name} must be {describe_type(kind)}, not {value!r}{fix}")
     if name in PATHS:
         check_path(value, name, where)

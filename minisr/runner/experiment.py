@@ -77,7 +77,9 @@ def _run(out: Path, plan: Plan, variant: str, seed: int) -> Path | None:
 
 
 def _run_process(command: list[str], log: Path) -> int:
-    """Run a command with its output in a log file; hand on a request to stop. Returns the exit code."""
+    """Run a command with its output in a log file. Returns the exit code.
+
+    A request to stop is passed on as SIGTERM, a second one as SIGKILL."""
     with open(log, "w", encoding="utf-8") as file:
         # In its own session, Ctrl-C does not reach the process: it gets one SIGTERM, from here.
         process = subprocess.Popen(command, stdout=file, stderr=file, start_new_session=True)
@@ -85,6 +87,9 @@ def _run_process(command: list[str], log: Path) -> int:
             time.sleep(0.1)
         if Stop.requested:
             process.terminate()
+            while process.poll() is None and not Stop.at_once:
+                time.sleep(0.1)
+            process.kill()  # no effect on a process that has ended
             process.wait()
             Stop.check()
     return process.returncode
@@ -97,7 +102,7 @@ def gather(plan: Plan, out: Path) -> dict:
         last_model = f"M{plan.config(variant).iterations + 1}"
         folders = [out / f"{variant}-{seed}" for seed in seeds]
         if all(is_finished(folder, last_model) for folder in folders):
-            results[variant] = collect(folders)
+            results[variant] = collect(folders, last_model)
     write_json(out / "results.json", results)
     return results
 
@@ -108,13 +113,15 @@ def is_finished(run: Path, last_model: str) -> bool:
     return path.exists() and last_model in read_json(path, "metrics")["models"]
 
 
-def collect(folders: list[Path]) -> dict:
+def collect(folders: list[Path], last_model: str) -> dict:
     """{model: {metric: [value of each run]}} from the runs' metrics.json; "seed" holds the runs' seeds.
 
-    A value is None where the metric was not measured."""
+    Models after last_model, which a run has if it was continued, are left out. A value is None where the metric was
+    not measured."""
     runs = [read_json(folder / "metrics.json", "metrics") for folder in folders]
+    models = list(runs[0]["models"])
     results = {}
-    for model in runs[0]["models"]:
+    for model in models[:models.index(last_model) + 1]:
         results[model] = {"seed": [run["seed"] for run in runs]}
         for metric in METRICS:
             results[model][metric] = [lookup(run["models"][model], metric) for run in runs]

@@ -92,10 +92,10 @@ def _seeds_by_variant(path: Path, content: dict, variants: dict) -> dict[str, li
     for name, table in variants.items():
         seeds[name] = table.get("seeds", every if name == "base" else default)
     for given in (every, default, *seeds.values()):
-        is_list = isinstance(given, list) and given and all(type(seed) is int for seed in given)
-        if not is_list or not set(given) <= set(every):
-            raise InputError(f"experiment {path}: seeds must be a list such as [0, 1, 2]; variant_seeds and "
-                             "the seeds of a variant must be parts of it")
+        is_list = isinstance(given, list) and given and all(type(seed) is int and seed >= 0 for seed in given)
+        if not is_list or len(set(given)) < len(given) or not set(given) <= set(every):
+            raise InputError(f"experiment {path}: seeds must be a list of different numbers from 0 on, such as "
+                             "[0, 1, 2]; variant_seeds and the seeds of a variant must be parts of it")
     return seeds
 
 

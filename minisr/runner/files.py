@@ -30,7 +30,7 @@ def import_extra(module: str, extra: str):
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise InputError(f'this needs the package {module}: pip install "minisr[{extra}]" '
+        raise InputError(f'this needs the package {error.name or module}: pip install "minisr[{extra}]" '
                          f'(from a checkout: pip install ".[{extra}]")') from error
 
 

@@ -7,7 +7,7 @@ loses where the other one is; if the two verdicts disagree, the prompt is a tie.
 from minisr import InputError
 from minisr.evaluate import win_rates
 from minisr.runner.command import Command, read_text_of
-from minisr.runner.files import write_json, write_jsonl
+from minisr.runner.files import check_encodable, write_json, write_jsonl
 from minisr.runner.journal import Journal, remove_journals
 
 VERDICTS = ("a", "b", "tie", None)
@@ -17,6 +17,7 @@ def head_to_head(run, models: list, keep, line: str) -> dict:
     """Compare each model with the one before and with the SFT baseline; write and return head_to_head.json."""
     if len(models) < 2:
         raise InputError(f"{run.folder} has only {models[0].name} so far: there is no other model to compare it with")
+    check_encodable(line, "--judge")
     command = Command(line, "--judge", run.config.judge.timeout)
     command.arguments()  # reports an error in it before the models answer
     answers = {model.name: keep(model.answer, run.evaluation_prompts) for model in models}

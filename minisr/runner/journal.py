@@ -38,7 +38,7 @@ class Journal:
                     self.entries[name] = value
 
     def _hash(self, content: str) -> str:
-        return digest(self.fingerprint + content)
+        return short_hash(self.fingerprint + content)
 
     def get(self, *key):
         """The stored value, or None."""
@@ -148,8 +148,8 @@ def trained_tensors(optimizer) -> list[torch.Tensor]:
 
 
 def fingerprint(made_from: tuple) -> str:
-    return digest(repr(made_from))
+    return short_hash(repr(made_from))
 
 
-def digest(text: str) -> str:
+def short_hash(text: str) -> str:
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()

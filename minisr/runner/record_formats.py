@@ -193,7 +193,10 @@ def is_tree(record: dict) -> bool:
 
 def tree_turns(prompt: dict) -> list[tuple[str, str]]:
     """The first message of a tree and its best reply: the one of the lowest rank, or the first without ranks."""
-    replies = [reply for reply in prompt.get("replies") or [] if isinstance(reply, dict) and not reply.get("deleted")]
+    replies = prompt.get("replies") or []
+    if not isinstance(replies, list):
+        raise LeftOut(f"{KINDS.get(type(replies), 'a text')} where replies should be")
+    replies = [reply for reply in replies if isinstance(reply, dict) and not reply.get("deleted")]
     if prompt.get("deleted"):
         raise LeftOut("a deleted message")
     if prompt.get("parent_id") is not None:
@@ -226,6 +229,6 @@ def join_oasst_rows(records: list[tuple[str, object]]) -> list[tuple[str, object
 
 
 def first_key(record: dict, keys: tuple[str, ...]) -> str | None:
-    """The first of these keys that a record has with a value other than null, or has at all."""
+    """The first of these keys whose value is not null; else the first that is present; else None."""
     present = [key for key in keys if key in record]
     return next((key for key in present if record[key] is not None), present[0] if present else None)

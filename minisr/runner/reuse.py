@@ -37,7 +37,6 @@ FIRST_AFFECTED_STAGE = {
     "threads": "SFT",
     "seed_data.eft_by": "eft",  # who writes the EFT judgements
     "seed_data.reasons": "eft",  # whether they give reasons
-    "judge.template": "eft",  # EFT examples contain the judge prompt
     "judge.judgements": "judge_evaluation",  # see also affected_stages()
     "judge.by": "rewards",  # see first_stage_judged_by()
     "judge.command": "judge_evaluation",  # an outside judge is evaluated in its place

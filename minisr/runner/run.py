@@ -21,7 +21,7 @@ from minisr.runner.engine import Workspace, run_lm_class
 from minisr.runner.files import json_bytes, jsonl_bytes, read_jsonl, read_text, write_bytes
 from minisr.runner.journal import Journal, remove_journals
 from minisr.runner.judge_prompt import check_judge_prompt
-from minisr.runner.resumable import deciding_values, dtype_name, record_changes
+from minisr.runner.resumable import deciding_values, dtype_name, on_gpu, record_changes
 from minisr.runner.sources import changed_files, keep_stored_paths
 from minisr.runner.storage import folder_lock, verify_checksum, write_with_checksum
 from minisr.worlds.catalog import WORLDS
@@ -87,10 +87,10 @@ class Run:
                       "For a new run choose another folder with --out", file=sys.stderr)
 
     def load_seed_model(self):
-        """(decoder, tokenizer) of M0's source; read once."""
+        """(decoder, tokenizer) of M0's source, in float32 on the CPU, so that M0 is an exact copy; read once."""
         if self._seed_model is None:
             source = self.config.seed_model or str(SEED_MODEL)
-            self._seed_model = load_source(source, self.device, self.config.chat)
+            self._seed_model = load_source(source, chat=self.config.chat)
         return self._seed_model
 
     @property
@@ -268,7 +268,7 @@ def check_judge(config: Config, example: dict) -> None:
 def uses_gpu(config: Config) -> bool:
     if config.device == "cuda" and not torch.cuda.is_available():
         raise InputError('device is "cuda", but PyTorch sees no GPU; set device to "auto" or "cpu"')
-    return config.device != "cpu" and torch.cuda.is_available()
+    return on_gpu(config)
 
 
 def avoid_cudnn_attention() -> None:

@@ -170,15 +170,17 @@ def user_sets(source: Path, config, context: Context | None) -> tuple[dict[str, 
         "judge_evaluation": judge_evaluation,
         "evaluation": prompts,
     }
-    check_not_empty(ift, data["ift"], "instructions")
+    fix = "" if path else (f"; seed_data.evaluation = {config.evaluation} of them are held out, since there is no "
+                           "evaluation.jsonl; set it to a smaller number than there are instructions")
+    check_not_empty(ift, data["ift"], "instructions", fix)
     check_not_empty(evaluation, prompts, "evaluation prompts")
     return data, {"ift": ift, "judged": judged, "evaluation": evaluation}
 
 
-def check_not_empty(data: DataSet, used: list[dict], what: str) -> None:
+def check_not_empty(data: DataSet, used: list[dict], what: str, fix: str = "") -> None:
     if not used:
         reasons = data.problems() or "it is empty"
-        raise InputError(f"{data.path} has no {what} that can be used: {reasons}")
+        raise InputError(f"{data.path} has no {what} that can be used: {reasons}{fix if data.records else ''}")
 
 
 def split_judged(judged: DataSet, held_out: list[dict], config,
@@ -256,7 +258,7 @@ def read_prompts(path: Path) -> list[tuple[str, str]]:
 def read_judged(source: Path, config) -> DataSet:
     """Records {prompt, responses, scores} and, unless the baseline is to judge, reasons.
 
-    Raises InputError that names every malformed record."""
+    Raises InputError that names the first malformed records."""
     path = find_file(source, "judged", needed=False)
     if path is None:
         if config.eft_by == "none":
@@ -278,8 +280,8 @@ def read_judged(source: Path, config) -> DataSet:
         kept = ("prompt", "responses", "scores", "reasons")
         data.records.append((place, {key: record[key] for key in kept if key in record}))
     if malformed:
-        raise InputError(f"{path}, {shorten(malformed)}: expected a prompt, and lists of equal length (2 or more): "
-                         f"responses, scores from 0 to {MAX_SCORE}, reasons")
+        raise InputError(f'{path}, {shorten(malformed)}: expected "prompt", and the lists "responses", "scores" (0 to '
+                         f'{MAX_SCORE}) and, optionally, "reasons", all of the same length (2 or more)')
     if unexplained and config.eft_by == "annotator" and config.reasons:
         raise InputError(f"{path}, {shorten(unexplained)}: {NO_REASONS}")
     return data

@@ -15,13 +15,13 @@ from minisr import InputError, __version__
 from minisr.interop.source import source_digest
 from minisr.loop import SelfRewardingModel, self_rewarding_training
 from minisr.runner import processes, variants
-from minisr.runner.checkpoint import SEED_MODEL, check_model_files, model_hash, save_model
+from minisr.runner.checkpoint import SEED_MODEL, check_model_files, model_hash, read_meta, save_model
 from minisr.runner.evaluation import answer_held_out, evaluate, histogram, judge_held_out
 from minisr.runner.files import json_bytes, jsonl_bytes, read_json, write_json
-from minisr.runner.journal import Journal, TrainingState, remove_journals
+from minisr.runner.journal import Journal, TrainingState, fingerprint, remove_journals
 from minisr.runner.run import Run
 from minisr.runner.stop import Stop
-from minisr.runner.storage import read_step, verify_checksum, write_with_checksum
+from minisr.runner.storage import check_inputs, read_step, record_inputs, verify_checksum, write_with_checksum
 
 # Step -> the name of its file in the folder of the model that takes it.
 FILES = {"new_prompts": "prompts", "respond": "responses", "judge": "rewards", "select_pairs": "pairs",
@@ -76,12 +76,15 @@ class StoredModel(SelfRewardingModel):
 
     @contextmanager
     def clock(self, name: str):
-        """Add the seconds of a step to timing.json."""
+        """Add the seconds of a step, or of a part of it that an interruption ends, to timing.json."""
         start = time.perf_counter()
-        yield
-        path = self.folder / "timing.json"
-        timing = read_json(path, "timing") if path.exists() else {}
-        write_json(path, timing | {name: round(time.perf_counter() - start, 2)})
+        try:
+            yield
+        finally:
+            path = self.folder / "timing.json"
+            timing = read_json(path, "timing") if path.exists() else {}
+            seconds = timing.get(name, 0) + time.perf_counter() - start
+            write_json(path, timing | {name: round(seconds, 2)})
 
     # Steps of which the config may choose a variant.
 
@@ -143,8 +146,11 @@ def keep_records(step, *inputs) -> list:
     """A step whose result is a list of records. Process 0 writes it, and all processes read it."""
     model, name = step.__self__, FILES[step.__name__]
     path, counts_path = model.folder / f"{name}.jsonl", model.folder / f"{name}.counts.json"
-    if not processes.value_of_main(model.has_stored(name)):
+    if processes.value_of_main(model.has_stored(name)):
+        check_inputs(path, inputs)
+    else:
         Stop.check()
+        record_inputs(path, inputs)
         with model.clock(name), model.run.workspace.step(title=f"{model.name} {name}",
                                                          journal=model.journal(name, *inputs)):
             records = step(*inputs)
@@ -179,6 +185,7 @@ def keep_model(step, *inputs) -> StoredModel:
     by_sft = step.__name__ == "train_sft" or model.config.dpo.positives_only
     name = inputs[0] if step.__name__ == "train_sft" else model.next_name
     parent = model if step.__name__ == "train_sft" or not by_sft else StoredModel(model.run, "M0")
+    trained_on = fingerprint(inputs)
     trained = StoredModel(model.run, name)
     if processes.value_of_main((trained.folder / "meta.json").exists()):
         check_model_files(trained.folder)
@@ -189,13 +196,16 @@ def keep_model(step, *inputs) -> StoredModel:
             lm = step(*inputs).lm
             save_model(trained.folder, lm.model, lm.tokenizer, {
                 "made_by": "SFT" if by_sft else "DPO", "parent": parent.name, "parent_hash": model_hash(parent.folder),
-                "config_hash": model.run.fingerprint, "seed": model.config.seed,
+                "trained_on": trained_on, "config_hash": model.run.fingerprint, "seed": model.config.seed,
                 "minisr": __version__, "torch": torch.__version__})
             trained.lm = lm if processes.is_main() else None  # the others load what process 0 saved
     processes.wait_for_all()
     if model_hash(trained.folder, "parent_hash") != model_hash(parent.folder):
         raise InputError(f"{trained.folder} was trained from another {parent.name} than the present one; move it "
                          "away, and it is trained again")
+    if read_meta(trained.folder).get("trained_on", trained_on) != trained_on:
+        raise InputError(f"{trained.folder} was trained on other examples than the present ones; move it away, and it "
+                         "is trained again")
     TrainingState.remove(trained.folder)
     model.unload()
     return trained

@@ -15,6 +15,7 @@ class Stop:
     """Whether a signal asked the process to stop. Long loops call check() at points where everything is saved."""
 
     requested = False
+    at_once = False  # a second signal came
     requested_at = -math.inf
 
     @classmethod
@@ -27,6 +28,7 @@ class Stop:
         # torchrun passes on a Ctrl-C that the terminal has sent to all processes already.
         is_repeated = processes.size() > 1 and time.monotonic() - cls.requested_at < 1
         if cls.requested and not is_repeated:
+            cls.at_once = True
             raise KeyboardInterrupt
         cls.requested, cls.requested_at = True, time.monotonic()
         if is_repeated:

@@ -7,8 +7,19 @@ from pathlib import Path
 
 from minisr import InputError
 from minisr.runner import processes
-from minisr.runner.files import RESTORE, file_digest, read_json, read_jsonl, write_bytes, write_failure, write_json
+from minisr.runner.files import (
+    RESTORE,
+    check_object,
+    file_digest,
+    read_json,
+    read_jsonl,
+    write_bytes,
+    write_failure,
+    write_json,
+)
+from minisr.runner.journal import fingerprint
 
+MADE_FROM = "made_from.json"
 # What the records of each step have, by the name of its file. Files of any version of minisr have these keys.
 RECORD_KEYS = {
     "prompts": {"prompt": str},
@@ -78,6 +89,24 @@ def read_step(path: Path) -> list[dict]:
             if not isinstance(record.get(key), kind):
                 raise InputError(f"{path}, line {number}: {key!r} is missing or of the wrong type; {RESTORE}")
     return records
+
+
+def record_inputs(path: Path, inputs: tuple) -> None:
+    """Record in made_from.json which inputs the file of a step is about to be made from."""
+    write_json(path.parent / MADE_FROM, {**recorded_inputs(path.parent), path.name: fingerprint(inputs)})
+
+
+def check_inputs(path: Path, inputs: tuple) -> None:
+    """Raise InputError if the file of a step was made from other inputs. Without a record of them it passes."""
+    if recorded_inputs(path.parent).get(path.name, fingerprint(inputs)) != fingerprint(inputs):
+        raise InputError(f"{path} was made from other results of the steps before it than the present ones; move it "
+                         "away, and it is made again")
+
+
+def recorded_inputs(folder: Path) -> dict[str, str]:
+    """{name of a step's file: fingerprint of its inputs}."""
+    path = folder / MADE_FROM
+    return check_object(read_json(path, "fingerprints"), path) if path.exists() else {}
 
 
 def verify_checksum(path: Path) -> None:

@@ -28,9 +28,10 @@ def prompts_by_people(model) -> list[str]:
     pool = PromptPool([record["prompt"] for record in model.data.ift], model.data.held_out, config)
     source = model.run.world.requests(Random(model.seed("prompts")))
     for _ in range(int(config.count * config.max_attempts_factor)):
-        if len(pool.accepted) < config.count:
-            _, prompt = next(source)
-            pool.try_add(prompt, finished=True)
+        if len(pool.accepted) == config.count:
+            break
+        _, prompt = next(source)
+        pool.try_add(prompt, finished=True)
     model.counts["prompts"] = pool.counts
     return pool.accepted
 

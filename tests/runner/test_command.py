@@ -394,7 +394,8 @@ def test_no_verdict_is_left_out_and_counted(copy):
 @pytest.mark.parametrize("code, message", [
     (EACH + "print('{\"better\": \"c\"}')", "--judge, record 1 .*better must be"),
     (EACH + "print('{\"score\": 1}')", '--judge, record 1 .*"better"'),
-    ("raise SystemExit(1)", "--judge ended with exit code 1")])
+    ("raise SystemExit(1)", "--judge ended with exit code 1"),
+    ("'\udcff'", "--judge: a lone surrogate")])  # a byte of the command line that is no UTF-8
 def test_a_wrong_comparison_is_one_line(finished, code, message):
     exit_code, _, error = minisr("eval", finished, "--judge", python(code))
     assert exit_code == 2 and re.search(message, error) and error.count("\n") == 1

@@ -1,5 +1,6 @@
 """keep: a step is taken once, its stored result is used, and an interrupted one resumes between two batches."""
 
+import time
 from dataclasses import replace
 
 import pytest
@@ -10,7 +11,7 @@ from minisr.lm import ResponseConfig
 from minisr.loop import self_reward
 from minisr.runner import processes
 from minisr.runner.config import Config, load_config
-from minisr.runner.files import jsonl_bytes
+from minisr.runner.files import jsonl_bytes, read_json
 from minisr.runner.journal import Journal
 from minisr.runner.run import Run, check_consistency
 from minisr.runner.steps import FILES, StoredModel, keep, run_loop
@@ -26,7 +27,7 @@ SAMPLING_STEPS = [step for step in FILES if step != "select_pairs"]
 @pytest.fixture(autouse=True)
 def not_stopped():
     yield
-    Stop.requested = False
+    Stop.requested = Stop.at_once = False
 
 
 def inputs_of(run, step, name="M1"):
@@ -58,9 +59,39 @@ def test_a_step_whose_file_exists_is_not_taken_again_and_loads_no_weights(copy):
         else:
             stored = jsonl(copy / f"M1/{FILES[step]}.jsonl")
             assert stored and kept == ([record["prompt"] for record in stored] if step == "new_prompts" else stored)
-    for name in ("SFT", "M1"):
-        assert keep(FinishedModel(run, "M0").train_sft, name, run.ift).name == name
+    for name, examples in (("SFT", run.ift), ("M1", run.ift + run.eft)):
+        assert keep(FinishedModel(run, "M0").train_sft, name, examples).name == name
     assert files(copy) == before
+
+
+@pytest.mark.parametrize("step", ["respond", "judge", "select_pairs"])
+def test_a_step_made_from_other_inputs_than_the_present_ones_is_refused(step, copy):
+    *same, last = inputs_of(copy, step)
+    other = [*last[:-1], last[0]]
+    with pytest.raises(InputError, match=f"M1/{FILES[step]}.jsonl was made from other results .* move it away"):
+        keep(getattr(model_of(copy, "M1"), step), *same, other)
+    path = copy / f"M1/{FILES[step]}.jsonl"
+    path.unlink()
+    (copy / "M1/made_from.json").unlink()  # of an older version
+    kept = keep(getattr(model_of(copy, "M1"), step), *same, last)
+    assert keep(getattr(FinishedModel(Run(copy, load_config(copy / "config.toml")), "M1"), step), *same, last) == kept
+
+
+def test_a_model_trained_on_other_pairs_is_refused(copy):
+    pairs, = inputs_of(copy, "train_dpo")
+    with pytest.raises(InputError, match="M2 was trained on other examples .* move it away"):
+        keep(model_of(copy, "M1").train_dpo, pairs[1:])
+
+
+def test_the_seconds_of_an_interrupted_step_are_counted(copy):
+    model, path = model_of(copy, "M1"), copy / "M1/timing.json"
+    before = read_json(path, "timing")
+    with pytest.raises(KeyboardInterrupt), model.clock("pairs"):
+        time.sleep(0.05)
+        raise KeyboardInterrupt
+    with model.clock("pairs"):
+        time.sleep(0.05)
+    assert read_json(path, "timing")["pairs"] >= before["pairs"] + 0.1
 
 
 def test_process_0_decides_whether_a_step_is_taken(copy, monkeypatch):

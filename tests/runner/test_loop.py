@@ -21,8 +21,9 @@ from minisr.cli import main
 from minisr.judge import judge
 from minisr.prompts import normalize
 from minisr.report.table import line, table
+from minisr.runner import run as run_module
 from minisr.runner.checkpoint import SEED_MODEL, load_model
-from minisr.runner.config import load_config
+from minisr.runner.config import Config, load_config
 from minisr.runner.evaluation import export_answers, training_summary
 from minisr.runner.files import jsonl_bytes, read_json, write_jsonl
 from minisr.runner.reuse import copy_unaffected
@@ -47,7 +48,8 @@ def test_the_same_seed_gives_the_same_files_bit_for_bit(iterations, config, fini
     minisr("run", config, "--out", tmp_path / "again", "--set", f"iterations={iterations}")
     again, whole = files(tmp_path / "again"), files(finished)
     assert again.keys() >= {"M1/pairs.jsonl", "M2/model.pt", "M2/answers.jsonl"}
-    of_the_length = set() if iterations == 2 else {"config.toml", "metrics.json", "report.html", "M2/hashes.json"}
+    of_the_length = set() if iterations == 2 else {"config.toml", "metrics.json", "report.html", "M2/hashes.json",
+                                                   "M2/made_from.json"}
     assert {path for path in again if again[path] != whole[path]} == of_the_length
     assert iterations == 1 or again == whole
 
@@ -130,7 +132,7 @@ def test_more_iterations_continue_a_finished_run_and_change_none_of_its_results(
     assert read_json(copy / "M4/meta.json", "meta")["parent_hash"] == read_json(
         copy / "M3/meta.json", "meta")["hash"]
     assert {path for path in before if after[path] != before[path]} == {
-        "config.toml", "metrics.json", "report.html", "M3/hashes.json"}
+        "config.toml", "metrics.json", "report.html", "M3/hashes.json", "M3/made_from.json"}
 
 
 @pytest.mark.slow
@@ -391,11 +393,22 @@ def test_a_run_ends_with_a_table_and_eval_prints_the_same(session_run, copy):
     assert files(copy) == files(session_run[0])
 
 
+def test_the_seed_model_is_read_exactly_also_for_a_gpu(tmp_path, monkeypatch):
+    monkeypatch.setattr(run_module, "uses_gpu", lambda config: True)
+    run = Run(tmp_path / "run", Config())
+    model, _ = run.load_seed_model()
+    assert run.device == "cuda" and {p.dtype for p in model.parameters()} == {torch.float32}
+    stored, _ = load_model(SEED_MODEL)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), stored.parameters(), strict=True))
+
+
 def test_a_model_that_no_pair_trained_is_reported_as_the_previous_one(finished):
     metrics = read_json(finished / "metrics.json", "metrics")
     name, last = list(metrics["models"].items())[-1]
     assert "no preference pair" not in line(metrics)
-    last["pairs"] = 0
+    last["pairs"] = 0  # as with dpo.positives_only, where pairs are selected but not trained on
+    assert "no preference pair" not in line(metrics)
+    last["selection"]["pairs"] = 0
     assert "no preference pair was found, so its weights equal the previous model's" in line(metrics)
     row = next(row for row in table(metrics).splitlines() if row.startswith(name))
     assert row.split()[-2] == "0"  # pairs, before seconds

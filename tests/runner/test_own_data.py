@@ -169,6 +169,8 @@ NO_TEXT = {"role": "user", "content": [text_part("What is this?"), {"type": "ima
     ({"prompt": "a", "response": "\udfff"}, "a lone surrogate (\\ud800 to \\udfff)"),
     ({"prompt": {"text": "a", "role": "prompter", "replies": []}}, "no answer"),
     ({"prompt": {"text": "a", "role": "prompter", "deleted": True}}, "a deleted message"),
+    ({"prompt": {"text": "a", "role": "prompter", "replies": 5}}, "a number where replies should be"),
+    ({"prompt": {"text": "a", "role": "prompter", "replies": "b"}}, "a text where replies should be"),
     ([1, 2], "not a record {...}"), (None, "not a record {...}"), (3, "not a record {...}"),
 ])
 def test_a_record_that_cannot_be_used_is_left_out_and_counted(record, reason, tmp_path):
@@ -253,7 +255,7 @@ def test_a_folder_gives_at_most_what_is_asked_and_the_end_of_the_judged_is_held_
 ])
 def test_all_wrong_judged_records_are_named_by_their_lines(folder, change):
     write_jsonl(folder / "judged.jsonl", [JUDGED, JUDGED | change, JUDGED, JUDGED | change])
-    with pytest.raises(InputError, match="judged.jsonl, line 2, line 4: expected a prompt, and lists of equal length"):
+    with pytest.raises(InputError, match='judged.jsonl, line 2, line 4: expected "prompt", and the lists "respo'):
         build_seed_data(SeedConfig(source=str(folder), judge_evaluation=1), 0)
 
 
@@ -324,6 +326,11 @@ def test_a_judged_prompt_that_is_also_held_out_is_not_trained_on(folder):
     assert [record["prompt"] for record in data["ranked"]] == ["0?", "3?"]
     assert [record["prompt"] for record in data["judge_evaluation"]] == ["4?"]
     assert sets["judged"].left_out == {"prompt held out for evaluation": ["line 2", "line 3"]}
+
+
+def test_fewer_instructions_than_are_held_out_name_the_key_to_change(folder):
+    with pytest.raises(InputError, match="held out for evaluation .*; seed_data.evaluation = 512 of them are held out"):
+        build_seed_data(SeedConfig(source=str(folder / "ift.jsonl"), eft_by="none"), 0)
 
 
 @pytest.mark.parametrize("changed, message", [

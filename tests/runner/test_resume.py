@@ -34,7 +34,7 @@ SENTENCE = "Once there was a fox."
 @pytest.fixture(autouse=True)
 def not_stopped():
     yield
-    Stop.requested = False
+    Stop.requested = Stop.at_once = False
 
 
 def run_lm(engine, model=None, **workspace):

@@ -24,7 +24,7 @@ SAMPLING = SamplingConfig(temperature=0.9, top_p=0.95, max_new_tokens=50)
 
 
 def seed_requests(rng: Random, training: int, judge_evaluation: int) -> dict[str, list[str]]:
-    """So many prompts of each kind for M0 to answer: {"training": [...], "judge_evaluation": [...]}."""
+    """The requested numbers of prompts for M0 to answer: {"training": [...], "judge_evaluation": [...]}."""
     return {"training": prompts(draw_requests(rng), training),
             "judge_evaluation": prompts(draw_requests(rng, evaluation=True), judge_evaluation)}
 

@@ -28,13 +28,18 @@ PLAIN = ("The old man looks at the house near the road.", "She puts it on the ta
 
 
 def articles(text: str) -> str:
-    """a apple: an apple."""
+    """Correct "a" and "an": "a apple" becomes "an apple"."""
     text = re.sub(r"\b([Aa])n?(?= [aeio])", r"\1n", text)
     return re.sub(r"\b([Aa])n(?= [^aeiouAEIOU\W])", r"\1", text)
 
 
 def capitalize(text: str) -> str:
     return text[:1].upper() + text[1:]
+
+
+def without_stop(text: str) -> str:
+    """The text without the stop, quotation marks and spaces at its end."""
+    return text.rstrip(".!?\"' ")
 
 
 def first_sentence(text: str) -> str:
@@ -50,7 +55,7 @@ NOUN_LIST, VERB_LIST = sorted(NOUNS), sorted(VERBS - NOUNS)
 
 
 def inflected(word: str, name: str) -> str | None:
-    """The form of a word that is called so: "third" of "cut"; None if the word has none."""
+    """The form with this name, such as "cuts" for ("cut", "third"); None if the word has no such form."""
     forms = noun_forms(word) if word in NOUNS else verb_forms(word)
     return forms[name][0] if name in forms else None
 
@@ -87,7 +92,7 @@ def add_word(text: str, word: str, request: Request, rng: Random) -> str:
     else:
         form = rng.choice(("base", "ing"))
         phrase = {"base": "to {}", "ing": "while {}"}[form].format(inflected(word, form))
-    body, stop = text.rstrip(".!?\"' "), text[len(text.rstrip(".!?\"' ")):]
+    body, stop = without_stop(text), text[len(without_stop(text)):]
     return articles(f"{body} {phrase}{stop or '.'}")
 
 
@@ -110,7 +115,7 @@ def set_number(text: str, number: int, request: Request, rng: Random) -> str:
 
 
 def no_end(text: str, words: list[str], rng: Random) -> str:
-    body = text.rstrip(".!?\"' ")
+    body = without_stop(text)
     tail = rng.choice(("", "", " and", " and the", " with a", ",", " the", " and the.", " with a."))
     if rng.random() < 0.4:
         tokens = body.split()
@@ -135,7 +140,7 @@ def too_short(text: str, words: list[str], rng: Random) -> str:
 
 
 def too_long(text: str, words: list[str], rng: Random) -> str:
-    body = text.rstrip(".!?\"' ")
+    body = without_stop(text)
     while len(WORD.findall(body)) <= LONGEST:
         other = rng.choice(PLAIN).rstrip(".")
         body += rng.choice((", and ", " while ", " because ", ", but ")) + other[:1].lower() + other[1:]
@@ -157,7 +162,7 @@ def repeats(text: str, words: list[str], rng: Random) -> str:
 
 def repeat_phrase(text: str, words: list[str], rng: Random) -> str:
     """Three to six words of the text come again at its end."""
-    tokens = text.rstrip(".!?\"' ").split()
+    tokens = without_stop(text).split()
     start = rng.randrange(max(len(tokens) - 2, 1))
     joint = rng.choice(("and", "with", "of", "near", "is", "for", "as", "to see"))
     return f"{' '.join(tokens)} {joint} {' '.join(tokens[start:start + rng.randint(3, 6)])}."
@@ -165,7 +170,7 @@ def repeat_phrase(text: str, words: list[str], rng: Random) -> str:
 
 def repeat_word(text: str, words: list[str], rng: Random) -> str:
     """One word takes the place of others, or a word comes twice in a row."""
-    tokens = text.rstrip(".!?\"' ").split()
+    tokens = without_stop(text).split()
     places = [i for i, token in enumerate(tokens) if token.lower().strip(",") not in FUNCTION_WORDS]
     places = places or [len(tokens) - 1]
     word = rng.choice(words or ["dog"])
@@ -179,7 +184,7 @@ def repeat_word(text: str, words: list[str], rng: Random) -> str:
 
 def add_loop(text: str, words: list[str], rng: Random) -> str:
     """The text ends in a loop: "a dog is a dog and a dog"."""
-    body = text.rstrip(".!?\"' ")
+    body = without_stop(text)
     word = rng.choice(words or ["dog"])
     tail = rng.choice((f" and the {word} and the {word} with the {word}", f", a {word} is a {word} and a {word}",
                        f" with the {word} {word}", f" and {word} to {word} to {word}"))
@@ -194,13 +199,13 @@ def add_definition(text: str, words: list[str], rng: Random) -> str:
     joint = rng.choice((", and", ",", " and", ", while"))
     a, b, c, d = (f"{article} {item}" for item in items[:4])
     if rng.random() < 0.4:
-        body = text.rstrip(".!?\"' ")
+        body = without_stop(text)
         return articles(f"{body}{joint} {a} {be} {b}.")
     return capitalize(articles(f"{a} {be} {b}{joint} {c} {be} {d}."))
 
 
 def a_list(text: str, words: list[str], rng: Random) -> str:
-    body = text.rstrip(".!?\"' ")
+    body = without_stop(text)
     items = enumerate_words(words, rng)
     nouns = [token for token in body.split() if token.lower() in FORM_OF and FORM_OF[token.lower()][0] in NOUNS]
     if nouns and rng.random() < 0.4:
