@@ -383,7 +383,7 @@ FAULTS = {
         ("master weights are not restored", "parameter.copy_(value)", "pass"),
         ("another training's state is used", 'found["made_from"] != self.fingerprint or ', ""),
         ("a damaged state is used", ' or file_digest(path) != found["hash"]', ""),
-        ("another journal's batches are used", "digest(self.fingerprint + content)", "digest(content)")],
+        ("another journal's batches are used", "short_hash(self.fingerprint + content)", "short_hash(content)")],
     ("runner/resumable", "resumable"): [
         ("any key may change", "return name in FREE or name", "return True or name"),
         ("no rows may change", '"rows", "timeout")', '"timeout")'),
@@ -400,8 +400,10 @@ FAULTS = {
     ("runner/storage", "resume"): [
         ("a checksum is not compared", "recorded is not None and recorded != file_digest(path)", "False")],
     ("runner/steps", "keep"): [
-        ("a finished step is taken again", "if not processes.value_of_main(model.has_stored(name)):",
-         "if True:"),
+        ("a finished step is taken again", "if processes.value_of_main(model.has_stored(name)):", "if False:"),
+        ("results of other inputs are used", "        check_inputs(path, inputs)\n", "        pass\n"),
+        ("a model of other pairs is used", '.get("trained_on", trained_on) != trained_on', ' is None'),
+        ("the time before an interruption is lost", "timing.get(name, 0) + time", "time"),
         ("a finished training is repeated", 'if processes.value_of_main((trained.folder / "meta.json").exists()):',
          "if False:"),
         ("a journal is used for other inputs", "self.run.batch_rows, *inputs)", "self.run.batch_rows)"),
