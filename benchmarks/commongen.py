@@ -142,8 +142,8 @@ def check_sources(sources: list[str]) -> None:
 
 
 def load_lm(source: str, device: str, dtype: torch.dtype) -> LM:
-    model, tokenizer = load_source(source, device)
-    return best_lm(model.to(dtype), tokenizer)
+    model, tokenizer = load_source(source)
+    return best_lm(model.to(device, dtype), tokenizer)
 
 
 def answers_of(source: str, prompts: list[str], options) -> list[Answer]:

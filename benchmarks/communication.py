@@ -98,7 +98,7 @@ def loopback_bytes() -> int:
 
 
 def best(run, repeats: int) -> float:
-    """The least seconds of several calls, which all processes begin together."""
+    """The shortest time of several calls, which all processes start together."""
     times = []
     for _ in range(repeats):
         processes.wait_for_all()
@@ -178,8 +178,9 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="the tiny model with 2 processes alone")
     parser.add_argument("--repeats", type=int, default=5, metavar="K", help="measurements; the best counts; default 5")
     parser.add_argument("--gigabits", type=float, default=100.0, metavar="G",
-                        help="of the network on paper, a second and rank, of which 80 %% are used; default 100")
-    parser.add_argument("--latency", type=float, default=50.0, metavar="US", help="of it, microseconds; default 50")
+                        help="assumed network bandwidth per rank in Gbit/s, of which 80 %% is used; default 100")
+    parser.add_argument("--latency", type=float, default=50.0, metavar="US",
+                        help="assumed network latency in microseconds; default 50")
     options = parser.parse_args()
     if options.repeats < 1 or options.gigabits <= 0 or options.latency < 0:
         parser.error("--repeats must be at least 1, --gigabits more than 0, --latency at least 0")

@@ -41,6 +41,12 @@ class Worker(Process):
             return {"error": "its process died"}
         return value if done else {"error": value}
 
+    def is_usable(self) -> bool:
+        """Whether the process lives and can still use the GPU."""
+        with suppress(OSError):
+            return self.run("usable", 20) is True
+        return False
+
     def kill(self) -> None:
         self.process.kill()
         self.process.join()
@@ -60,7 +66,7 @@ def run_sections(options) -> dict[str, dict]:
         outcome["section_seconds"] = time.perf_counter() - began
         print_outcome(section, outcome)
         outcomes[section] = outcome
-        if "error" in outcome and worker and worker.run("usable", 20) is not True:
+        if "error" in outcome and worker and not worker.is_usable():
             worker.kill()
             worker = None
     if worker:

@@ -416,7 +416,6 @@ class Sections(Side):
 def train_dpo(lm: FastLM, pairs: list[EncodedPair], config: DPOConfig) -> None:
     """dpo.train_dpo, on pairs of token ids."""
     policy, reference = lm.copy(), lm.frozen_copy()
-    lm.graphs = None  # frees its memory
     batches = make_batches([sum(map(len, pair)) for pair in pairs], config, seed=0)
     fit_dpo(policy, reference, [([pairs[i] for i in batch], []) for batch in batches], config)
 

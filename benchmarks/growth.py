@@ -10,6 +10,7 @@ that twice as many need half the time.
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -99,7 +100,7 @@ def measure_processes(model: str, counts: list[int], repeats: int) -> list[dict]
     for n in counts:
         command = [sys.executable, "-m", "minisr", "bench", "--model", model, "--processes", str(n), "--threads", "1",
                    "--repeats", str(repeats)]
-        done = subprocess.run(command, capture_output=True, text=True)
+        done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""})
         if done.returncode:
             raise InputError(done.stderr.strip())
         for entry in json.loads(done.stdout.splitlines()[-1])["results"]:

@@ -25,6 +25,7 @@ from pathlib import Path
 import torch
 from sides import Transformers, in_one_line
 
+from minisr import InputError
 from minisr.bench import machine
 from minisr.interop import hf
 from minisr.interop.names import weights_from
@@ -144,6 +145,14 @@ def parse_options():
     return options
 
 
+def check_config(config) -> None:
+    """Raise InputError if minisr would train M2 in a way that the peers' side does not."""
+    dpo = config.dpo
+    if config.lora.rank or dpo.positives_only or dpo.consistency or dpo.reference != "previous":
+        raise InputError("TRL's side trains all weights with plain DPO; set lora.rank=0, dpo.positives_only=false, "
+                         "dpo.consistency=false and dpo.reference=previous with --set")
+
+
 def main() -> None:
     options = parse_options()
     for package in ("transformers", "trl"):
@@ -152,6 +161,7 @@ def main() -> None:
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     both = ["dpo.replay_weight=0.0", "dpo.nll_weight=0.0", "device=cpu", f"dtype={options.dtype}", *options.set]
     config = load_config(options.run / "config.toml", overrides=tuple(both))
+    check_config(config)
     sides: dict[str, list[dict]] = {"minisr": [], "peers": []}
     with tempfile.TemporaryDirectory() as scratch:
         exported = Path(scratch) / "hf"

@@ -13,6 +13,7 @@ machine affects every one. The limit (a roofline) is what no program can beat, t
 The operations of attention and the bytes of activations are left out, so the true limit is a little lower.
 """
 
+import copy
 import json
 import os
 import platform
@@ -101,7 +102,9 @@ def works(lm: LM, size: Size | None = None, parts: int = 1) -> dict[str, tuple]:
 
     def sampling(prompts, n, config, stop_ids=tokenizer.stop_ids):
         config = replace(config, rows=n * -(-len(prompts) // parts))
-        return lambda: lm.sample(prompts, n, config, 1, stop_ids), lambda drawn: sampling_cost(lm.model, prompts, drawn)
+        own = copy.copy(lm)  # keeps its CUDA graphs from turn to turn; the weights are shared
+        return (lambda: own.sample(prompts, n, config, 1, stop_ids),
+                lambda drawn: sampling_cost(lm.model, prompts, drawn))
 
     return {
         "prompts": sampling([[*tokenizer.bos_ids, *tokenizer.encode(text)] for text in few_shots], 1, PromptConfig(),
@@ -273,17 +276,23 @@ def summary(work: str, model: str, tokens: list[int], times: list[float], **more
             "share_of_limit": None, "peak_mb": None} | more
 
 
+def load_on(hardware: dict, name: str):
+    """(decoder, tokenizer) of a model by its name or source, on this hardware's device and in its dtype."""
+    model, tokenizer = load_source(MODELS.get(name, name))
+    return model.to("cuda" if hardware["gpu"] else "cpu", getattr(torch, hardware["dtype"])), tokenizer
+
+
 def load_engines(name: str, hardware: dict, without: list[str]) -> dict[str, LM]:
     """{"plain": LM, "fast": FastLM} of one model; in place of the plain engine, if replacements are named, a fast one
     without them. The fast engine only if it is installed."""
-    model, tokenizer = load_source(MODELS.get(name, name), "cuda" if hardware["gpu"] else "cpu")
-    model.to(getattr(torch, hardware["dtype"]))
+    model, tokenizer = load_on(hardware, name)
     plain = LM(model, tokenizer)
     try:
         from minisr.fast import FastLM
     except ImportError:
         return {"plain": plain}
-    fast, lacking = FastLM(model, tokenizer), FastLM(model, tokenizer)
+    # Each engine trains weights of its own: an optimizer with master weights takes the gradients of its model.
+    fast, lacking = FastLM(copy.deepcopy(model), tokenizer), FastLM(model, tokenizer)
     lacking.without = frozenset(without)
     return {"without": lacking, "fast": fast} if without else {"plain": plain, "fast": fast}
 

@@ -35,6 +35,8 @@ start here:
 exit codes: 0 success; 2 wrong input (one line on stderr); 130 interrupted
 """
 
+RESUMABLE = ("run", "experiment", "eval", "pretrain")  # commands
+
 
 def main(arguments: list[str] | None = None) -> int:
     """Run a command; report an expected failure as one line on stderr and return the exit code."""
@@ -56,7 +58,8 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"minisr: {one_line(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("\nminisr: interrupted; to resume, run the same command again", file=sys.stderr)
+        how = "; to resume, run the same command again" if options.arguments[0] in RESUMABLE else ""
+        print(f"\nminisr: interrupted{how}", file=sys.stderr)
         return 130
     except BrokenPipeError:  # the reader has gone, e.g. `minisr show ... | head`
         sys.stderr.close()
@@ -558,7 +561,7 @@ that the fast engine reaches, and its peak memory. The last line repeats this
 as one JSON document.
 
 With --processes N: times N processes that share each step, one thread each, in
-turns with one process that has a thread a core. Both do the same work in the
+turns with one process that has one thread per core. Both do the same work in the
 same batches, with the code of a run.
 
 examples:
@@ -573,10 +576,10 @@ next: compare with the measured results in benchmarks/README.md
                         help="measure only these of prompts, responses, judging, reference, dpo, sft")
     parser.add_argument("--without", action="append", default=[], metavar="OPTIMIZATION",
                         help="time the fast engine with and without it, in turns: prefix-sharing, row-dropping, "
-                        "decode-step, target-selection or packed-pairs; repeatable")
+                        "decode-step, target-selection, packed-pairs, on a GPU cuda-graphs; repeatable")
     parser.add_argument("--repeats", type=int, default=5, metavar="K", help="timed repetitions; default 5")
     parser.add_argument("--threads", type=int, metavar="K",
-                        help="CPU threads; default 2. With --processes: of the one process; default: one a core")
+                        help="CPU threads; default 2. With --processes: of the single process; default: one per core")
     parser.add_argument("--processes", metavar="N", help='compare N processes with one; "auto": one per GPU, or '
                         "one per core")
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto",

@@ -208,6 +208,17 @@ def test_both_engines_are_measured_in_the_dtype_asked_for(monkeypatch, capsys):
     assert dtypes == [torch.bfloat16] * len(ENGINES) + [torch.float32] * len(ENGINES)
 
 
+@pytest.mark.skipif("fast" not in ENGINES, reason="minisr/fast is not installed")
+def test_in_bfloat16_each_engine_takes_its_own_gradients(monkeypatch, capsys):
+    monkeypatch.setattr("minisr.runner.run.has_native_bfloat16", lambda: True)
+    norms = []
+    step = bench.optimizer_step
+    monkeypatch.setattr(bench, "optimizer_step", lambda *arguments: norms.append(step(*arguments)))
+    bench_tiny(monkeypatch, capsys, "--only", "dpo", "--dtype", "bfloat16")
+    assert len(norms) > 2 and min(norms) > 0.9 * max(norms)
+    bench_tiny(monkeypatch, capsys, "--only", "dpo", "--dtype", "bfloat16", "--without", "packed-pairs")
+
+
 def test_bfloat16_on_a_cpu_without_instructions_for_it_is_one_line_of_warning(monkeypatch, capsys):
     monkeypatch.setattr("minisr.runner.run.has_native_bfloat16", lambda: False)
     monkeypatch.setattr(bench, "measure", lambda *_: [])

@@ -12,8 +12,8 @@ addresses are fixed, and the host cannot read a value inside it. Therefore
 
 The tokens are the same, except where all attempts miss the nucleus: then the most probable token is taken. With a top_p
 of 0.2 or more this happens to at most one token in a million. On a CPU the same steps run without graphs, which is how
-they are tested. One graph for each batch size, with dummy rows, is known from vLLM and nano-vllm, capturing at first
-use from Kyutai's moshi. Legend as in model.py.
+they are tested. vLLM and nano-vllm also use one graph per batch size with dummy rows, and Kyutai's moshi also captures
+at first use. Legend as in model.py.
 """
 
 import gc

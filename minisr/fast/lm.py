@@ -34,15 +34,17 @@ class FastLM(LM):
         self.graphs: tuple | None = None  # ((config, stop_ids, options), GraphDecoder) of the last batch on a GPU
 
     def copy(self) -> "FastLM":
+        self.graphs = None  # a copy is trained, which needs their memory
         clone = super().copy()
-        clone.recorded, clone.graphs = dict(self.recorded), None
+        clone.recorded = dict(self.recorded)
         return clone
 
     def frozen_copy(self) -> "FastLM":
         """Shares the weights: only a copy is ever trained, so nothing changes them."""
+        self.graphs = None
         clone = copy.copy(self)
         clone.model.eval()
-        clone.frozen, clone.graphs = True, None
+        clone.frozen = True
         return clone
 
     def sample_batch(self, prompts, seeds, config, stop_ids):
@@ -110,6 +112,6 @@ class FastLM(LM):
         self.graphs = None
         self.gradient_checkpointing = getattr(config, "gradient_checkpointing", False)
         optimizer = super().prepare_training(config)
-        if self.model.embed.weight.dtype == torch.bfloat16:
+        if next(self.model.parameters()).dtype == torch.bfloat16:  # of what is trained: adapters are float32
             return make_master_optimizer(self.model, config)
         return optimizer

@@ -4,6 +4,8 @@ Replaces train.make_optimizer for bfloat16 models. Compared with float32 weights
 halved.
 """
 
+import weakref
+
 import torch
 
 from minisr.model import Decoder
@@ -11,7 +13,9 @@ from minisr.train import TrainConfig, make_optimizer
 
 
 def make_master_optimizer(model: Decoder, config: TrainConfig) -> torch.optim.Optimizer:
-    """AdamW on float32 master weights. Gradients move to them after each backward pass, updates back after a step."""
+    """AdamW on float32 master weights. Gradients move to them after each backward pass, updates back after a step.
+
+    When the optimizer is deleted, the hooks on the model go too, and with them the master weights."""
     masters = {name: p.detach().float().requires_grad_() for name, p in model.named_parameters()}
     optimizer = make_optimizer(masters.items(), config)
 
@@ -29,7 +33,13 @@ def make_master_optimizer(model: Decoder, config: TrainConfig) -> torch.optim.Op
         for name, p in model.named_parameters():
             p.copy_(masters[name])
 
-    for name, p in model.named_parameters():
-        p.register_post_accumulate_grad_hook(add_gradient_to(masters[name]))
+    hooks = [p.register_post_accumulate_grad_hook(add_gradient_to(masters[name]))
+             for name, p in model.named_parameters()]
     optimizer.register_step_post_hook(update_model)
+    weakref.finalize(optimizer, remove_hooks, hooks)
     return optimizer
+
+
+def remove_hooks(hooks: list) -> None:
+    for hook in hooks:
+        hook.remove()

@@ -10,8 +10,7 @@ import statistics
 import torch
 from tqdm import tqdm
 
-from minisr.bench import MODELS, WORKS, model_names, prepare, seconds, summary, works
-from minisr.interop.source import load_source
+from minisr.bench import WORKS, load_on, model_names, prepare, seconds, summary, works
 from minisr.runner import processes
 from minisr.runner.engine import Workspace, run_lm_class
 from minisr.runner.resumable import DEFAULT_MICRO_BATCHES
@@ -54,8 +53,7 @@ def measure(name: str, only: list[str], repeats: int, hardware: dict) -> list[di
 
 def load_lm(name: str, hardware: dict):
     """The fast engine of a run."""
-    model, tokenizer = load_source(MODELS.get(name, name), "cuda" if hardware["gpu"] else "cpu")
-    lm = run_lm_class("fast")(model.to(getattr(torch, hardware["dtype"])), tokenizer)
+    lm = run_lm_class("fast")(*load_on(hardware, name))
     lm.workspace = Workspace()
     return lm
 

@@ -233,7 +233,7 @@ def read_text_of(answer: dict) -> str:
     """The optional "text" of an answer."""
     text = answer.get("text") or ""
     if not isinstance(text, str):
-        raise ValueError("text must be a text")
+        raise ValueError('"text" must be a string')
     if has_lone_surrogate(text):
         raise ValueError(f"{LONE_SURROGATE} in the text")
     return text

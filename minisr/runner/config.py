@@ -251,7 +251,7 @@ def checked_list(kind, value, name: str, where: str) -> tuple:
 
 
 def describe_type(kind: type | types.GenericAlias) -> str:
-    return {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}[kind]
+    return {int: "a whole number", float: "a number", str: "a string", bool: "true or false"}[kind]
 
 
 def differences(old: dict, new: dict, prefix: str = "") -> list[str]:

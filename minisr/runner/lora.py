@@ -98,6 +98,7 @@ class LoRATraining:
     lora: LoRAConfig
 
     def copy(self):
+        self.graphs = None
         return copy.copy(self)
 
     def prepare_training(self, config):

@@ -84,7 +84,7 @@ def check_gpus(gpus: int) -> None:
     if n > gpus:
         available = "1 GPU" if gpus == 1 else f"{gpus} GPUs"
         raise InputError(f'{n} processes, but this machine has {available}; start at most as many, or set device = '
-                         '"cpu"')
+                         '"cpu" (of minisr bench: CUDA_VISIBLE_DEVICES=)')
 
 
 def finish() -> None:

@@ -39,7 +39,7 @@ class ResumableTraining:
         return self.log
 
     def run_step(self, step: int) -> dict:
-        """One optimizer step; returns its record. After a lack of memory the config keeps the smaller micro-batch."""
+        """One optimizer step; returns its record. If memory ran out, the config keeps the smaller micro-batch."""
         seed = derive_seed(self.dropout_seed, step)
         metrics, self.config = self.lm.gradients_within_memory(
             self.optimizer, self.make_loss_fns, self.batches[step], self.config, seed)

@@ -1,10 +1,13 @@
 """Training bfloat16 weights with float32 copies, in which small steps add up."""
 
+import weakref
+
 import pytest
 import torch
 from tiny import EXAMPLES, tiny_lm, tiny_model
 
 from minisr.fast.master_weights import make_master_optimizer
+from minisr.runner.lora import LoRAConfig, add_adapters
 from minisr.sft import train_sft
 from minisr.train import TrainConfig, optimizer_step
 
@@ -38,7 +41,7 @@ def model_and_masters():
     names = {name: p.shape for name, p in model.named_parameters()}
     masters = [p for group in optimizer.param_groups for p in group["params"]]
     assert sorted(p.shape for p in masters) == sorted(names.values())
-    return model, optimizer, masters
+    return [model, optimizer, masters]
 
 
 def test_gradients_of_micro_batches_add_up_in_float32(model_and_masters):
@@ -66,6 +69,25 @@ def test_after_a_step_the_model_is_its_masters_rounded(model_and_masters):
     rounded = {tuple(p.bfloat16().flatten().tolist()) for p in masters}
     assert {tuple(p.flatten().tolist()) for p in model.parameters()} == rounded
     assert all(p.dtype == torch.bfloat16 for p in model.parameters())
+
+
+def test_a_finished_training_leaves_no_hook_and_no_master_weights(model_and_masters):
+    model, optimizer, masters = model_and_masters
+    masters = [weakref.ref(p) for p in masters]
+    del optimizer
+    model_and_masters[1:] = []
+    assert not any(p._post_accumulate_grad_hooks for p in model.parameters())
+    assert [ref() for ref in masters] == [None] * len(masters)
+    model(torch.tensor([[5, 2]])).float().sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+def test_adapters_in_float32_have_no_masters_although_the_weights_are_in_bfloat16():
+    lm = tiny_lm("fast")
+    lm.model = add_adapters(lm.model.to(torch.bfloat16), LoRAConfig(rank=2))
+    optimizer = lm.prepare_training(TrainConfig())
+    trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    assert trained == {id(p) for p in lm.model.parameters()}
 
 
 def test_only_bfloat16_models_have_masters():

@@ -75,14 +75,14 @@ SETTINGS = [  # a wrong setting, and texts that the one line must contain
     ("judge=3", "judge must be a section [judge]"),
     ("dpo.beta=much", "[dpo]", "beta must be a number", "'much'"),
     ("iterations=2.5", "iterations must be a whole number", "2.5"),
-    ("prompts.keywords=3", "keywords must be a list, each item a text"),
+    ("prompts.keywords=3", "keywords must be a list, each item a string"),
     ("responses.top_p=1.5", "[responses]", "top_p must lie between 0 and 1", "1.5"),
     ("dpo.beta=nan", "[dpo]", "beta must be at least 0, not nan"),
     ("iterations=-1", "iterations must lie between 0 and 100, not -1"),
     ("dpo.batch_size=0", "[dpo]", "batch_size must be at least 1, not 0"),
     ("prompts.max_rouge_l=1.1", "[prompts]", "max_rouge_l must lie between 0 and 1", "1.1"),
     ("seed_model=a\udcffb", "--set", "lone surrogate"),
-    ("judge.by=1", 'by must be a text, not 1; put it in quotes: by = "1"'),
+    ("judge.by=1", 'by must be a string, not 1; put it in quotes: by = "1"'),
     ("judge.by=human", "[judge]", "by must be one of self, M1, word_points, oracle", "'human'"),
     ("judge.by", "--set judge.by", "section.key=value"),
     ("seed=7", "another config", "seed: 0 -> 7", "--out"),
@@ -182,7 +182,7 @@ def eval_of_a_model_in_a_run(at):
     return ["eval", at / "run/M1"]
 
 
-@case("run.toml", "source must be a text, not 2024", 'source = "2024"')
+@case("run.toml", "source must be a string, not 2024", 'source = "2024"')
 def folder_that_is_a_number_in_a_config(at):
     return run_config(at, "[seed_data]\nsource = 2024\n")
 
