@@ -303,9 +303,8 @@ FAULTS = {
          "index - 1 - (is_first_rejected * chosen_lengths)[is_token]", "index - 1")],
     ("fast/lm", "fast_lm"): [
         ("records survive a training", "self.recorded = {}  #", "#"),
-        ("copies share their records", "dict(self.recorded), None", "self.recorded, None"),
-        ("a frozen copy computes what is recorded", "clone.frozen, clone.graphs = True, None",
-         "clone.frozen, clone.graphs = False, None"),
+        ("copies share their records", "clone.recorded = dict(self.recorded)", "clone.recorded = self.recorded"),
+        ("a frozen copy computes what is recorded", "clone.frozen = True", "clone.frozen = False"),
         ("the rejected has the chosen's record", "self.record(pair.prompt, pair.rejected, rejected)",
          "self.record(pair.prompt, pair.rejected, chosen)"),
         ("judgements are recorded", "isinstance(config, ResponseConfig) and is_exact", "is_exact"),
