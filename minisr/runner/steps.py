@@ -21,7 +21,7 @@ from minisr.runner.files import json_bytes, jsonl_bytes, read_json, write_json
 from minisr.runner.journal import Journal, TrainingState, fingerprint, remove_journals
 from minisr.runner.run import Run
 from minisr.runner.stop import Stop
-from minisr.runner.storage import check_inputs, read_step, record_inputs, verify_checksum, write_with_checksum
+from minisr.runner.storage import check_inputs, read_step, verify_checksum, write_with_checksum
 
 # Step -> the name of its file in the folder of the model that takes it.
 FILES = {"new_prompts": "prompts", "respond": "responses", "judge": "rewards", "select_pairs": "pairs",
@@ -150,7 +150,6 @@ def keep_records(step, *inputs) -> list:
         check_inputs(path, inputs)
     else:
         Stop.check()
-        record_inputs(path, inputs)
         with model.clock(name), model.run.workspace.step(title=f"{model.name} {name}",
                                                          journal=model.journal(name, *inputs)):
             records = step(*inputs)
@@ -158,7 +157,7 @@ def keep_records(step, *inputs) -> list:
         if name == "prompts":
             records = [{"prompt": prompt} for prompt in records]
         write_with_checksum(counts_path, json_bytes(counts))
-        write_with_checksum(path, jsonl_bytes(records))  # last: a step whose records exist is finished
+        write_with_checksum(path, jsonl_bytes(records), inputs)  # last: a step whose records exist is finished
     processes.wait_for_all()
     remove_journals(model.folder / f"{name}.journal")
     verify_checksum(counts_path)

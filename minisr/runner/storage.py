@@ -7,19 +7,9 @@ from pathlib import Path
 
 from minisr import InputError
 from minisr.runner import processes
-from minisr.runner.files import (
-    RESTORE,
-    check_object,
-    file_digest,
-    read_json,
-    read_jsonl,
-    write_bytes,
-    write_failure,
-    write_json,
-)
+from minisr.runner.files import RESTORE, file_digest, read_json, read_jsonl, write_bytes, write_failure, write_json
 from minisr.runner.journal import fingerprint
 
-MADE_FROM = "made_from.json"
 # What the records of each step have, by the name of its file. Files of any version of minisr have these keys.
 RECORD_KEYS = {
     "prompts": {"prompt": str},
@@ -71,12 +61,14 @@ def folder_lock(folder: Path):
         yield
 
 
-def write_with_checksum(path: Path, content: bytes) -> None:
-    """Record the checksum in hashes.json beside the file, then write the file."""
-    index = path.parent / "hashes.json"
-    known = read_json(index, "hashes") if index.exists() else {}
-    known = known if isinstance(known, dict) else {}  # verify_checksum has reported the damage
-    write_json(index, {**known, path.name: hashlib.sha256(content).hexdigest()})
+def write_with_checksum(path: Path, content: bytes, inputs: tuple | None = None) -> None:
+    """Record the checksum in hashes.json beside the file, then write the file.
+
+    With inputs, also record a hash of what the file was made from."""
+    known = read_checksums(path.parent)
+    if inputs is not None:
+        known["made_from"] = {**known.get("made_from", {}), path.name: fingerprint(inputs)}
+    write_json(path.parent / "hashes.json", {**known, path.name: hashlib.sha256(content).hexdigest()})
     write_bytes(path, content)
 
 
@@ -91,22 +83,19 @@ def read_step(path: Path) -> list[dict]:
     return records
 
 
-def record_inputs(path: Path, inputs: tuple) -> None:
-    """Record in made_from.json which inputs the file of a step is about to be made from."""
-    write_json(path.parent / MADE_FROM, {**recorded_inputs(path.parent), path.name: fingerprint(inputs)})
-
-
 def check_inputs(path: Path, inputs: tuple) -> None:
-    """Raise InputError if the file of a step was made from other inputs. Without a record of them it passes."""
-    if recorded_inputs(path.parent).get(path.name, fingerprint(inputs)) != fingerprint(inputs):
+    """Raise InputError if the file of a step was made from other inputs. A file without a record of them passes."""
+    made_from = read_checksums(path.parent).get("made_from", {})
+    if isinstance(made_from, dict) and made_from.get(path.name, fingerprint(inputs)) != fingerprint(inputs):
         raise InputError(f"{path} was made from other results of the steps before it than the present ones; move it "
                          "away, and it is made again")
 
 
-def recorded_inputs(folder: Path) -> dict[str, str]:
-    """{name of a step's file: fingerprint of its inputs}."""
-    path = folder / MADE_FROM
-    return check_object(read_json(path, "fingerprints"), path) if path.exists() else {}
+def read_checksums(folder: Path) -> dict:
+    """The content of hashes.json; nothing if it is missing or damaged, which verify_checksum reports."""
+    index = folder / "hashes.json"
+    known = read_json(index, "hashes") if index.exists() else {}
+    return known if isinstance(known, dict) else {}
 
 
 def verify_checksum(path: Path) -> None:
