@@ -122,7 +122,7 @@ def run(options) -> None:
     run = _open_run(options)
     was_finished = f"M{run.config.iterations + 1}" in evaluated_models(run.folder / "metrics.json")
     if was_finished:
-        print(f"{run.folder} is finished already; its files are checked, and this is its table:")
+        print(f"{run.folder} is finished already; checking its files", flush=True)
     warn_of_slow_bfloat16(run.dtype, run.device)
     with folder_lock(run.folder):
         metrics = run_loop(run, None if was_finished else lambda so_far: print(line(so_far), flush=True))
@@ -279,7 +279,8 @@ def _write_page(folder: Path) -> None:
     if find_spec("matplotlib"):
         print(f"Page: {write_page(folder)}")
     else:
-        print(f'No page: pip install "minisr[report]", then minisr report {folder}')
+        print('No page: pip install "minisr[report]" (from a checkout: pip install ".[report]"), then '
+              f"minisr report {folder}")
 
 
 def _add_report(commands) -> None:

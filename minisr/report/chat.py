@@ -117,4 +117,6 @@ def _print_answer(text: str, judgements: list[judge.Judgement]) -> None:
     shown = printable((parsed or judgements)[0].text).replace("\n", "\n        | ")
     printed_reward = label("unread") if reward is None else f"{reward:6.2f}"
     print(f"{printed_reward}  {printable(text)}")
-    print(f"        ({len(parsed)} of {len(judgements)} judgements parsed)\n        | {shown}")
+    scores = ", ".join(f"{judgement.score:g}" for judgement in parsed) or "none"
+    print(f"        (scores {scores}; {len(parsed)} of {len(judgements)} judgements parsed; the first:)")
+    print(f"        | {shown}")

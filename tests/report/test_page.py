@@ -546,7 +546,8 @@ def test_without_matplotlib_the_command_names_the_extra_and_a_run_says_how(
     assert err.count("\n") == 1 and 'pip install "minisr[report]"' in err and "matplotlib" in err
     assert main(short_run) == 0
     told = [line for line in capsys.readouterr().out.split("\n") if "minisr[report]" in line]
-    assert told == [f'No page: pip install "minisr[report]", then minisr report {copy}']
+    assert told == ['No page: pip install "minisr[report]" (from a checkout: pip install ".[report]"), then minisr '
+                    f"report {copy}"]
     assert not (copy / "report.html").exists()
 
 

@@ -497,7 +497,7 @@ def test_an_export_without_prompts_or_into_a_file_is_one_line(finished, tmp_path
 def test_a_finished_run_says_so_and_prints_its_table(session_run, config, copy):
     code, out, _ = minisr("run", config, "--out", copy)
     first, rest = out.split("\n", 1)
-    assert code == 0 and first == f"{copy} is finished already; its files are checked, and this is its table:"
+    assert code == 0 and first == f"{copy} is finished already; checking its files"
     assert "finished already" not in session_run[1] and "done in" in session_run[1] and "done in" not in out
     assert rest.split("\n\n")[0].strip() in session_run[1]
 
@@ -539,7 +539,7 @@ def test_an_unexpected_disk_error_is_one_line(finished, monkeypatch):
 def test_a_question_that_is_too_long_does_not_end_the_chat(finished, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.StringIO("Write a story. " * 200 + "\n\nNews?\n"))
     code, out, err = minisr("chat", finished / "M1", "-n", "1")
-    assert code == 0 and "803 tokens; the model takes 1 to 255" in err and out.count("judgements parsed)") == 1
+    assert code == 0 and "803 tokens; the model takes 1 to 255" in err and out.count("judgements parsed; the first:)") == 1
 
 
 def test_chat_prints_n_answers_with_a_judgement_each_best_first(finished, monkeypatch):
