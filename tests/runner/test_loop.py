@@ -84,7 +84,8 @@ def test_a_run_interrupted_at_every_file_and_resumed_gives_the_same_files(
         here = not renamed or target.suffix == ".jsonl" or target.name in ("meta.json", "metrics.json")
         if renamed:
             rename(source, target)
-        if here and name not in stopped_at:
+        is_stopping = sys.exc_info()[0] is KeyboardInterrupt  # the time that a step took is then written
+        if here and name not in stopped_at and not is_stopping:
             stopped_at.append(name)
             raise KeyboardInterrupt
         if not renamed:
