@@ -102,7 +102,7 @@ class Sections(Side):
     @cached_property
     def model(self) -> Decoder:
         if self.source:
-            return load_source(self.source, self.device)[0]
+            return load_source(self.source)[0].to(self.device, bench.default_dtype(self.device))
         return self.random_model(SMALL if self.is_small else SMOLLM2)
 
     @property

@@ -32,7 +32,7 @@ start here:
   minisr COMMAND --help               what a command does, with an example
 
 {RESUME}
-exit codes: 0 success; 2 wrong input (one line on stderr); 130 interrupted
+exit codes: 0 success; 2 error (one line on stderr); 130 interrupted
 """
 
 RESUMABLE = ("run", "experiment", "eval", "pretrain")  # commands

@@ -67,7 +67,7 @@ def is_gguf(path: Path) -> bool:
         return file.read(4) == b"GGUF" or path.suffix.lower() == ".gguf"
 
 
-def load(path: Path, device: str = "cpu", template: str = "") -> tuple[Decoder, Tokenizer]:
+def load(path: Path, template: str = "") -> tuple[Decoder, Tokenizer]:
     """The model of a file. `template` is the text of a chat template; "" means the file's own."""
     gguf = import_extra("gguf", "gguf")
     metadata, tensors = read_parts(gguf, path)
@@ -86,7 +86,7 @@ def load(path: Path, device: str = "cpu", template: str = "") -> tuple[Decoder, 
     for name in sorted(tensors):
         if name != "rope_freqs.weight":
             raise InputError(f"{path}: minisr does not support the tensor {name}")
-    return build_decoder(config, weights, device), tokenizer
+    return build_decoder(config, weights), tokenizer
 
 
 def split_files(path: Path) -> list[Path]:

@@ -45,7 +45,7 @@ OTHER_FILES = (*CONFIGS, ADAPTER, SentencePiece.FILE, TokenizerJSON.FILE, *SETTI
 EMBEDDING, HEAD = names.HF_WEIGHTS["embed.weight"][0], names.HF_WEIGHTS["head.weight"][0]
 
 
-def load(folder: Path, device: str = "cpu", template: str = "") -> tuple[Decoder, Tokenizer]:
+def load(folder: Path, template: str = "") -> tuple[Decoder, Tokenizer]:
     """The model of a folder. `template` is the text of a chat template; "" means the folder's own."""
     if (folder / ADAPTER).exists():
         raise InputError(f"{folder} holds an adapter ({ADAPTER}), which changes the weights; merge it into them with "
@@ -66,7 +66,7 @@ def load(folder: Path, device: str = "cpu", template: str = "") -> tuple[Decoder
         if not name.endswith("rotary_emb.inv_freq"):
             raise InputError(f"{folder}: minisr does not support the weight {name}")
     try:
-        return build_decoder(config, weights, device), tokenizer
+        return build_decoder(config, weights), tokenizer
     except RuntimeError as error:
         raise InputError(f"{folder}: {CONFIG} and weights do not agree: {short_reason(error)}") from error
 

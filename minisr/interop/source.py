@@ -33,13 +33,15 @@ def resolve(source: str) -> Path:
     return files[0]
 
 
-def load_source(source: str, device: str = "cpu", chat: str = "") -> tuple[Decoder, Tokenizer]:
-    """The model of a source in any format. `chat` names a chat template to use in place of its own."""
+def load_source(source: str, chat: str = "") -> tuple[Decoder, Tokenizer]:
+    """The model of a source in any format, in float32 on the CPU.
+
+    `chat` names a chat template to use in place of the model's own."""
     path, template = resolve(source), chat_template(chat) if chat else ""
     if chat and not template:
         raise InputError(f"chat template {chat} is empty")
     try:
-        return load_path(path, device, template)
+        return load_path(path, template)
     except TemplateError as error:
         raise InputError(f"chat template {chat or f'of {path}'} does not fit the model: {error}") from error
     except InputError as error:
@@ -48,15 +50,15 @@ def load_source(source: str, device: str = "cpu", chat: str = "") -> tuple[Decod
         raise InputError(f"{path} cannot be read as a model: {short_reason(error)}") from error
 
 
-def load_path(path: Path, device: str, template: str) -> tuple[Decoder, Tokenizer]:
+def load_path(path: Path, template: str) -> tuple[Decoder, Tokenizer]:
     if path.is_file():
         if not gguf.is_gguf(path):
             raise InputError(f"{path} is a file, but not a GGUF file; name the folder of a model, or a .gguf file")
-        return gguf.load(path, device, template)
+        return gguf.load(path, template)
     if path.is_dir():
         check_links(path, ["meta.json", "model.pt", *hf.files_to_read(path)])
     if (path / hf.CONFIG).exists():
-        return hf.load(path, device, template)
+        return hf.load(path, template)
     if not path.exists():
         raise InputError(f"there is no model {path}; a model is a folder of minisr or Hugging Face, a .gguf file, or "
                          "package:NAME")
@@ -64,7 +66,7 @@ def load_path(path: Path, device: str, template: str) -> tuple[Decoder, Tokenize
         ggufs = sorted(file for file in path.iterdir() if file.suffix.lower() == ".gguf")
         raise InputError(f"{path} has neither {hf.CONFIG} (a Hugging Face folder) nor meta.json (a minisr "
                          f"folder){f'; name a file in it: {ggufs[0]}' if ggufs else ''}")
-    model, tokenizer = checkpoint.load_model(path, device)
+    model, tokenizer = checkpoint.load_model(path)
     if template:
         tokenizer = Tokenizer(tokenizer.vocabulary, template, tokenizer.stop_ids)
     return model, tokenizer

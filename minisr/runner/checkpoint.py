@@ -57,7 +57,7 @@ def save_model(folder: Path, model: Decoder, tokenizer: Tokenizer, meta: dict) -
     write_json(folder / "meta.json", {"hash": file_digest(folder / "model.pt"), "files": digests, **meta})
 
 
-def load_model(folder: Path, device: str = "cpu", dtype: torch.dtype | None = None
+def load_model(folder: Path, device: str = "cpu", dtype: torch.dtype = torch.float32
                ) -> tuple[Decoder, Tokenizer]:
     """The model and tokenizer of a folder, in eval mode. Raises InputError if a file is damaged."""
     folder = Path(folder)
@@ -118,16 +118,15 @@ def read_model_file(path: Path) -> tuple[ModelConfig, dict[str, torch.Tensor]]:
 
 
 def build_decoder(config: ModelConfig, weights: dict[str, torch.Tensor], device: str = "cpu",
-                  dtype: torch.dtype | None = None) -> Decoder:
-    """A decoder with these weights, in eval mode. The default dtype is float32, and bfloat16 on a GPU."""
+                  dtype: torch.dtype = torch.float32) -> Decoder:
+    """A decoder with these weights, in eval mode."""
     with torch.device("meta"):  # without memory or random numbers for weights that are replaced at once
         model = Decoder(config)
     if config.tie_embeddings:
         weights = {**weights, "head.weight": weights["embed.weight"]}
     model.load_state_dict(weights, assign=True)
     model.tie_weights()
-    default = torch.bfloat16 if "cuda" in device else torch.float32
-    return model.to(device, dtype or default).eval()
+    return model.to(device, dtype).eval()
 
 
 def tokenizer_files(tokenizer: Tokenizer) -> dict[str, bytes]:

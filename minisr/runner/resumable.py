@@ -1,8 +1,8 @@
-"""What may change between two parts of one run: keys of the config that change no result, or at most its last bit.
+"""What may change between two parts of one run: keys of the config that change at most rounding.
 
 - threads, save_every, gradient_checkpointing, timeout: how the same numbers are computed and stored.
 - rows, micro_batch, engine, device: how many samples or examples are computed side by side,
-  and by which code. A sample's random numbers do not depend on its batch, so only rounding differs, which may turn a
+  and by which code. A sample's random numbers do not depend on its batch, so only rounding differs, which may change a
   sampled token.
 
 With dropout, micro_batch, engine and device decide which units are dropped, so they may not change; the default and

@@ -90,7 +90,7 @@ class Run:
         """(decoder, tokenizer) of M0's source, in float32 on the CPU, so that M0 is an exact copy; read once."""
         if self._seed_model is None:
             source = self.config.seed_model or str(SEED_MODEL)
-            self._seed_model = load_source(source, chat=self.config.chat)
+            self._seed_model = load_source(source, self.config.chat)
         return self._seed_model
 
     @property

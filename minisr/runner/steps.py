@@ -76,7 +76,7 @@ class StoredModel(SelfRewardingModel):
 
     @contextmanager
     def clock(self, name: str):
-        """Add the seconds of a step, or of a part of it that an interruption ends, to timing.json."""
+        """Add the seconds of a step to timing.json, also if it is interrupted."""
         start = time.perf_counter()
         try:
             yield

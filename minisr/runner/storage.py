@@ -85,8 +85,8 @@ def read_step(path: Path) -> list[dict]:
 
 def check_inputs(path: Path, inputs: tuple) -> None:
     """Raise InputError if the file of a step was made from other inputs. A file without a record of them passes."""
-    made_from = read_checksums(path.parent).get("made_from", {})
-    if isinstance(made_from, dict) and made_from.get(path.name, fingerprint(inputs)) != fingerprint(inputs):
+    recorded = read_checksums(path.parent).get("made_from", {}).get(path.name)
+    if recorded not in (None, fingerprint(inputs)):
         raise InputError(f"{path} was made from other results of the steps before it than the present ones; move it "
                          "away, and it is made again")
 
