@@ -35,6 +35,7 @@ from tqdm import tqdm
 
 from minisr import InputError, __version__, train
 from minisr.dpo import dpo_loss, encode_pairs
+from minisr.fast.sampler import common_prefix_length
 from minisr.interop.chat_templates import chat_template
 from minisr.interop.source import load_source
 from minisr.judge import judge_prompt
@@ -174,7 +175,7 @@ def sampling_cost(model, prompts: list[list[int]], drawn: list[list]) -> Cost:
     """Of drawing these completions side by side: one prefill, then a step a token."""
     config, lengths = model.config, [[len(completion.ids) for completion in row] for row in drawn]
     tokens, rows, steps = sum(map(sum, lengths)), sum(map(len, lengths)), max(map(max, lengths))
-    shared = common_prefix_length(prompts)
+    shared = common_prefix_length(prompts) if len(prompts) > 1 else 0
     rests = [len(prompt) - shared for prompt in prompts]
     # A row's last token is drawn, never computed. Its n-th step reads n keys of its own.
     keys = (shared * (steps - 1) + sum(rest * (max(row) - 1) for rest, row in zip(rests, lengths))
@@ -182,14 +183,6 @@ def sampling_cost(model, prompts: list[list[int]], drawn: list[list]) -> Cost:
     key_value_bytes = 2 * config.n_layers * config.n_kv_heads * config.head_dim * model.embed.weight.element_size()
     computed, predicted = shared + sum(rests) + tokens - rows, len(prompts) + tokens - rows
     return Cost(tokens, forward_flops(model, computed, predicted), steps * weight_bytes(model) + keys * key_value_bytes)
-
-
-def common_prefix_length(prompts: list[list[int]]) -> int:
-    """How many tokens all prompts begin with, leaving at least one token of each; 0 for a single prompt."""
-    if len(prompts) == 1:
-        return 0
-    limit = min(map(len, prompts)) - 1
-    return next((i for i in range(limit) if len({prompt[i] for prompt in prompts}) > 1), limit)
 
 
 def scoring_cost(model, computed: int, predicted: int, batches: int, training: bool) -> Cost:

@@ -40,7 +40,9 @@ RESUMABLE = ("run", "experiment", "eval", "pretrain")  # commands
 
 def main(arguments: list[str] | None = None) -> int:
     """Run a command; report an expected failure as one line on stderr and return the exit code."""
-    options = _parser().parse_args(arguments)
+    options, unknown = _parser().parse_known_args(arguments)
+    if unknown:
+        options.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")  # for a terminal that is not UTF-8
     options.arguments = sys.argv[1:] if arguments is None else arguments
@@ -96,7 +98,7 @@ def _add_command(commands, function, name: str, summary: str, details: str) -> a
     """A command's parser. Its help shows the summary and the details: an example and what to do next."""
     parser = commands.add_parser(name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.",
                                  epilog=details, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.set_defaults(command=function)
+    parser.set_defaults(command=function, parser=parser)
     return parser
 
 

@@ -40,3 +40,10 @@ def test_every_commands_help_has_an_example_that_is_valid_and_says_what_to_do_ne
     for line in lines:
         options = cli._parser().parse_args(shlex.split(line))
         assert callable(options.command)
+
+
+def test_an_unknown_option_names_the_help_of_its_command(capsys):
+    with pytest.raises(SystemExit) as end:
+        cli.main(["show", "out/tiny", "--colour"])
+    assert end.value.code == 2
+    assert capsys.readouterr().err == "minisr: unrecognized arguments: --colour; see minisr show --help\n"
