@@ -20,8 +20,7 @@ from pathlib import Path
 from sides import TRL, Minisr, MinisrDPO, Process, Transformers, in_one_line
 from tqdm import tqdm
 
-from minisr.bench import MODELS, machine, summary
-from minisr.fast.sampler import common_prefix_length
+from minisr.bench import MODELS, common_prefix_length, machine, summary
 from minisr.interop import hf
 from minisr.interop.source import load_source
 from minisr.judge import judge_prompt

@@ -35,7 +35,6 @@ from tqdm import tqdm
 
 from minisr import InputError, __version__, train
 from minisr.dpo import dpo_loss, encode_pairs
-from minisr.fast.sampler import common_prefix_length
 from minisr.interop.chat_templates import chat_template
 from minisr.interop.source import load_source
 from minisr.judge import judge_prompt
@@ -44,7 +43,7 @@ from minisr.pairs import select_pairs
 from minisr.prompts import PromptConfig, few_shot_prompt
 from minisr.runner.checkpoint import SEED_MODEL
 from minisr.runner.config import SeedConfig, TrainConfig
-from minisr.runner.engine import RunLM
+from minisr.runner.engine import SHORTER_PAIRS, RunLM
 from minisr.runner.run import ENGLISH_TEMPLATE, WORLD_TEMPLATE, load_template, warn_of_slow_bfloat16
 from minisr.runner.seed_data import build_seed_data, eft_by_annotator
 from minisr.sampler import SamplingConfig
@@ -133,7 +132,8 @@ def training_works(lm: LM, data: dict, template: str, size: int, parts: int) -> 
 
     def score_reference():
         batches = micro_batches(pairs, reference_batches)
-        return lm.share_batches(score, batches) if isinstance(lm, RunLM) else [score(batch) for batch in batches]
+        return (lm.share_batches(score, batches, advice=SHORTER_PAIRS) if isinstance(lm, RunLM) else
+                [score(batch) for batch in batches])
 
     def pair_loss(part):
         chosen, rejected = lm.pair_logps(part)
@@ -175,7 +175,7 @@ def sampling_cost(model, prompts: list[list[int]], drawn: list[list]) -> Cost:
     """Of drawing these completions side by side: one prefill, then a step a token."""
     config, lengths = model.config, [[len(completion.ids) for completion in row] for row in drawn]
     tokens, rows, steps = sum(map(sum, lengths)), sum(map(len, lengths)), max(map(max, lengths))
-    shared = common_prefix_length(prompts) if len(prompts) > 1 else 0
+    shared = common_prefix_length(prompts)
     rests = [len(prompt) - shared for prompt in prompts]
     # A row's last token is drawn, never computed. Its n-th step reads n keys of its own.
     keys = (shared * (steps - 1) + sum(rest * (max(row) - 1) for rest, row in zip(rests, lengths))
@@ -183,6 +183,14 @@ def sampling_cost(model, prompts: list[list[int]], drawn: list[list]) -> Cost:
     key_value_bytes = 2 * config.n_layers * config.n_kv_heads * config.head_dim * model.embed.weight.element_size()
     computed, predicted = shared + sum(rests) + tokens - rows, len(prompts) + tokens - rows
     return Cost(tokens, forward_flops(model, computed, predicted), steps * weight_bytes(model) + keys * key_value_bytes)
+
+
+def common_prefix_length(prompts: list[list[int]]) -> int:
+    """How many tokens all prompts begin with, leaving at least one token of each; 0 for a single prompt."""
+    if len(prompts) == 1:
+        return 0
+    limit = min(map(len, prompts)) - 1
+    return next((i for i in range(limit) if len({prompt[i] for prompt in prompts}) > 1), limit)
 
 
 def scoring_cost(model, computed: int, predicted: int, batches: int, training: bool) -> Cost:

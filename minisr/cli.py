@@ -68,7 +68,8 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     except OSError as error:  # e.g. a disk that is full or read-only
         reason = " ".join(str(error).split())[:300]
-        print(f"minisr: {reason}; fix this, then run the same command again to resume", file=sys.stderr)
+        again = "again to resume" if options.arguments[0] in RESUMABLE else "again"
+        print(f"minisr: {reason}; fix this, then run the same command {again}", file=sys.stderr)
         return 2
 
 

@@ -1,4 +1,4 @@
-"""Evaluation: win rates between models, and the judge's agreement with human rankings (sections 3.1.2 to 3.3).
+"""Evaluation: win rates between models, and the judge's agreement with human rankings (sections 3.1.2 and 3.2).
 
 A run calls these functions after each model, for reporting only.
 """
@@ -13,11 +13,11 @@ RESAMPLES = 2000  # of every bootstrap
 def win_rates(scores: list[float], other_scores: list[float], seed: int = 0) -> dict:
     """Shares of prompts on which the first model scores higher ("win"), equally ("tie") and lower ("lose").
 
-    Each with a 95 % confidence interval from a paired bootstrap over prompts."""
+    Each with a 95 % confidence interval from a paired bootstrap over prompts; None without prompts."""
     signs = np.sign(np.array(scores) - np.array(other_scores))
     rates = {}
     for name, sign in (("win", 1), ("tie", 0), ("lose", -1)):
-        rates[name] = float((signs == sign).mean())
+        rates[name] = mean(list(signs == sign))
         rates[f"{name}_ci95"] = bootstrap_ci(signs == sign, seed)
     return rates
 

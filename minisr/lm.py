@@ -48,7 +48,8 @@ class LM:
         Raises InputError if a prompt is empty, or leaves no room for one new token within max_seq_len."""
         for i, prompt in enumerate(prompts):
             if not 0 < len(prompt) < self.max_seq_len:
-                raise InputError(f"prompt {i} has {len(prompt)} tokens; the model takes 1 to {self.max_seq_len - 1}")
+                raise InputError(f"prompt {i + 1} has {len(prompt)} tokens; the model takes 1 to "
+                                 f"{self.max_seq_len - 1}: shorten it or leave it out")
         seeds = row_seeds(seed, len(prompts), n)  # (P, n)
 
         def complete(batch: list[int]) -> list[list[Completion]]:

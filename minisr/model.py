@@ -5,7 +5,7 @@ Shape legend, used in every module:
     T  new tokens of each row     G  key/value heads       L  layers
     S  tokens so far, T included  D  dimension of a head   C  model dimension
 
-The layout is that of Hugging Face's Llama. Weights are always loaded; runner/pretrain.py initializes new ones.
+The layout is that of Hugging Face's Llama. Weights are loaded from a checkpoint, or set by runner/pretrain.py.
 """
 
 import math

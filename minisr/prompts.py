@@ -1,7 +1,7 @@
-"""{x_i}: the model writes new prompts by few-shot prompting, from 6 seed and 2 generated ones (sections 2.2, 3.1.1).
+"""{x_i}: the model writes new prompts by few-shot prompting, from 6 seed and 2 generated ones (sections 2.2, 3.1.3).
 
-The filters follow Self-Instruct (Wang et al., 2022): length, unsuitable keywords, exact matches, and ROUGE-L similarity
-to any known prompt. Every rejection is counted by its reason.
+The filters are modeled on Self-Instruct (Wang et al., 2022): length, unsuitable keywords, exact matches, and ROUGE-L
+similarity to any known prompt. Every rejection is counted by its reason.
 """
 
 import re
@@ -120,12 +120,12 @@ class PromptPool:
         return None
 
     def is_similar(self, words: list[str], unique: set[str], other: list[str]) -> bool:
-        """ROUGE-L F1 = 2 LCS / (length + length) (Lin, 2004) of at least max_rouge_l. unique: the set of `words`."""
+        """Whether ROUGE-L F1 = 2 LCS / (sum of both lengths) (Lin, 2004) is at least max_rouge_l.
+
+        unique: the set of `words`."""
         total, threshold = len(words) + len(other), self.config.max_rouge_l
-        shortest = min(len(words), len(other))
-        if 2 * shortest / total < threshold or 2 * sum(map(unique.__contains__, other)) / total < threshold:
-            return False  # both are upper bounds of the LCS
-        return 2 * lcs_length(words, other) / total >= threshold
+        bound = min(len(words), len(other), sum(word in unique for word in other))  # of the LCS; saves most of the time
+        return 2 * bound / total >= threshold and 2 * lcs_length(words, other) / total >= threshold
 
 
 def lcs_length(a: list[str], b: list[str]) -> int:

@@ -30,7 +30,9 @@ def fit(model: nn.Module, optimizer, batches: list, make_loss_fns, config: Train
 
     make_loss_fns(batch, config) returns one function per micro-batch, which computes (loss, metrics) divided by the
     size of the whole batch, so that they add up. Each micro-batch's graph is freed before the next one is built. The
-    config is an argument because a run may lower micro_batch when memory runs out."""
+    config is an argument so that the caller decides on the size of the micro-batches.
+
+    Raises FloatingPointError if the norm of the gradients is not finite."""
     log = []
     for step, batch in enumerate(tqdm(batches, "train", leave=False, disable=None)):
         metrics = accumulate_gradients(make_loss_fns(batch, config))

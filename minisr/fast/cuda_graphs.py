@@ -1,6 +1,6 @@
 """Decoding on a GPU: static shapes, and every decode step replayed as one CUDA graph.
 
-Replaces sampler.decode. A decode step of a small model launches a thousand short kernels, and the host takes longer to
+Replaces the decoding loop of the core's sampler.generate, as fast/sampler.decode does on a CPU. A decode step of a small model launches a thousand short kernels, and the host takes longer to
 launch them than the GPU takes to run them. A CUDA graph launches all of them at once. In return its shapes and
 addresses are fixed, and the host cannot read a value inside it. Therefore
 

@@ -1,7 +1,6 @@
 """Training bfloat16 weights: the optimizer updates float32 copies, so that small updates are not lost to rounding.
 
-Replaces train.make_optimizer for bfloat16 models. Compared with float32 weights, the model's own memory traffic is
-halved.
+Replaces train.make_optimizer for bfloat16 models.
 """
 
 import weakref

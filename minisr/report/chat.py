@@ -35,8 +35,7 @@ class Chat:
         judge_config = judge.JudgeConfig(max_new_tokens=self.config.max_new_tokens)
         judged = judge.judge(self.lm, self.judge_template, [question] * self.answers, texts, judge_config,
                              derive_seed(seed, "chat judge"))
-        ranked = sorted(zip(texts, judged), key=lambda answer: -(judge.reward(answer[1]) or 0))
-        for text, judgements in ranked:
+        for text, judgements in sorted(zip(texts, judged), key=_rank):
             _print_answer(text, judgements)
         if all(judge.reward(judgements) is None for judgements in judged):
             self._explain_unparsed()
@@ -54,6 +53,12 @@ class Chat:
             print(f"A model of the tiny world understands only its requests, e.g. {EXAMPLE}")
         else:
             print("If the judgements are cut off, raise --max-new-tokens.")
+
+
+def _rank(answer: tuple[str, list[judge.Judgement]]) -> tuple[bool, float]:
+    """Sorts answers by reward, the highest first; those without a reward come last."""
+    reward = judge.reward(answer[1])
+    return reward is None, -(reward or 0.0)
 
 
 def chat(source: str, question: str | None, n: int, template: Path | None, config: SamplingConfig,

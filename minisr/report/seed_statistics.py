@@ -8,8 +8,8 @@ import numpy as np
 from minisr.runner.experiment import METRICS
 
 # Half-width of a 95 % interval of a mean, in standard errors: Student's t for n - 1 = 1, 2, ..., 19.
-STUDENT_T = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23, 2.20, 2.18, 2.16, 2.145, 2.13, 2.12,
-             2.11, 2.10, 2.09)
+STUDENT_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131,
+             2.120, 2.110, 2.101, 2.093)
 
 
 def mean_and_interval(values: list[float]) -> tuple[float, float]:

@@ -42,7 +42,7 @@ def show_prompt(run: Path, name: str, number: int) -> None:
         return
     pair = next((pair for pair in pairs if pair["prompt"] == prompt), None)
     if pair is None:
-        print("no pair: equal rewards, or fewer than two responses with a reward")
+        print("no pair: equal rewards, identical responses, or fewer than two responses with a reward")
         return
     print(printable(f"chosen    y_w  {pair['chosen']}\nrejected  y_l  {pair['rejected']}\n"))
     _print_training(run, name, pair)

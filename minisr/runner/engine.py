@@ -25,6 +25,9 @@ from minisr.runner.training import ResumableTraining
 from minisr.sampler import Completion
 
 REFERENCE_BATCH = 16  # pairs
+# What to do if there is not enough memory for a single item of a batch.
+LESS_SAMPLING = "for the samples of one prompt; try a new run with fewer candidates or a smaller max_new_tokens"
+SHORTER_PAIRS = "to score one preference pair; try a new run with a smaller responses.max_new_tokens"
 
 
 @dataclass
@@ -78,12 +81,12 @@ class RunLM:
         def compute_values(batch: list[int]) -> list:
             return [[astuple(completion) for completion in row] for row in compute(batch)]
 
-        rows = self.share_batches(compute_values, batches, seed)
+        rows = self.share_batches(compute_values, batches, seed, advice=LESS_SAMPLING)
         return [[Completion(*values) for values in row] for row in rows]
 
-    def share_batches(self, compute, batches: list[list], *key) -> list:
+    def share_batches(self, compute, batches: list[list], *key, advice: str) -> list:
         """Workspace.share; where memory runs out, a batch is split."""
-        return self.workspace.share(partial(compute_within_memory, compute), batches, *key)
+        return self.workspace.share(partial(compute_within_memory, compute, advice=advice), batches, *key)
 
     def fit(self, batches: list, make_loss_fns, config) -> list[dict]:
         """Replaces LM.fit: in a run, the training can be resumed."""
@@ -125,18 +128,20 @@ def best_lm(model, tokenizer) -> LM:
     return FastLM(model, tokenizer)
 
 
-def compute_within_memory(compute, batch: list[int]) -> list:
-    """compute(batch); where memory runs out, one half of it and then the other."""
+def compute_within_memory(compute, batch: list, advice: str) -> list:
+    """compute(batch); where memory runs out, one half of it and then the other.
+
+    Raises InputError with this advice if there is not enough memory for a single item."""
     try:
         return compute(batch)
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
         if len(batch) == 1:
-            raise InputError("not enough memory for the samples of one prompt; try a new run with fewer candidates or "
-                             "a smaller max_new_tokens") from error
+            raise InputError(f"not enough memory {advice}") from error
     middle = len(batch) // 2  # outside of `except`, which would keep the failed batch in memory
-    return compute_within_memory(compute, batch[:middle]) + compute_within_memory(compute, batch[middle:])
+    first, second = batch[:middle], batch[middle:]
+    return compute_within_memory(compute, first, advice) + compute_within_memory(compute, second, advice)
 
 
 class PlainRunLM(RunLM, LM):
@@ -162,7 +167,8 @@ def run_lm_class(engine: str, lora_config: LoRAConfig | None = None, sharded: bo
             Computed in training, they would depend on which process met a pair before."""
             missing = [pair for pair in encode_pairs(self, pairs) if None in self.lookup(pair)]
             batches = [missing[i:i + REFERENCE_BATCH] for i in range(0, len(missing), REFERENCE_BATCH)]
-            self.record_pairs(missing, self.share_batches(self.compute_logps, batches, "reference"))
+            self.record_pairs(missing, self.share_batches(self.compute_logps, batches, "reference",
+                                                           advice=SHORTER_PAIRS))
 
     if sharded and processes.size() > 1:
         from minisr.runner.sharding import ShardedTraining  # imports much of torch.distributed

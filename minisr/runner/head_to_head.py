@@ -1,4 +1,4 @@
-"""`minisr eval RUN --judge COMMAND`: pairs of a run's models, compared by an outside judge (section 3.2.1).
+"""`minisr eval RUN --judge COMMAND`: pairs of a run's models, compared by an outside judge (section 3.1.2).
 
 The judge sees both answers to each held-out prompt in both orders. A model wins where it is preferred both times and
 loses where the other one is; if the two verdicts disagree, the prompt is a tie.

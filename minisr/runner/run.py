@@ -227,6 +227,14 @@ def check_config(config: Config) -> None:
 
 def check_consistency(config: Config) -> None:
     """Raise InputError for keys that do not go together."""
+    check_sources(config)
+    check_steps(config)
+    check_training(config)
+    check_engine(config)
+
+
+def check_sources(config: Config) -> None:
+    """Raise InputError for a judge or prompts that the seed data do not have."""
     in_world = config.seed_data.source in WORLDS
     sources = " or ".join(f'"{source}"' for source in WORLDS)
     if (config.judge.by == "command") != bool(config.judge.command):
@@ -240,10 +248,32 @@ def check_consistency(config: Config) -> None:
     if config.prompts.requests_only and not in_world:
         raise InputError(f"prompts.requests_only = true needs seed_data.source = {sources}: other data have no "
                          "requests")
+
+
+def check_steps(config: Config) -> None:
+    """Raise InputError for prompts, responses or pairs that cannot be made, or keys without effect on them."""
+    if config.prompts.min_words > config.prompts.max_words:
+        raise InputError("prompts.min_words is larger than prompts.max_words: no prompt would have an allowed length")
     if config.responses.candidates < 2 and not config.dpo.positives_only:
         raise InputError("responses.candidates must be at least 2: a pair needs two responses")
+    if config.pairs.length_control and config.pairs.rejected_from == "next":
+        raise InputError('pairs.length_control has no effect with pairs.rejected_from = "next": set it to 0')
+
+
+def check_training(config: Config) -> None:
+    """Raise InputError for settings of SFT and DPO that contradict each other."""
+    for section, training in (("sft", config.sft), ("dpo", config.dpo)):
+        if training.min_learning_rate > training.learning_rate:
+            raise InputError(f"{section}.min_learning_rate = {training.min_learning_rate:g} is larger than "
+                             f"{section}.learning_rate = {training.learning_rate:g}: lower it, too")
+    if config.dpo.positives_only and (config.dpo.consistency or config.dpo.reference == "M1"):
+        raise InputError("dpo.positives_only = true trains without DPO: leave out dpo.reference and dpo.consistency")
     if config.seed_data.eft_by == "none" and config.dpo.replay_weight:
         raise InputError('seed_data.eft_by = "none" leaves nothing to replay: set dpo.replay_weight to 0')
+
+
+def check_engine(config: Config) -> None:
+    """Raise InputError for what the engine, the adapters or the shards cannot train."""
     checkpointing = config.sft.gradient_checkpointing or config.dpo.gradient_checkpointing
     if config.engine == "plain" and checkpointing:
         raise InputError('gradient_checkpointing needs engine = "fast"')

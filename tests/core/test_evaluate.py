@@ -108,6 +108,10 @@ def test_win_rates_by_hand():
     assert (swapped["win"], swapped["tie"], swapped["lose"]) == (0, 0.25, 0.75)
 
 
+def test_without_prompts_there_is_no_win_rate():
+    assert set(win_rates([], []).values()) == {None}
+
+
 def test_win_tie_and_lose_are_all_there_is():
     rng = np.random.default_rng(0)
     for seed in range(20):

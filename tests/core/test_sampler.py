@@ -130,7 +130,7 @@ def test_nothing_to_sample_gives_no_result(sample, decoder):
 @pytest.mark.parametrize("wrong", [[], [1] * 16, [1] * 40])
 def test_a_prompt_that_is_empty_or_fills_max_seq_len_is_rejected_by_its_number(sample, successor_decoder, wrong):
     model = successor_decoder(max_seq_len=16)
-    with pytest.raises(InputError, match=rf"prompt 2 has {len(wrong)} tokens.* 1 to 15"):
+    with pytest.raises(InputError, match=rf"prompt 3 has {len(wrong)} tokens.* 1 to 15"):
         sample(model, [[1], [2], wrong, [3]], 1, greedy(4), stop_ids=(9,))
     [[completion]] = sample(model, [[1] * 15], 1, greedy(4), stop_ids=(9,))
     assert completion.ids == [2]

@@ -5,7 +5,8 @@ from types import SimpleNamespace
 import pytest
 from tiny import tiny_tokenizer
 
-from minisr import InputError
+from minisr import InputError, judge
+from minisr.judge import Judgement
 from minisr.report.chat import Chat, default_template, questions
 from minisr.runner.run import ENGLISH_TEMPLATE
 from minisr.sampler import Completion, SamplingConfig
@@ -18,6 +19,16 @@ def test_an_answer_has_none_of_the_templates_text():
     completions = [Completion(tokenizer.encode_response(text), True) for text in answers]
     lm = SimpleNamespace(tokenizer=tokenizer, sample=lambda *_: [completions])
     assert Chat(lm, "{prompt} {response}", 2, SamplingConfig())._answer("News?", 0) == answers
+
+
+def test_the_answers_are_printed_best_first_and_those_without_a_reward_last(monkeypatch, capsys):
+    tokenizer = tiny_tokenizer()
+    answers = {"zero": [Judgement("", 0)], "unparsed": [Judgement("", None)], "five": [Judgement("", 5)]}
+    monkeypatch.setattr(Chat, "_answer", lambda *_: list(answers))
+    monkeypatch.setattr(judge, "judge", lambda *_: list(answers.values()))
+    Chat(SimpleNamespace(tokenizer=tokenizer), "{prompt} {response}", 3, SamplingConfig()).ask("News?", 0)
+    printed = capsys.readouterr().out
+    assert sorted(answers, key=printed.index) == ["five", "zero", "unparsed"]
 
 
 def test_a_model_of_a_run_judges_by_the_runs_judge_prompt(tmp_path):

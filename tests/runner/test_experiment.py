@@ -374,12 +374,45 @@ def test_the_base_table_of_each_readme_agrees_with_results_json(readme):
             assert value in ("-", expected[model][name]), (model, name)
 
 
-def test_the_readmes_results_are_those_of_the_notebook():
-    root = Path(__file__).parents[2]
-    results = json.loads((root / "notebooks/results.json").read_text(encoding="utf-8"))
-    rows = table_rows((root / "notebooks/README.md").read_text(encoding="utf-8"))
-    first, last = (next(i for i, row in enumerate(rows) if row[0].startswith(head))
-                   for head in ("question", "(l)"))
-    figures = re.findall(r"[*]*[-+][\d.]+ ± [\d.]+[*]*", " ".join(row[3] for row in rows[first + 1:last]))
-    printed = differences_table(results)
-    assert len(figures) > 50 and [figure for figure in figures if f"| {figure} |" not in printed] == []
+ROOT = Path(__file__).parents[2]
+COLUMNS = {"flawless": "flawless %", "pairwise": "pairwise %", "correct pairs": "right %", "pairs": "pairs",
+           "characters": "chars", "form": "form %"}  # what the README's cells call the columns of a results table
+
+
+def question_rows(results: dict) -> list[tuple[str, list[str]]]:
+    """(variant, cells) of each row of the README's table of questions, whose first cell ends with the variant."""
+    rows = table_rows((ROOT / "notebooks/README.md").read_text(encoding="utf-8"))
+    first, last = (next(i for i, row in enumerate(rows) if row[0].startswith(head)) for head in ("question", "(l)"))
+    named = [[name for name in re.findall(r"\((\w+)\)", row[0]) if name in results] for row in rows[first + 1:last + 1]]
+    return [((names or ["base"])[-1], row) for names, row in zip(named, rows[first + 1:last + 1])]
+
+
+def test_the_differences_in_the_readme_are_those_of_results_json():
+    results = json.loads((ROOT / "notebooks/results.json").read_text(encoding="utf-8"))
+    header, *printed = table_rows(differences_table(results))
+    expected = {row[0]: dict(zip(header[1:], row[1:])) for row in printed}
+    checked = 0
+    for variant, row in question_rows(results)[:-1]:  # the last row's are between models of one variant
+        metric, models = "flawless", ""
+        for found in re.findall(r"correct pairs|[a-z]+|M\d - M\d|M\d|[*]*[-+][\d.]+ ± [\d.]+[*]*", row[3]):
+            if found in COLUMNS:
+                metric = found
+            elif found.startswith("M"):
+                models = found if " - " in found else f"{found} - base {found}"
+            elif "±" in found:
+                assert expected[f"{variant} {models}"][COLUMNS[metric]] == found, (variant, models, metric)
+                checked += 1
+    assert checked > 55
+
+
+def test_the_results_in_the_readme_are_those_of_results_json():
+    results = json.loads((ROOT / "notebooks/results.json").read_text(encoding="utf-8"))
+    printed = table_rows(results_table(results))
+    checked = 0
+    for variant, row in question_rows(results):
+        for model, found in re.findall(r"(M\d)?(?: judges)? ?(\d[\d.]* ± [\d.]+)", row[2]):
+            cells = [cell for name, other, *values in printed if name == variant and model in ("", other)
+                     for cell in values]
+            assert found in cells, (variant, model, found)
+            checked += 1
+    assert checked > 35

@@ -84,14 +84,12 @@ def test_json_that_python_cannot_hold_is_refused_too(read, content):
         read(scratch_file(), "records")
 
 
-def test_half_a_character_is_written_or_refused_clearly():
+def test_half_a_character_comes_back_as_it_was_written():
     scratch_file().write_text('{"prompt": "\\ud800"}\n')
     records = read_jsonl(scratch_file(), "records", ("prompt",))
-    try:
-        write_jsonl(scratch_file(), records)
-        assert read_jsonl(scratch_file(), "records") == records
-    except InputError:
-        pass
+    assert records == [{"prompt": "\ud800"}]
+    write_jsonl(scratch_file(), records)
+    assert read_jsonl(scratch_file(), "records") == records
 
 
 @for_all(records=st.lists(RECORDS, max_size=3), form=one_of("list", "lines", "indented", "wrapped", "spaced"))

@@ -534,7 +534,8 @@ def test_an_unexpected_disk_error_is_one_line(finished, monkeypatch):
         raise OSError(28, "No space left on device", "some/file")
     monkeypatch.setattr("minisr.report.show.show_prompt", fail)
     code, _, err = minisr("show", finished)
-    assert code == 2 and re.fullmatch(r"minisr: .*No space left on device: 'some/file'; fix this.*\n", err)
+    assert code == 2 and re.fullmatch(
+        r"minisr: .*No space left on device: 'some/file'; fix this, then run the same command again\n", err)
 
 
 def test_a_question_that_is_too_long_does_not_end_the_chat(finished, monkeypatch):

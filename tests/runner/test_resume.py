@@ -252,6 +252,16 @@ def test_without_memory_a_batch_of_samples_is_halved_and_the_result_is_the_same(
         sample(0)
 
 
+def test_without_memory_for_one_pair_the_error_says_what_to_change(monkeypatch):
+    def compute_logps(batch):
+        raise MemoryError
+
+    lm = run_lm("fast")
+    monkeypatch.setattr(lm, "compute_logps", compute_logps)
+    with pytest.raises(InputError, match="not enough memory to score one preference pair; .* responses.max_new_tokens"):
+        lm.record_reference([{"prompt": "a", "chosen": "b", "rejected": "c"}])
+
+
 @pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=lambda error: type(error).__name__)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def test_without_memory_the_micro_batch_is_halved_and_the_gradient_is_the_same_sum(error, dtype, tmp_path):

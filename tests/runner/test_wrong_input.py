@@ -100,6 +100,9 @@ SETTINGS = [  # a wrong setting, and texts that the one line must contain
     ("prompts.attempts=2.0", "[prompts]", "'attempts' is now called 'max_attempts_factor'"),
     ("prompts.written_by=people", "[prompts]", "'written_by' is now called 'source'"),
     ("judge.clip=1.0", "[judge]", "unknown key 'clip'"),  # this section never had it
+    ("dpo.min_learning_rate=0.1", "dpo.min_learning_rate = 0.1 is larger than dpo.learning_rate", "lower it"),
+    ("sft.learning_rate=1e-6", "sft.min_learning_rate", "larger than sft.learning_rate = 1e-06", "lower it"),
+    ("prompts.max_words=1", "prompts.min_words is larger than prompts.max_words"),
 ]
 
 
@@ -468,6 +471,21 @@ def test_a_wrong_setting_is_one_line_and_changes_nothing(change, named, at):
     before = snapshot(at)
     one_line(*in_process(run(at, change)), *named)
     assert snapshot(at) == before
+
+
+@pytest.mark.parametrize("changes, message", [
+    (("pairs.length_control=0.5", "pairs.rejected_from=next"), "length_control has no effect"),
+    (("dpo.positives_only=true", "dpo.consistency=true"), "positives_only = true trains without DPO"),
+    (("dpo.positives_only=true", "dpo.reference=M1"), "positives_only = true trains without DPO")])
+def test_a_key_without_effect_is_one_line(changes, message, at):
+    one_line(*in_process(["run", at / "run.toml", "--out", at / "new", *settings(*changes)]), message)
+    assert not (at / "new").exists()
+
+
+def test_a_gpu_that_is_not_there_is_one_line(at, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    one_line(*in_process(run(at, "device=cuda", out="new")), 'device is "cuda", but PyTorch sees no GPU', "auto")
+    assert not (at / "new").exists()
 
 
 def test_every_former_key_of_a_run_is_among_the_wrong_settings():

@@ -1,6 +1,7 @@
 """What the world's people wrote: pretraining text, seed data, evaluation prompts.
 
-No request of the evaluation side occurs in training data, in any phrasing.
+No request of the evaluation side occurs in the pretraining text or the seed data, in any phrasing. Prompts that a model
+writes are compared with the exact evaluation prompts only (prompts.py).
 """
 
 from random import Random
