@@ -1,6 +1,6 @@
 """minisr against transformers.generate and TRL's DPOTrainer: the same work and weights, on one machine, in turns.
 
-    python benchmarks/peers.py                     both models, all work; with --quick, about a minute a model
+    python benchmarks/peers.py                     both models, all work; with --quick, one minute (tiny) and three (SmolLM2)
 
 benchmarks/README.md describes what is compared and how to interpret it. The last line printed is one JSON document,
 with the fields of `minisr bench`.

@@ -3,12 +3,12 @@
 With --without, the fast engine lacking a replacement takes the plain engine's place, so that the ratio is what this
 replacement is worth.
 
-The work is fixed and seeded, on the data of a run. All works and both engines take turns, so that a slow minute of the
-machine affects every one. The limit (a roofline) is what no program can beat, the larger of
+The work is fixed and seeded, on the data of a run. All steps and both engines are timed alternately, so that a slow
+minute of the machine affects all of them. The limit (a roofline) is what no program can beat, the larger of
 
-- bytes / bandwidth: the weights once a step, each key and value once a step for all rows that share it;
-- operations / matmul rate: 2 a weight and token, 6 in training; those of the head and of the last feed-forward network
-  only where a token is predicted.
+- bytes / bandwidth: in each decode step, all weights once, and each key and value once for all rows that share it;
+- operations / matmul rate: 2 per weight and token, 6 in training; in the head and the last feed-forward network only
+  tokens from which one is predicted count.
 
 The operations of attention and the bytes of activations are left out, so the true limit is a little lower.
 """
@@ -58,7 +58,7 @@ WORKS = ("prompts", "responses", "judging", "reference", "dpo", "sft")
 Size = namedtuple("Size", "few_shots prompts judged new_tokens batch")
 SIZES = {"world": Size(256, 128, 128, 96, 32), "english": Size(16, 8, 12, 48, 4)}
 MEASUREMENTS = 64  # of the machine's bandwidth and matmul rate; the best one counts
-# What a work costs, however it is done. Its tokens are generated, scored or trained on.
+# What a step of the loop costs with any engine: tokens generated, scored or trained on; operations; bytes read.
 Cost = namedtuple("Cost", "tokens flops bytes")
 
 
@@ -161,7 +161,9 @@ def training_works(lm: LM, data: dict, template: str, size: int, parts: int) -> 
 
 
 def forward_flops(model, computed: int, predicted: int) -> int:
-    """Of `computed` tokens through the blocks; `predicted` ones also through the last feed-forward and the head."""
+    """Operations when `computed` tokens pass through the blocks.
+
+    `predicted` of them also pass through the last feed-forward network and the head."""
     blocks = sum(p.numel() for p in model.blocks.parameters())
     last = sum(p.numel() for p in model.blocks[-1].feed_forward.parameters())
     return 2 * ((blocks - last) * computed + (last + model.head.weight.numel()) * predicted)
@@ -172,7 +174,7 @@ def weight_bytes(model) -> int:
 
 
 def sampling_cost(model, prompts: list[list[int]], drawn: list[list]) -> Cost:
-    """Of drawing these completions side by side: one prefill, then a step a token."""
+    """Cost of sampling these completions side by side: one prefill, then one step per token."""
     config, lengths = model.config, [[len(completion.ids) for completion in row] for row in drawn]
     tokens, rows, steps = sum(map(sum, lengths)), sum(map(len, lengths)), max(map(max, lengths))
     shared = common_prefix_length(prompts)
@@ -194,7 +196,7 @@ def common_prefix_length(prompts: list[list[int]]) -> int:
 
 
 def scoring_cost(model, computed: int, predicted: int, batches: int, training: bool) -> Cost:
-    """Of log-probabilities; in training also of the backward pass, which computes twice as much."""
+    """Cost of scoring. Training adds the backward pass, which costs twice as much as the forward pass."""
     passes = 3 if training else 1
     return Cost(computed, passes * forward_flops(model, computed, predicted), batches * weight_bytes(model))
 
@@ -213,7 +215,7 @@ def reset_peak() -> bool:
 
 
 def peak_mb() -> float:
-    """The peak memory since then, in 10^6 bytes: of the GPU if there is one, else of this process."""
+    """The peak memory since reset_peak(), in 10^6 bytes: of the GPU if there is one, else of this process."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 1e6
     with suppress(OSError):

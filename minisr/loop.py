@@ -54,7 +54,7 @@ class SeedData:
 class LoopConfig:
     """The method's settings. Each section is documented where its dataclass is defined.
 
-    The defaults are no recipe: tiny_configs/ holds complete ones. A run on disk adds sections of its own."""
+    The defaults are not tuned; tiny_configs/ holds complete configs. A run on disk adds sections of its own."""
 
     seed: int = 0
     iterations: int = 2  # rounds of DPO after M1: M2, M3

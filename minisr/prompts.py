@@ -29,7 +29,7 @@ class PromptConfig(SamplingConfig):
     temperature: float = 0.6
     max_new_tokens: int = 40
     count: int = 1500  # new prompts an iteration
-    round_size: int = 512  # candidates sampled before the next examples are drawn, which may show accepted ones
+    round_size: int = 512  # candidates of a round; prompts accepted in it may be examples in the next
     seed_shots: int = 6
     generated_shots: int = 2
     max_attempts_factor: float = 3.0  # give up after count * max_attempts_factor generations

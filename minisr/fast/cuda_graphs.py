@@ -1,8 +1,9 @@
 """Decoding on a GPU: static shapes, and every decode step replayed as one CUDA graph.
 
-Replaces the decoding loop of the core's sampler.generate, as fast/sampler.decode does on a CPU. A decode step of a small model launches a thousand short kernels, and the host takes longer to
-launch them than the GPU takes to run them. A CUDA graph launches all of them at once. In return its shapes and
-addresses are fixed, and the host cannot read a value inside it. Therefore
+Replaces the decoding loop of the core's sampler.generate, as fast/sampler.decode does on a CPU; on an H100 it is 2.3 to
+7.1 times as fast as that (benchmarks/README.md). A decode step of a small model launches a thousand short kernels, and
+the host takes longer to launch them than the GPU takes to run them. A CUDA graph launches all of them at once. In
+return its shapes and addresses are fixed, and the host cannot read a value inside it. Therefore
 
 - the number of rows, of columns of their own, and of columns of shared prefixes is rounded up to a bucket; a bias of
   -inf hides the columns that hold no token;

@@ -21,8 +21,8 @@ REPLACEMENTS = ("prefix-sharing", "row-dropping", "decode-step", "target-selecti
 
 
 class FastLM(LM):
-    """The fast engine. While it samples candidate responses, it records log p of each finished one (not in bfloat16), and
-    the frozen reference reads these records instead of running the model again."""
+    """The fast engine. While it samples responses, it records log p of each finished one (not in bfloat16), and the
+    frozen reference reads these records instead of running the model again."""
 
     without: frozenset[str] = frozenset()  # names of REPLACEMENTS not to use, to measure what they are worth
 

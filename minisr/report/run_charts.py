@@ -60,12 +60,12 @@ def _quality_charts(metrics: dict) -> Iterator[Chart]:
 
 
 def _form_charts(metrics: dict) -> Iterator[Chart]:
-    """What the answers of the words world are, if they are no sentence."""
+    """The share of each form of answer in the words world: a sentence, or the rule that it breaks."""
     forms = {name: m["words"]["all"]["forms"] for name, m in metrics.items() if "words" in m}
     if forms:
         reasons = [FINE, *REASONS]
         shares = {name: [of_model.get(reason, 0.0) for reason in reasons] for name, of_model in forms.items()}
-        yield Chart(figures.rows, "Sentences and what is none",
+        yield Chart(figures.rows, "Form of the answers",
                     "\"fine\" should not fall. A rise of one other form, such as lists, while all words are used more "
                     "often means that the answers please the judge without being sentences.",
                     (reasons, {name: [(share,) * 3 for share in row] for name, row in shares.items()},

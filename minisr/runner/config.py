@@ -57,16 +57,16 @@ class JudgeConfig(judge.JudgeConfig):
 class PairConfig:
     """Rules of other papers in place of this paper's, best against worst; see variants.py."""
 
-    length_control: float = 0.0  # rho of Meta-Rewarding: prefer the short among the nearly best
-    rejected_from: str = "self"  # "M1": its response, if worse (Temporal SR); "next": the next below the best
+    length_control: float = 0.0  # rho of Meta-Rewarding: choose the shortest of the nearly best responses
+    rejected_from: str = "self"  # the worst; "M1": M1's, if worse (Temporal SR); "next": the best below the chosen one
 
 
 @dataclass(frozen=True)
 class DPOConfig(dpo.DPOConfig, TrainConfig):
-    """DPO, and variants that the paper tried and left or that other papers propose."""
+    """DPO, and variants of it that the paper tried and dropped, or that come from other papers."""
 
     reference: str = "previous"  # M_t; "M1": the same reference in every iteration
-    consistency: bool = False  # smooth the labels by how often single judgements disagree (after CREAM)
+    consistency: bool = False  # smooth the labels by how often single judgements disagree (as in CREAM)
     positives_only: bool = False  # no DPO: fine-tune M0 on seed data and responses of reward 5 (appendix A.4)
 
 

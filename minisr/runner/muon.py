@@ -1,4 +1,7 @@
-"""Muon (Jordan et al., 2024) for the matrices inside the blocks, AdamW for everything else. Used in pretraining."""
+"""Muon (Jordan et al., 2024) for the matrices inside the blocks, AdamW for everything else.
+
+Chosen with optimizer = "muon", as in tiny_configs/pretrain.toml.
+"""
 
 import torch
 
@@ -8,6 +11,7 @@ from minisr.train import TrainConfig
 
 
 def make_muon(model: Decoder, config: TrainConfig) -> torch.optim.Optimizer:
+    """Muon for the matrices inside the blocks and AdamW for all other weights, as one optimizer."""
     parameters = dict(model.named_parameters())
     matrices = {name: p for name, p in parameters.items() if name.startswith("blocks.") and p.dim() == 2}
     others = [p for name, p in parameters.items() if name not in matrices]

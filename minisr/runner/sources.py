@@ -1,6 +1,6 @@
 """The files of others that a run was made from: the seed model, the seed data, the judge prompt.
 
-A run holds copies of them. So it goes on where they have moved or are gone, and if one has changed, with its copy.
+A run works with its own copies, so it can be resumed after the originals have been moved, deleted or changed.
 """
 
 import contextlib

@@ -23,7 +23,7 @@ def test_an_answer_has_none_of_the_templates_text():
 
 def test_the_answers_are_printed_best_first_and_those_without_a_reward_last(monkeypatch, capsys):
     tokenizer = tiny_tokenizer()
-    answers = {"zero": [Judgement("", 0)], "unparsed": [Judgement("", None)], "five": [Judgement("", 5)]}
+    answers = {"unparsed": [Judgement("", None)], "zero": [Judgement("", 0)], "five": [Judgement("", 5)]}
     monkeypatch.setattr(Chat, "_answer", lambda *_: list(answers))
     monkeypatch.setattr(judge, "judge", lambda *_: list(answers.values()))
     Chat(SimpleNamespace(tokenizer=tokenizer), "{prompt} {response}", 3, SamplingConfig()).ask("News?", 0)

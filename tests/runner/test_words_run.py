@@ -175,7 +175,7 @@ def test_the_reports_show_what_the_answers_are(finished):
     forms = read_json(out / "metrics.json", "metrics")["models"]["M1"]["words"]["all"]["forms"]
     charts = {chart.title: chart.arguments
               for chart in answer_charts(out, read_json(out / "metrics.json", "metrics")["models"])}
-    reasons, shares, *_ = charts["Sentences and what is none"]
+    reasons, shares, *_ = charts["Form of the answers"]
     assert {reason: share[0] for reason, share in zip(reasons, shares["M1"]) if share[0]} == forms
     assert charts["Failures by criterion"][0] == list(CRITERIA)
     page = (out / "report.html").read_text()

@@ -1,8 +1,8 @@
 """The tiny world's language, read from words.toml.
 
 A request names three things, one for each slot of its kind. An answer consists of one sentence for each slot,
-in the same order, and the closing line of its kind. With 4 kinds, 5 phrasings of each and about 50 words for
-each slot, there are 2.5 million distinct requests.
+in the same order, and the closing line of its kind. With 4 kinds and about 50 words for each slot, there are half a
+million distinct requests, and 5 phrasings of each.
 """
 
 import tomllib

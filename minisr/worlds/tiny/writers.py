@@ -1,6 +1,6 @@
 """The people of the tiny world: how they ask, answer, review and grade.
 
-Their habits are flawed in the mode: more than half of all answers omit the third requested thing. A model
+Their most likely answer is wrong: more than half of all answers omit the third requested thing. A model
 that imitates them exactly therefore gives wrong answers at temperature 0. A flawless answer is rare in the
 text; finding it is the task of the loop. People read closely when they write informal reviews, which contain
 no score, but grade leniently. A model that is to judge must use the first skill for the second task; EFT
