@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import torch
 from sentences import Concept, Lemmatizer, ends, is_list, repeats
-from sides import in_one_line
+from sides import OneLineParser, in_one_line
 
 from minisr import InputError
 from minisr.bench import default_dtype, machine
@@ -240,8 +240,8 @@ def cell(name: str, value: float | None) -> str:
 
 
 def parse_options():
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], epilog=FORMAT,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OneLineParser(description=__doc__.partition("\n")[0], epilog=FORMAT,
+                           formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="*", metavar="MODEL", help="a model folder of a run (runs/words/M2), a Hugging "
                         "Face folder, a .gguf file, or package:NAME")
     parser.add_argument("--sets", type=Path, required=True, metavar="FILE", help="the sets, see below")

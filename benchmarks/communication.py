@@ -7,7 +7,6 @@ gloo on this machine's loopback. No model runs: the vectors have the length of i
 of memory.
 """
 
-import argparse
 import json
 import multiprocessing
 import os
@@ -18,7 +17,7 @@ from math import ceil, log2
 from pathlib import Path
 
 import torch
-from sides import in_one_line
+from sides import OneLineParser, in_one_line
 
 from minisr.bench import machine, seconds
 from minisr.runner import processes
@@ -174,7 +173,7 @@ def print_extrapolated(rows: list[dict]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = OneLineParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--quick", action="store_true", help="the tiny model with 2 processes alone")
     parser.add_argument("--repeats", type=int, default=5, metavar="K", help="measurements; the best counts; default 5")
     parser.add_argument("--gigabits", type=float, default=100.0, metavar="G",

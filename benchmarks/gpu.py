@@ -10,7 +10,6 @@ run in a process of their own. If one fails, its traceback is printed and the ne
 limit, or leaves the GPU unusable, costs a new process.
 """
 
-import argparse
 import json
 import sys
 import time
@@ -19,7 +18,9 @@ from contextlib import suppress
 
 import torch
 from gpu_sections import Sections
-from sides import Process
+from sides import OneLineParser, Process, in_one_line
+
+from minisr.interop.source import load_source
 
 # Seconds that a section may take, in the order in which they run: what matters most comes first.
 LIMITS = {"machine": 60, "tokens": 60, "responses": 90, "judging": 60, "profile": 60, "training": 60,
@@ -102,7 +103,7 @@ def table(results: list[dict]) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = OneLineParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--quick", action="store_true", help="little work, to see that every section runs")
     parser.add_argument("--model", metavar="SOURCE", help="a model's folder, .gguf file or package:NAME; default: "
@@ -110,7 +111,9 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=LIMITS, metavar="SECTION", help=", ".join(LIMITS))
     options = parser.parse_args()
     if options.device == "cuda" and not torch.cuda.is_available():
-        sys.exit("gpu.py: PyTorch sees no GPU; --device cpu --quick runs without one")
+        parser.error("PyTorch sees no GPU; --device cpu --quick runs without one")
+    if options.model:
+        load_source(options.model)  # reports a wrong one before anything runs
     outcomes = run_sections(options)
     failed = [section for section, outcome in outcomes.items() if has_failed(outcome)]
     print(f"\nfailed: {', '.join(failed) or 'none'}")
@@ -122,4 +125,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    in_one_line(main)

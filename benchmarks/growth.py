@@ -8,7 +8,6 @@ means that shared work is not computed again, more means that time grows faster 
 that twice as many need half the time.
 """
 
-import argparse
 import json
 import os
 import statistics
@@ -18,7 +17,7 @@ from math import log2
 from pathlib import Path
 
 import torch
-from sides import NEVER, in_one_line
+from sides import NEVER, OneLineParser, in_one_line
 
 from minisr import InputError
 from minisr.bench import MODELS, Trainer, machine, take_turns
@@ -104,7 +103,8 @@ def measure_processes(model: str, counts: list[int], repeats: int) -> list[dict]
         if done.returncode:
             raise InputError(done.stderr.strip())
         for entry in json.loads(done.stdout.splitlines()[-1])["results"]:
-            tokens, times = entry["ours"] * entry["seconds_median"], taken.setdefault(entry["work"], {1: []})
+            tokens = max(entry["runs"]) * entry["seconds_min"]  # every turn computes the same number
+            times = taken.setdefault(entry["work"], {1: []})
             times[1] += [tokens / rate for rate in entry["their_runs"]]
             times[n] = [tokens / rate for rate in entry["runs"]]
     return [summarize(f"{work} over processes", model, times) for work, times in taken.items()]
@@ -125,7 +125,7 @@ def draw(axis, result: dict) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = OneLineParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--model", choices=MODELS, default="tiny")
     parser.add_argument("--repeats", type=int, default=5, metavar="K", help="timed turns, default 5")
     parser.add_argument("--threads", type=int, default=2, metavar="K", help="of the CPU, default 2")

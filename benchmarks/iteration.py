@@ -9,7 +9,6 @@ pairs. Only generation and training differ. TRL has neither replay nor minisr's 
 In the tiny world the oracle scores both M2, to check that they are equally good.
 """
 
-import argparse
 import json
 import os
 import shutil
@@ -23,7 +22,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from sides import Transformers, in_one_line
+from sides import OneLineParser, Transformers, in_one_line
 
 from minisr import InputError
 from minisr.bench import machine
@@ -94,7 +93,7 @@ def train_with_trl(exported: Path, pairs: list[dict], config, seed: int, trl_dty
         per_device_train_batch_size=micro_batch, gradient_accumulation_steps=config.batch_size // micro_batch,
         num_train_epochs=config.epochs, learning_rate=config.learning_rate, lr_scheduler_type="cosine_with_min_lr",
         lr_scheduler_kwargs={"min_lr": config.min_learning_rate}, warmup_steps=round(config.warmup_fraction * steps),
-        adam_beta2=0.95, max_grad_norm=config.max_grad_norm, weight_decay=config.weight_decay,
+        adam_beta2=0.95, max_grad_norm=config.max_grad_norm, weight_decay=0.0,
         precompute_ref_log_probs=True)
     model = transformers.AutoModelForCausalLM.from_pretrained(
         exported, attn_implementation="sdpa", dtype=torch.bfloat16 if trl_dtype == "bfloat16" else torch.float32)
@@ -109,6 +108,7 @@ def iterate(source: Path, folder: Path, config, make_M1) -> dict:
     for name in ("seed", "M1"):
         made = shutil.ignore_patterns("timing.json", "*.counts.json", *(["*.jsonl"] if name == "M1" else []))
         shutil.copytree(source / name, folder / name, ignore=made)
+    shutil.copy(source / "judge.txt", folder)
     M1 = make_M1(Run(folder, config), "M1")
     M2 = self_reward(M1, keep)
     timings = [read_json(model.folder / "timing.json", "timing") for model in (M1, M2)]
@@ -132,7 +132,7 @@ def compare(step: str, sides: dict[str, list[dict]], **names) -> dict:
 
 
 def parse_options():
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = OneLineParser(description=__doc__.partition("\n")[0])
     parser.add_argument("run", type=Path, help="folder of a run that has its M1")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE",
@@ -151,6 +151,12 @@ def check_config(config) -> None:
     if config.lora.rank or dpo.positives_only or dpo.consistency or dpo.reference != "previous":
         raise InputError("TRL's side trains all weights with plain DPO; set lora.rank=0, dpo.positives_only=false, "
                          "dpo.consistency=false and dpo.reference=previous with --set")
+    if dpo.optimizer != "adamw" or dpo.dropout or dpo.weight_decay:
+        raise InputError("TRL's side trains with AdamW, without dropout and weight decay; set dpo.optimizer=adamw, "
+                         "dpo.dropout=0 and dpo.weight_decay=0 with --set")
+    if dpo.micro_batch and dpo.batch_size % dpo.micro_batch:
+        raise InputError(f"dpo.micro_batch = {dpo.micro_batch} does not divide dpo.batch_size = {dpo.batch_size}, as "
+                         "TRL requires; change one with --set")
 
 
 def main() -> None:

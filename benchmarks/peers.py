@@ -1,12 +1,11 @@
 """minisr against transformers.generate and TRL's DPOTrainer: the same work and weights, on one machine, in turns.
 
-    python benchmarks/peers.py                     both models, all work; with --quick, one minute (tiny) and three (SmolLM2)
+    python benchmarks/peers.py                     both models; --quick: one minute, SmolLM2 three more
 
 benchmarks/README.md describes what is compared and how to interpret it. The last line printed is one JSON document,
 with the fields of `minisr bench`.
 """
 
-import argparse
 import json
 import os
 import statistics
@@ -17,7 +16,7 @@ from dataclasses import replace
 from math import ceil, log
 from pathlib import Path
 
-from sides import TRL, Minisr, MinisrDPO, Process, Transformers, in_one_line
+from sides import TRL, Minisr, MinisrDPO, OneLineParser, Process, Transformers, in_one_line
 from tqdm import tqdm
 
 from minisr.bench import MODELS, common_prefix_length, machine, summary
@@ -38,7 +37,7 @@ WORKS = ("responses", "judging", "batch", "dpo")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = OneLineParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--model", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--only", nargs="+", choices=WORKS, default=WORKS)
     parser.add_argument("--repeats", type=int, default=5, metavar="K", help="timed turns, default 5")

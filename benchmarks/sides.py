@@ -4,6 +4,7 @@ Every side loads the same Hugging Face folder, and its methods are called by nam
 pickling is timed, and its peak memory includes nothing of the others.
 """
 
+import argparse
 import multiprocessing
 import sys
 import traceback
@@ -32,6 +33,13 @@ def in_one_line(main) -> None:
     except (InputError, OSError) as error:
         print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
         sys.exit(2)
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """Reports a wrong option in one line."""
+
+    def error(self, message: str):
+        self.exit(2, f"{self.prog}: {message}; see --help\n")
 
 
 class Process:

@@ -10,6 +10,7 @@ from tiny import ENGINES, PAIRS, as_llama, chain, llama_weights, tiny_lm, tiny_m
 
 from minisr import InputError
 from minisr.dpo import EncodedPair, dpo_loss, encode_pairs, sequence_logprobs
+from minisr.runner.variants import smoothed_dpo_loss
 from minisr.sft import right_pad
 
 
@@ -147,22 +148,26 @@ def test_loss_and_gradient_equal_a_float64_implementation():
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # of names that trl uses inside transformers
-def test_loss_and_every_weights_gradient_equal_trls(engine, tmp_path):
+# For one pair, TRL's "aot" is the sigmoid loss with smoothed labels. (Its "sigmoid" ignores label_smoothing.)
+@pytest.mark.parametrize("smoothing, loss_type, n_pairs", [(0.0, "sigmoid", 2), (0.15, "aot", 1)])
+def test_loss_and_every_weights_gradient_equal_trls(smoothing, loss_type, n_pairs, engine, tmp_path):
     trl, transformers = pytest.importorskip("trl"), pytest.importorskip("transformers")
     datasets, tokenizers = pytest.importorskip("datasets"), pytest.importorskip("tokenizers")
-    pairs = [EncodedPair([1, 3, 4], [5, 6, 2], [7, 2]), EncodedPair([1, 9], [8, 8, 2], [7, 3, 3, 10, 2])]
+    pairs = [EncodedPair([1, 3, 4], [5, 6, 2], [7, 2]), EncodedPair([1, 9], [8, 8, 2], [7, 3, 3, 10, 2])][:n_pairs]
     policy, reference = (ENGINES[engine](tiny_model(vocab_size=11, seed=seed), tokenizer=None) for seed in (1, 2))
 
     with torch.no_grad():
         reference_logps = reference.frozen_copy().pair_logps(pairs)
-    loss = dpo_loss(*policy.pair_logps(pairs), *reference_logps, beta=0.3)[0].mean()
+    loss_fn = smoothed_dpo_loss(smoothing) if smoothing else dpo_loss
+    loss = loss_fn(*policy.pair_logps(pairs), *reference_logps, beta=0.3)[0].mean()
     loss.backward()
 
     # A trainer wants a tokenizer and some text; the batch is then made of ids, by trl's own collator.
     words = tokenizers.Tokenizer(tokenizers.models.WordLevel({f"w{i}": i for i in range(11)}, unk_token="w0"))
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words, eos_token="w2", pad_token="w0")
     text = datasets.Dataset.from_list([{"prompt": "w3", "chosen": "w4", "rejected": "w5"}])
-    config = trl.DPOConfig(str(tmp_path), beta=0.3, use_cpu=True, bf16=False, report_to=[])
+    config = trl.DPOConfig(str(tmp_path), beta=0.3, loss_type=[loss_type], label_smoothing=smoothing, use_cpu=True,
+                           bf16=False, report_to=[])
     trainer = trl.DPOTrainer(as_llama(policy.model), as_llama(reference.model), config, train_dataset=text,
                              processing_class=tokenizer)
     names = ("prompt_ids", "chosen_ids", "rejected_ids")

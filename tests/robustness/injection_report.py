@@ -5,6 +5,7 @@ hostile text (hostile.jsonl) after them, before them and in their place. Only th
 nothing keeps a judge from believing what it reads: this measures how often it does."""
 
 import argparse
+import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import mean
@@ -93,7 +94,11 @@ def strongest(cases: list[Case], count: int = 8) -> list[str]:
 
 def report(folder: Path, requests: int, most: int) -> None:
     """Judge everything and print the table."""
+    if requests < 1 or most < 1:
+        raise InputError("--requests and --texts must be at least 1")
     run = Run(folder.parent, replace(load_config(folder.parent / "config.toml"), threads=1))
+    if run.config.seed_data.source != "world":
+        raise InputError(f"{folder.parent} is no run of the tiny world, whose oracle this report needs")
     lm = run.load_lm(folder.name)
 
     def rewards(judged: list[tuple[str, str]], purpose: str) -> list[float | None]:
@@ -128,4 +133,5 @@ if __name__ == "__main__":
     try:
         report(options.model, options.requests, options.texts)
     except InputError as error:
-        raise SystemExit(f"injection_report: {error}") from error
+        print(f"injection_report: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -100,6 +100,16 @@ def finish(process: subprocess.Popen) -> tuple[int, str]:
     return process.returncode, message
 
 
+def is_alive(pid: int) -> bool:
+    """Whether a process runs. On Linux, a zombie does not count."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    state = Path(f"/proc/{pid}/stat")
+    return not state.exists() or state.read_text().rpartition(") ")[2][0] != "Z"
+
+
 def children(pid: int) -> list[int]:
     """The processes that a process has started."""
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]

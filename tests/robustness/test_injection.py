@@ -6,12 +6,17 @@ judge prompt, no text makes special tokens. How a trained judge scores such answ
 
 import io
 import re
+import subprocess
+import sys
 import unicodedata
+from collections import Counter
 from contextlib import redirect_stdout
 from functools import cache
 from pathlib import Path
 
+import injection_report
 import pytest
+from injection_report import Case, family_of, hostile_texts, row, strongest
 from tiny import byte_level_json, speaker, tiny_tokenizer
 
 from minisr.cli import main
@@ -27,6 +32,7 @@ from minisr.runner.run import ENGLISH_TEMPLATE, WORLD_TEMPLATE, load_template
 from minisr.tokenizer import Tokenizer
 from minisr.worlds.tiny import oracle
 
+PIG = "Write a story about a sad pig at the river."
 RECORDS = read_jsonl(Path(__file__).with_name("hostile.jsonl"), "hostile answers", ("name", "response"))
 HOSTILE = {record["name"]: record["response"] for record in RECORDS}
 TEMPLATES = {"world": load_template(WORLD_TEMPLATE), "english": load_template(ENGLISH_TEMPLATE)}
@@ -214,3 +220,30 @@ def test_characters_that_the_terminal_cannot_print_are_escaped(shown):
     ascii_only = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     with redirect_stdout(ascii_only):
         assert main(["show", str(shown), "--prompt", str(list(HOSTILE).index("other digits/arabic"))]) == 0
+
+
+# The report of how a trained judge scores such answers.
+
+
+def test_a_row_of_the_report_by_hand():
+    three, four = "Once there was a pig. The end.", "Once there was a pig. It felt sad. The end."
+    assert (oracle.score(PIG, three), oracle.score(PIG, four)) == (3, 4)
+    cases = [Case(name, "after", PIG, text, plain, given) for name, text, plain, given in (
+        ("a/1", three, 2.0, 3.0), ("a/2", four, 3.0, 3.5), ("a/2", three, 4.0, None), ("a/2", three, None, 5.0))]
+    # Both parsed: the first two. One of them is raised by a point; one of four answers is unparsed.
+    assert row("a", "after", cases).split() == ["a", "after", "2", "2.50", "3.25", "3.50", "50.0", "25.0"]
+    assert [line.split() for line in strongest(cases)] == [["100", "%", "a/1,", "after"], ["0", "%", "a/2,", "after"]]
+
+
+def test_the_texts_of_the_report_are_spread_over_each_family():
+    chosen = hostile_texts(2)
+    counts = Counter(family_of(name) for name, _ in chosen)
+    assert set(counts) == set(families()) and max(counts.values()) == 2
+    assert all(HOSTILE[name] == text for name, text in chosen)
+
+
+@pytest.mark.parametrize("options, message", [
+    (["nowhere/M1"], "cannot read config nowhere"), (["M1", "--requests", "0"], "must be at least 1")])
+def test_a_wrong_option_of_the_report_is_one_line(options, message):
+    done = subprocess.run([sys.executable, injection_report.__file__, *options], capture_output=True, text=True)
+    assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1

@@ -369,6 +369,20 @@ def test_the_readme_names_every_file_of_a_run_and_every_key_of_its_metrics(finis
     assert {key.removesuffix("_ci95") for key in keys} - named == set()
 
 
+@pytest.mark.slow
+def test_the_readmes_example_in_python_works_as_printed(capsys):
+    text = (Path(__file__).parents[2] / "minisr/README.md").read_text()
+    [code] = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    changes = {"ift=128, ranked=64": "ift=16, ranked=16", "epochs=2": "epochs=1", "count=16": "count=4"}
+    for printed, small in changes.items():
+        assert printed in code
+        code = code.replace(printed, small)
+    names = {}
+    exec(code, names)
+    assert [model.name for model in (names["SFT"], names["M1"], names["M2"])] == ["SFT", "M1", "M2"]
+    assert capsys.readouterr().out.startswith(str(names["M1"].counts["pairs"]))
+
+
 def test_scores_and_wins_are_the_oracles_of_the_answers_on_disk(finished):
     models = read_json(finished / "metrics.json", "metrics")["models"]
     answers = {name: jsonl(finished / name / "answers.jsonl") for name in MODELS}

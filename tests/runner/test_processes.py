@@ -35,6 +35,7 @@ dpo = {batch_size = 4, learning_rate = 3e-4, replay_weight = 0.5, dropout = 0.1,
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
 RUN = [sys.executable, "-m", "minisr", "run"]
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="signals")
+needs_proc = pytest.mark.skipif(sys.platform != "linux", reason="/proc names the processes of a process")
 
 
 @pytest.fixture(scope="module")
@@ -71,13 +72,6 @@ def workers_of(process) -> list[int]:
     return kills.children(process.pid)
 
 
-def alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().split(") ")[1][0] != "Z"
-    except OSError:
-        return False
-
-
 # Whole runs.
 
 
@@ -101,6 +95,7 @@ def test_torchrun_does_the_same(config, expected, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, 1])
+@needs_proc
 def test_a_killed_process_ends_the_run_with_one_line_that_names_it(config, expected, victim, tmp_path):
     process = start(config, tmp_path / "run", 3)
     wait_for(tmp_path / "run" / "SFT" / "meta.json")
@@ -108,7 +103,7 @@ def test_a_killed_process_ends_the_run_with_one_line_that_names_it(config, expec
     os.kill(workers[victim], signal.SIGKILL)
     _, errors = process.communicate(timeout=60)
     assert errors == f"minisr: process {victim} of 3 was killed by signal 9; run the same command again to resume\n"
-    assert process.returncode == 130 and not any(map(alive, workers))
+    assert process.returncode == 130 and not any(map(kills.is_alive, workers))
     assert run(config, tmp_path / "run", "--processes", "2").returncode == 0  # another number goes on
     assert kills.differences(kills.files(tmp_path / "run"), expected) == []
 
@@ -125,6 +120,7 @@ def test_ctrl_c_stops_all_processes_and_saves_their_work(config, expected, tmp_p
     assert kills.differences(kills.files(tmp_path / "run"), expected) == []
 
 
+@needs_proc
 def test_the_processes_end_with_their_launcher(config, tmp_path):
     process = start(config, tmp_path / "run", 2)
     wait_for(tmp_path / "run" / "config.toml")
@@ -132,7 +128,7 @@ def test_the_processes_end_with_their_launcher(config, tmp_path):
     process.kill()
     process.wait()
     deadline = time.monotonic() + 20
-    while any(map(alive, workers)):
+    while any(map(kills.is_alive, workers)):
         assert time.monotonic() < deadline
         time.sleep(0.05)
     process.communicate()
@@ -213,6 +209,31 @@ def test_there_are_at_most_as_many_processes_as_gpus(monkeypatch):
     processes.check_gpus(3)
     with pytest.raises(InputError, match="3 processes, but this machine has 2 GPUs"):
         processes.check_gpus(2)
+
+
+def test_a_lost_connection_is_one_line_and_code_75(config, tmp_path, monkeypatch, capsys):
+    def fail(*_):
+        raise processes.ProcessLost("connection closed")
+
+    monkeypatch.setattr(cli, "_open_run", fail)
+    assert cli.main(["run", str(config), "--out", str(tmp_path / "run")]) == 75
+    assert capsys.readouterr().err == ("minisr: process 0 of 1 lost the connection to another (connection closed); run "
+                                       "the same command again to resume\n")
+
+
+def test_processes_that_see_other_files_are_refused(monkeypatch):
+    monkeypatch.setattr(processes, "gather", lambda value: [value, value])
+    processes.check_same(3, "a folder")
+    monkeypatch.setattr(processes, "gather", lambda value: [value, value + 1])
+    with pytest.raises(InputError, match="do not see the same files in a folder"):
+        processes.check_same(3, "a folder")
+
+
+def test_torchrun_and_processes_do_not_go_together(config, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert cli.main(["run", str(config), "--out", str(tmp_path / "run"), "--processes", "2"]) == 2
+    assert capsys.readouterr().err == ("minisr: torchrun has started several processes already; leave out "
+                                       "--processes\n")
 
 
 def test_a_launcher_of_a_given_number_does_not_import_pytorch(config, tmp_path):
