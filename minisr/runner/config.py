@@ -284,3 +284,10 @@ def toml_value(value) -> str:
     if isinstance(value, str):  # a JSON string is a TOML string, except for this one character
         return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
     return repr(value)
+
+
+def check_learning_rate(section: str, config: TrainConfig) -> None:
+    """Raise InputError if the learning rate would rise during training."""
+    if config.min_learning_rate > config.learning_rate:
+        raise InputError(f"{section}.min_learning_rate = {config.min_learning_rate:g} is larger than "
+                         f"{section}.learning_rate = {config.learning_rate:g}: lower it, too")

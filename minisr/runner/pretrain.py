@@ -21,7 +21,7 @@ from minisr.lm import LM
 from minisr.model import Decoder
 from minisr.rng import derive_seed
 from minisr.runner.checkpoint import digest, save_model
-from minisr.runner.config import PretrainConfig, to_toml
+from minisr.runner.config import PretrainConfig, check_learning_rate, to_toml
 from minisr.runner.engine import Workspace, run_lm_class
 from minisr.runner.journal import TrainingState
 from minisr.runner.resumable import deciding_values
@@ -36,6 +36,7 @@ USER, ASSISTANT = "<|user|>", "<|assistant|>"  # the special tokens of the chat 
 
 def pretrain(config: PretrainConfig, folder: Path) -> None:
     """Train the tokenizer and the decoder on the world's text and save them as a model folder."""
+    check_learning_rate("train", config.train)
     torch.set_num_threads(config.threads)
     tokenizer = make_tokenizer(config)
     documents = make_documents(tokenizer, config)

@@ -15,7 +15,7 @@ from minisr.rng import derive_seed
 from minisr.runner import processes, seed_data
 from minisr.runner.checkpoint import SEED_MODEL, digest, load_model, model_hash
 from minisr.runner.command import command_judgements, judge_command
-from minisr.runner.config import Config, differences, load_stored_config, to_toml
+from minisr.runner.config import Config, check_learning_rate, differences, load_stored_config, to_toml
 from minisr.runner.data_sets import Context, DataSet, describe
 from minisr.runner.engine import Workspace, run_lm_class
 from minisr.runner.files import json_bytes, jsonl_bytes, read_jsonl, read_text, write_bytes
@@ -62,6 +62,7 @@ class Run:
             config = keep_stored_paths(old, config, Path(folder))
         else:  # check now, before process 0 writes config.toml
             check_new(Path(folder))
+            check_effects(config)
         run = cls(folder, config)
         if old:
             check_resumable(old, config, folder)
@@ -217,6 +218,7 @@ class Run:
 def check_config(config: Config) -> None:
     """Raise InputError for errors in a config that can be found without data and model."""
     check_consistency(config)
+    check_effects(config)
     uses_gpu(config)
     choose_dtype(config)
     if config.judge.template:
@@ -227,14 +229,12 @@ def check_config(config: Config) -> None:
 
 def check_consistency(config: Config) -> None:
     """Raise InputError for keys that do not go together."""
-    check_sources(config)
-    check_steps(config)
-    check_training(config)
+    check_data(config)
     check_engine(config)
 
 
-def check_sources(config: Config) -> None:
-    """Raise InputError for a judge or prompts that the seed data do not have."""
+def check_data(config: Config) -> None:
+    """Raise InputError for a judge, prompts or pairs that cannot be had from these seed data."""
     in_world = config.seed_data.source in WORLDS
     sources = " or ".join(f'"{source}"' for source in WORLDS)
     if (config.judge.by == "command") != bool(config.judge.command):
@@ -248,26 +248,8 @@ def check_sources(config: Config) -> None:
     if config.prompts.requests_only and not in_world:
         raise InputError(f"prompts.requests_only = true needs seed_data.source = {sources}: other data have no "
                          "requests")
-
-
-def check_steps(config: Config) -> None:
-    """Raise InputError for prompts, responses or pairs that cannot be made, or keys without effect on them."""
-    if config.prompts.min_words > config.prompts.max_words:
-        raise InputError("prompts.min_words is larger than prompts.max_words: no prompt would have an allowed length")
     if config.responses.candidates < 2 and not config.dpo.positives_only:
         raise InputError("responses.candidates must be at least 2: a pair needs two responses")
-    if config.pairs.length_control and config.pairs.rejected_from == "next":
-        raise InputError('pairs.length_control has no effect with pairs.rejected_from = "next": set it to 0')
-
-
-def check_training(config: Config) -> None:
-    """Raise InputError for settings of SFT and DPO that contradict each other."""
-    for section, training in (("sft", config.sft), ("dpo", config.dpo)):
-        if training.min_learning_rate > training.learning_rate:
-            raise InputError(f"{section}.min_learning_rate = {training.min_learning_rate:g} is larger than "
-                             f"{section}.learning_rate = {training.learning_rate:g}: lower it, too")
-    if config.dpo.positives_only and (config.dpo.consistency or config.dpo.reference == "M1"):
-        raise InputError("dpo.positives_only = true trains without DPO: leave out dpo.reference and dpo.consistency")
     if config.seed_data.eft_by == "none" and config.dpo.replay_weight:
         raise InputError('seed_data.eft_by = "none" leaves nothing to replay: set dpo.replay_weight to 0')
 
@@ -287,6 +269,18 @@ def check_engine(config: Config) -> None:
         raise InputError("sharded = true does not go together with lora.rank: adapters need little optimizer state")
     if config.sharded and "muon" in (config.sft.optimizer, config.dpo.optimizer):
         raise InputError('optimizer = "muon" needs whole matrices: set it to "adamw", or sharded to false')
+
+
+def check_effects(config: Config) -> None:
+    """Raise InputError for keys that would have no effect, and for values that cannot be meant."""
+    check_learning_rate("sft", config.sft)
+    check_learning_rate("dpo", config.dpo)
+    if config.prompts.min_words > config.prompts.max_words:
+        raise InputError("prompts.min_words is larger than prompts.max_words: no prompt would have an allowed length")
+    if config.pairs.length_control and config.pairs.rejected_from == "next":
+        raise InputError('pairs.length_control has no effect with pairs.rejected_from = "next": set it to 0')
+    if config.dpo.positives_only and (config.dpo.consistency or config.dpo.reference == "M1"):
+        raise InputError("dpo.positives_only = true trains without DPO: leave out dpo.reference and dpo.consistency")
 
 
 def check_judge(config: Config, example: dict) -> None:

@@ -126,3 +126,11 @@ def test_a_model_file_with_the_old_names_of_the_keys_is_read(config, tmp_path, c
     model, _ = load_model(tmp_path / "M0")
     assert model.config == expected.config
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), expected.parameters()))
+
+
+def test_a_learning_rate_that_would_rise_is_refused(tmp_path, capsys):
+    (tmp_path / "pretrain.toml").write_text("train = {min_learning_rate = 0.1}\n")
+    assert main(["pretrain", str(tmp_path / "pretrain.toml"), "--out", str(tmp_path / "M0")]) == 2
+    error = capsys.readouterr().err
+    assert "train.min_learning_rate = 0.1 is larger than train.learning_rate" in error and error.count("\n") == 1
+    assert not (tmp_path / "M0").exists()
