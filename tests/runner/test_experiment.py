@@ -8,7 +8,9 @@ from pathlib import Path
 from threading import Thread
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
+import scipy.stats
 
 from minisr import InputError
 from minisr.cli import main
@@ -416,3 +418,35 @@ def test_the_results_in_the_readme_are_those_of_results_json():
             assert found in cells, (variant, model, found)
             checked += 1
     assert checked > 35
+
+
+def test_the_findings_in_the_readme_are_those_of_the_stored_results():
+    results = json.loads((ROOT / "notebooks/results.json").read_text(encoding="utf-8"))
+    words = json.loads((ROOT / "notebooks/words.json").read_text(encoding="utf-8"))
+    text = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+
+    def mean(variant, model, metric, seeds=range(8)):
+        metrics = results[variant][model]
+        return float(np.mean([value for seed, value in zip(metrics["seed"], metrics[metric]) if seed in seeds]))
+
+    def lost(variant, model, metric):
+        seeds = results[variant][model]["seed"]
+        return 100 * (mean("base", model, metric, seeds) - mean(variant, model, metric, seeds))
+
+    gains = [100 * (b - a) for a, b in zip(*(results["base"][name]["judge.pairwise"] for name in ("M1", "M3")))]
+    half_width = np.std(gains, ddof=1) / len(gains) ** 0.5 * scipy.stats.t.ppf(0.975, len(gains) - 1)
+    M1, M3, M5 = (100 * np.mean(words["commongen"]["base"][name]["both"]) for name in ("M1", "M3", "M5"))
+    for finding in (
+            f"from {100 * mean('base', 'M1', 'flawless_greedy'):.0f} % to "
+            f"{100 * mean('base', 'M3', 'flawless_greedy'):.0f} %",
+            f"({100 * mean('random', 'M3', 'flawless'):.1f} % against {100 * mean('base', 'M1', 'flawless'):.1f} %)",
+            f"M1 loses {lost('no_eft', 'M1', 'judge.pairwise'):.1f} points of pairwise accuracy and M3 "
+            f"{lost('no_eft', 'M3', 'flawless'):.1f} points",
+            f"(M3 - M1 {np.mean(gains):+.1f} ± {half_width:.1f} points;",
+            f"without replay M3 loses {lost('no_replay', 'M3', 'judge.pairwise'):.1f} points",
+            f"without it M3 loses {lost('no_nll', 'M3', 'flawless'):.1f} points, and only "
+            f"{100 * mean('no_nll', 'M3', 'criteria.4'):.0f} %",
+            f"{100 * round(mean('eight_iterations', 'M2', 'pairs') / 100):,} pairs for M2, "
+            f"{10 * round(mean('eight_iterations', 'M9', 'pairs') / 10)} for M9",
+            f"M1 does so for {M1:.0f} %", f"M3 for {M3:.0f} %, M5 for {M5:.0f} %"):
+        assert finding in text
