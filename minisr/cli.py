@@ -580,7 +580,8 @@ next: compare with the measured results in benchmarks/README.md
                         help="measure only these of prompts, responses, judging, reference, dpo, sft")
     parser.add_argument("--without", action="append", default=[], metavar="OPTIMIZATION",
                         help="time the fast engine with and without it, in turns: prefix-sharing, row-dropping, "
-                        "decode-step, target-selection, packed-pairs, on a GPU cuda-graphs; repeatable")
+                        "decode-step, prefill-groups, unsorted-top-p (on a CPU), target-selection, packed-pairs, "
+                        "cuda-graphs (on a GPU); repeatable")
     parser.add_argument("--repeats", type=int, default=5, metavar="K", help="timed repetitions; default 5")
     parser.add_argument("--threads", type=int, metavar="K",
                         help="CPU threads; default 2. With --processes: of the single process; default: one per core")

@@ -76,7 +76,8 @@ def fast_lm_without(optimization, model):
 
 
 @needs_fast
-@pytest.mark.parametrize("optimization", ["prefix-sharing", "row-dropping", "decode-step"])
+@pytest.mark.parametrize("optimization", ["prefix-sharing", "row-dropping", "decode-step", "prefill-groups",
+                                          "unsorted-top-p"])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_without_an_optimization_of_sampling_the_completions_are_the_same(decoder, optimization, temperature):
     prompts = [*PROMPTS, [*HEADER, 5, 6, 7, 8, 9, 10, 11]]
@@ -114,8 +115,8 @@ def test_without_an_optimization_of_training_loss_and_gradients_are_the_same(opt
 
 def test_every_optimization_is_tested_or_needs_a_gpu():
     replacements = pytest.importorskip("minisr.fast.lm").REPLACEMENTS
-    assert set(replacements) == {"prefix-sharing", "row-dropping", "decode-step", "target-selection", "packed-pairs",
-                                 "cuda-graphs"}
+    assert set(replacements) == {"prefix-sharing", "row-dropping", "decode-step", "prefill-groups", "unsorted-top-p",
+                                 "target-selection", "packed-pairs", "cuda-graphs"}
 
 
 def test_a_training_step_leaves_the_weights_and_gives_the_loss(engine):

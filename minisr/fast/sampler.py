@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from minisr import sampler
 from minisr.fast.cache import PrefixCache
 from minisr.fast.decode_step import DecodeStep
 from minisr.fast.forward import final_hidden
@@ -34,6 +35,8 @@ class Options:
     prefix_sharing: bool = True
     row_dropping: bool = True
     decode_step: bool = True
+    prefill_groups: bool = True
+    unsorted_top_p: bool = True
     decoder: Callable[..., tuple[Tensor, Tensor]] | None = None  # in place of decode(), see cuda_graphs.py
 
 
@@ -44,11 +47,11 @@ def generate(model: Decoder, prompts: list[list[int]], seeds: np.ndarray, config
     n = seeds.shape[1]
     max_new = min(config.max_new_tokens, model.config.max_seq_len - min(map(len, prompts)))
     if options.prefix_sharing:
-        logits, cache = prefill(model, prompts, n, max_new)
+        logits, cache = prefill(model, prompts, n, max_new, options)
         logits = logits.repeat_interleave(n, 0)  # (B, V)
     else:
         rows = [prompt for prompt in prompts for _ in range(n)]
-        logits, cache = prefill(model, rows, 1, max_new, share=False)
+        logits, cache = prefill(model, rows, 1, max_new, options)
     seeds_tensor = seeds_to_tensor(seeds.flatten(), model.device)  # (B,)
     decoder = options.decoder or partial(decode, model, config=DecodingConfig(config, stop_ids, options))
     tokens, logps = decoder(logits, cache, seeds_tensor, max_new)
@@ -62,11 +65,11 @@ def generate(model: Decoder, prompts: list[list[int]], seeds: np.ndarray, config
     return [completions[i:i + n] for i in range(0, len(completions), n)]
 
 
-def prefill(model: Decoder, prompts: list[list[int]], n: int, max_new: int, share: bool = True
+def prefill(model: Decoder, prompts: list[list[int]], n: int, max_new: int, options: Options = Options()
             ) -> tuple[Tensor, PrefixCache]:
     """Logits (P, V) after each prompt, and the cache of n rows a prompt, with room for max_new tokens."""
     weight, config = model.embed.weight, model.config
-    shared = shared_prefix_length(prompts) if share else 0
+    shared = shared_prefix_length(prompts) if options.prefix_sharing else 0
     lengths = torch.tensor([len(prompt) - shared for prompt in prompts])  # (P,)
     T = int(lengths.max())  # of the part that is not shared, padded on the left
     ids = torch.zeros(len(prompts), T, dtype=torch.long)  # (P, T)
@@ -86,7 +89,8 @@ def prefill(model: Decoder, prompts: list[list[int]], n: int, max_new: int, shar
     # 2) The rest of every prompt, in groups of similar length.
     cache.set_left_pad((T - lengths).to(model.device))
     last_states = []
-    for rows in group_by_length(lengths.tolist(), PREFILL_TOKENS_GPU if weight.is_cuda else PREFILL_TOKENS):
+    group_tokens = PREFILL_TOKENS_GPU if weight.is_cuda else PREFILL_TOKENS
+    for rows in group_by_length(lengths.tolist(), group_tokens if options.prefill_groups else T * len(prompts)):
         skip = T - int(lengths[rows].max())  # columns in which no row of the group has a token
         group = ids[rows, skip:].to(model.device)  # (rows, T - skip)
         last = torch.arange(1, len(group) + 1, device=model.device) * group.shape[1] - 1  # (rows,)
@@ -153,6 +157,7 @@ def decode(model: Decoder, logits: Tensor, cache: PrefixCache, seeds: Tensor, ma
         forward = DecodeStep(model, int(cache.seq_lens.max()) + max_new)
     else:
         forward = partial(decode_with_modules, model)
+    draw = sample_top_p if config.options.unsorted_top_p else sample_sorted
     is_stop = config.stop_table(logits.shape[1], device)
     logps = torch.zeros(B, dtype=upcast(logits[:0]).dtype, device=device)
     tokens = torch.full((max_new, B), config.stop_ids[0], device=device)
@@ -160,7 +165,7 @@ def decode(model: Decoder, logits: Tensor, cache: PrefixCache, seeds: Tensor, ma
     alive = torch.ones(B, dtype=torch.bool, device=device)
     uniforms = first_uniforms(seeds, max_new)  # (max_new, B)
     for step in range(max_new):
-        drawn = sample_top_p(logits, config, seeds, step, uniforms[step])  # (B,)
+        drawn = draw(logits, config, seeds, step, uniforms[step])  # (B,)
         tokens[step].index_copy_(0, rows, drawn)
         if config.options.record_logps:
             token_logps = upcast(logits).gather(1, drawn[:, None])[:, 0] - upcast(logits).logsumexp(1)
@@ -206,6 +211,11 @@ def sample_top_p(logits: Tensor, config: DecodingConfig, seeds: Tensor, step: in
         todo = todo[outside_nucleus(probs[todo], redrawn, config.top_p)]
     drawn[todo] = probs[todo].argmax(-1)  # a nucleus of almost no mass
     return drawn
+
+
+def sample_sorted(logits: Tensor, config: DecodingConfig, seeds: Tensor, step: int, first: Tensor) -> Tensor:
+    """What sample_top_p replaces, with the same arguments."""
+    return sampler.sample_top_p(logits, config.temperature, config.top_p, seeds.cpu().numpy().astype(np.uint64), step)
 
 
 def inverse_cdf(cdf: Tensor, u: Tensor) -> Tensor:

@@ -210,7 +210,8 @@ def test_each_name_leaves_out_its_own_replacement(lm, monkeypatch):
     monkeypatch.setattr(losses, "pair_logps", lambda *args: used.append("packed"))
     monkeypatch.setattr(losses, "target_loss", lambda *args: used.append("selected"))
     for name, option in (("prefix-sharing", "prefix_sharing"), ("row-dropping", "row_dropping"),
-                         ("decode-step", "decode_step")):
+                         ("decode-step", "decode_step"), ("prefill-groups", "prefill_groups"),
+                         ("unsorted-top-p", "unsorted_top_p")):
         lm.without = frozenset([name])
         lm.sample([[1, 2]], 1, SamplingConfig(), 0, (2,))
         assert used.pop() == replace(fast_sampler.Options(), **{option: False})
