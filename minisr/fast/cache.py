@@ -3,8 +3,8 @@
 Replaces model.KVCache. What all prompts begin with (few-shot examples, the judge prompt) is one row for all of them, a
 prompt is one row for its n samples, and only what a row generates is its own. A decode step therefore reads each shared
 key once for all rows instead of once a row, and nothing is copied when a prompt fans out. This is shared-prefix or
-cascade attention (Hydragen, Juravsky et al., arXiv 2402.05099). On the tiny model it makes judging 5.9 times and
-responses 1.5 times as fast (all such ratios: benchmarks/README.md). Legend as in model.py.
+cascade attention (Hydragen, Juravsky et al., arXiv 2402.05099). On the tiny model it makes judging 1.7 times and
+responses 1.1 times as fast (all such ratios: benchmarks/README.md). Legend as in model.py.
 """
 
 from copy import copy

@@ -2,8 +2,8 @@
 
 Replaces ``model(ids[:, None], cache)[:, -1]``. A step of a small model, or of few rows, takes as long as it has
 operations, whatever their size: so there are no modules and no time dimension here. Large products are split by output
-rows where that lets every core of a CPU read a part of the weights. On the tiny model it makes judging 1.5 times as
-fast. Legend as in model.py.
+rows where that lets every core of a CPU read a part of the weights. On the tiny model it makes responses 1.5 times
+as fast. Legend as in model.py.
 """
 
 import torch

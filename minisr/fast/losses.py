@@ -1,7 +1,7 @@
 """Training losses that compute only what is scored.
 
 target_loss replaces LM.target_loss: the last feed-forward network and the head run only where a token is a target (on
-the tiny model, SFT is 1.3 times as fast for it).
+the tiny model, SFT is 1.2 times as fast for it).
 pair_logps replaces LM.pair_logps: pairs are packed as [prompt | chosen | rejected], so each prompt is computed once
 for both responses and nothing is computed on padding except in attention. This is prefix sharing (Wang and Hegde, 2024,
 arXiv 2410.20305); on the tiny model it makes DPO 1.8 times as fast. Legend as in model.py; M is the number of tokens of
