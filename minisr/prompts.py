@@ -124,8 +124,10 @@ class PromptPool:
 
         unique: the set of `words`."""
         total, threshold = len(words) + len(other), self.config.max_rouge_l
-        bound = min(len(words), len(other), sum(word in unique for word in other))  # of the LCS; saves most of the time
-        return 2 * bound / total >= threshold and 2 * lcs_length(words, other) / total >= threshold
+        # Two upper bounds of the LCS save most of the time.
+        return (2 * min(len(words), len(other)) / total >= threshold
+                and 2 * sum(map(unique.__contains__, other)) / total >= threshold
+                and 2 * lcs_length(words, other) / total >= threshold)
 
 
 def lcs_length(a: list[str], b: list[str]) -> int:
