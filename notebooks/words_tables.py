@@ -1,8 +1,10 @@
 """Print the tables of "Results: a real model" in README.md from words.json: python notebooks/words_tables.py"""
 
 import argparse
+import sys
 from pathlib import Path
 
+from minisr import InputError
 from minisr.report.seed_statistics import mean_and_interval
 from minisr.runner.files import read_json
 
@@ -122,4 +124,8 @@ def table(rows: list[dict[str, str]]) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except InputError as error:
+        print(f"words_tables: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -1,6 +1,8 @@
 """notebooks/words_tables.py: cells by hand, and the tables in notebooks/README.md."""
 
 import importlib
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -45,6 +47,12 @@ def test_a_model_has_the_pairwise_accuracy_that_is_stored_with_its_successors_pa
     assert "pairs" not in rows["M1"] and rows["M2"]["pairs"] == "7, 9" and rows["M2"]["pairs right"] == "50.0, 75.0"
     assert rows["M3"]["both"] == "10.0, 30.0" and rows["M3"]["both, mean"].startswith("20.0 ± ")
     assert rows["M3"]["lists"] == ""  # not measured
+
+
+def test_a_missing_file_is_one_line():
+    done = subprocess.run([sys.executable, NOTEBOOKS / "words_tables.py", "nowhere"], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (
+        2, "words_tables: cannot read results nowhere: No such file or directory\n")
 
 
 def test_a_table_has_the_columns_that_any_row_has(tables):

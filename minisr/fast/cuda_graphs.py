@@ -54,7 +54,7 @@ class GraphDecoder:
         max_seq_len = model.config.max_seq_len
         self.columns = bucket(min(max_new_tokens, max_seq_len), COLUMNS)
         self.step = SamplingStep(model, max_seq_len + self.columns, config)  # finished rows may pass max_seq_len
-        self.drops_rows = config.options.row_dropping
+        self.drops_rows = "row-dropping" not in config.options.without
         self.state: DecodeState | None = None
         self.graphs: dict[tuple[int, int], CudaGraph] = {}
         self.capturing = Capturing() if model.embed.weight.is_cuda else None

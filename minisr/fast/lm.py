@@ -18,7 +18,6 @@ from minisr.sft import Example
 
 REPLACEMENTS = ("prefix-sharing", "row-dropping", "decode-step", "prefill-groups", "unsorted-top-p",
                 "target-selection", "packed-pairs", "cuda-graphs")
-OF_SAMPLING = REPLACEMENTS[:5]  # in the order of sampler.Options
 
 
 class FastLM(LM):
@@ -52,7 +51,7 @@ class FastLM(LM):
         # In bfloat16, rounding depends on the shapes of the products: sampling cannot record the values of training.
         is_exact = self.model.embed.weight.dtype != torch.bfloat16
         record = isinstance(config, ResponseConfig) and is_exact
-        options = sampler.Options(record, *(name not in self.without for name in OF_SAMPLING))
+        options = sampler.Options(record, self.without)
         if self.model.embed.weight.is_cuda and not self.without & {"cuda-graphs", "decode-step"}:
             options = replace(options, decoder=self.graph_decoder(config, stop_ids, options))
         results = sampler.generate(self.model, prompts, seeds, config, stop_ids, options)

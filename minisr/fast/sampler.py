@@ -34,14 +34,10 @@ PREFILL_TOKENS_GPU = 2**15
 
 @dataclass(frozen=True)
 class Options:
-    """Switches of generate(), which turn off single optimizations to measure their effect."""
+    """What generate() does besides sampling, and what it leaves out."""
 
     record_logps: bool = False  # give each finished completion the log p of its ids
-    prefix_sharing: bool = True
-    row_dropping: bool = True
-    decode_step: bool = True
-    prefill_groups: bool = True
-    unsorted_top_p: bool = True
+    without: frozenset[str] = frozenset()  # replacements not to use, by their names in lm.REPLACEMENTS
     decoder: Callable[..., tuple[Tensor, Tensor]] | None = None  # in place of decode(), see cuda_graphs.py
 
 
@@ -51,7 +47,7 @@ def generate(model: Decoder, prompts: list[list[int]], seeds: np.ndarray, config
     """Replaces sampler.generate."""
     n = seeds.shape[1]
     max_new = min(config.max_new_tokens, model.config.max_seq_len - min(map(len, prompts)))
-    if options.prefix_sharing:
+    if "prefix-sharing" not in options.without:
         logits, cache = prefill(model, prompts, n, max_new, options)
         logits = logits.repeat_interleave(n, 0)  # (B, V)
     else:
@@ -74,7 +70,7 @@ def prefill(model: Decoder, prompts: list[list[int]], n: int, max_new: int, opti
             ) -> tuple[Tensor, PrefixCache]:
     """Logits (P, V) after each prompt, and the cache of n rows a prompt, with room for max_new tokens."""
     weight, config = model.embed.weight, model.config
-    shared = shared_prefix_length(prompts) if options.prefix_sharing else 0
+    shared = shared_prefix_length(prompts) if "prefix-sharing" not in options.without else 0
     lengths = torch.tensor([len(prompt) - shared for prompt in prompts])  # (P,)
     T = int(lengths.max())  # of the part that is not shared, padded on the left
     ids = torch.zeros(len(prompts), T, dtype=torch.long)  # (P, T)
@@ -95,7 +91,9 @@ def prefill(model: Decoder, prompts: list[list[int]], n: int, max_new: int, opti
     cache.set_left_pad((T - lengths).to(model.device))
     last_states = []
     group_tokens = PREFILL_TOKENS_GPU if weight.is_cuda else PREFILL_TOKENS
-    for rows in group_by_length(lengths.tolist(), group_tokens if options.prefill_groups else T * len(prompts)):
+    if "prefill-groups" in options.without:
+        group_tokens = T * len(prompts)  # all prompts in one group
+    for rows in group_by_length(lengths.tolist(), group_tokens):
         skip = T - int(lengths[rows].max())  # columns in which no row of the group has a token
         group = ids[rows, skip:].to(model.device)  # (rows, T - skip)
         last = torch.arange(1, len(group) + 1, device=model.device) * group.shape[1] - 1  # (rows,)
@@ -158,11 +156,12 @@ def decode(model: Decoder, logits: Tensor, cache: PrefixCache, seeds: Tensor, ma
 
     A row's tokens after its stop token are arbitrary."""
     device, B = seeds.device, len(seeds)
-    if config.options.decode_step:
-        forward = DecodeStep(model, int(cache.seq_lens.max()) + max_new)
-    else:
+    without = config.options.without
+    if "decode-step" in without:
         forward = partial(decode_with_modules, model)
-    draw = sample_top_p if config.options.unsorted_top_p else sample_sorted
+    else:
+        forward = DecodeStep(model, int(cache.seq_lens.max()) + max_new)
+    draw = sample_sorted if "unsorted-top-p" in without else sample_top_p
     is_stop = config.stop_table(logits.shape[1], device)
     logps = torch.zeros(B, dtype=upcast(logits[:0]).dtype, device=device)
     tokens = torch.full((max_new, B), config.stop_ids[0], device=device)
@@ -180,7 +179,7 @@ def decode(model: Decoder, logits: Tensor, cache: PrefixCache, seeds: Tensor, ma
         if n_alive == 0 or step == max_new - 1:
             break
         # Dropping rows copies the cache, so it is not worth it for a few.
-        if n_alive < 0.8 * len(rows) and config.options.row_dropping:
+        if n_alive < 0.8 * len(rows) and "row-dropping" not in without:
             keep = alive.nonzero()[:, 0]
             cache.select_rows(keep)
             rows, seeds, drawn, alive = rows[keep], seeds[keep], drawn[keep], alive[keep]

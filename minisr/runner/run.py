@@ -234,7 +234,7 @@ def check_consistency(config: Config) -> None:
 
 
 def check_data(config: Config) -> None:
-    """Raise InputError for a judge, prompts or pairs that cannot be had from these seed data."""
+    """Raise InputError for a judge, prompts, pairs or replay that the seed data or responses do not allow."""
     in_world = config.seed_data.source in WORLDS
     sources = " or ".join(f'"{source}"' for source in WORLDS)
     if (config.judge.by == "command") != bool(config.judge.command):
@@ -272,7 +272,7 @@ def check_engine(config: Config) -> None:
 
 
 def check_effects(config: Config) -> None:
-    """Raise InputError for keys that would have no effect, and for values that cannot be meant."""
+    """Raise InputError for keys that would have no effect, and for values that contradict each other."""
     check_learning_rate("sft", config.sft)
     check_learning_rate("dpo", config.dpo)
     if config.prompts.min_words > config.prompts.max_words:

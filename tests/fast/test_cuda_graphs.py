@@ -31,8 +31,7 @@ class GraphLM(FastLM):
     """FastLM with graph decoders on a CPU too, where they run without graphs."""
 
     def sample_batch(self, prompts, seeds, config, stop_ids):
-        options = Options(isinstance(config, ResponseConfig), "prefix-sharing" not in self.without,
-                          "row-dropping" not in self.without)
+        options = Options(isinstance(config, ResponseConfig), self.without)
         options = replace(options, decoder=self.graph_decoder(config, stop_ids, options))
         return fast_sampler.generate(self.model, prompts, seeds, config, stop_ids, options)
 

@@ -1,6 +1,5 @@
 """The fast engine: which replacement is used when, and which log-probabilities the frozen reference reads."""
 
-from dataclasses import replace
 
 import pytest
 import torch
@@ -209,12 +208,9 @@ def test_each_name_leaves_out_its_own_replacement(lm, monkeypatch):
     monkeypatch.setattr(fast_sampler, "generate", lambda *args: used.append(args[-1]) or [[] for _ in args[1]])
     monkeypatch.setattr(losses, "pair_logps", lambda *args: used.append("packed"))
     monkeypatch.setattr(losses, "target_loss", lambda *args: used.append("selected"))
-    for name, option in (("prefix-sharing", "prefix_sharing"), ("row-dropping", "row_dropping"),
-                         ("decode-step", "decode_step"), ("prefill-groups", "prefill_groups"),
-                         ("unsorted-top-p", "unsorted_top_p")):
-        lm.without = frozenset([name])
-        lm.sample([[1, 2]], 1, SamplingConfig(), 0, (2,))
-        assert used.pop() == replace(fast_sampler.Options(), **{option: False})
+    lm.without = frozenset(["row-dropping"])
+    lm.sample([[1, 2]], 1, SamplingConfig(), 0, (2,))
+    assert used.pop() == fast_sampler.Options(without=lm.without)
     pairs, examples = encode_pairs(lm, PAIRS), encode_examples(lm, EXAMPLES)
     lm.without = frozenset(["packed-pairs"])
     assert len(lm.pair_logps(pairs)) == 2 and lm.target_loss(examples) is None and used == ["selected"]

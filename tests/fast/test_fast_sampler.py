@@ -73,18 +73,44 @@ def test_in_float64_the_tokens_are_those_of_the_core(model, temperature, top_p, 
         assert len(lengths) > 3 and {completion.finished for row in rows for completion in row} >= {True}
 
 
-TRICKS = ("prefix_sharing", "row_dropping", "decode_step")
+TRICKS = ("prefix-sharing", "row-dropping", "decode-step", "prefill-groups", "unsorted-top-p")
 
 
 @pytest.mark.parametrize("off", [(trick,) for trick in TRICKS] + [TRICKS], ids=", ".join)
 @pytest.mark.parametrize("n", [1, 4])
 def test_each_trick_can_be_switched_off(model, off, n):
-    options = Options(record_logps=True, **dict.fromkeys(off, False))
+    options = Options(record_logps=True, without=frozenset(off))
     for common in (0, 20):
         for temperature, top_p in ((0.0, 1.0), (0.7, 0.9), (1.0, 1.0)):
             prompts = random_prompts(LENGTHS, common, vocab_size=24)
             rows = assert_same_samples(model, prompts, n, SamplingConfig(temperature, top_p, 20), options=options)
             assert_logps_are_the_models(model, prompts, rows)
+
+
+@pytest.mark.parametrize("name, function", [
+    ("prefix-sharing", "shared_prefix_length"), ("row-dropping", "PrefixCache.select_rows"),
+    ("decode-step", "DecodeStep"), ("unsorted-top-p", "sample_top_p")])
+def test_a_trick_that_is_switched_off_is_not_used(model, monkeypatch, name, function):
+    def fail(*_):
+        raise AssertionError(f"{function} is used")
+
+    monkeypatch.setattr(f"minisr.fast.sampler.{function}", fail)
+    prompts = random_prompts(LENGTHS, 20, vocab_size=24)
+    sampling = (model, prompts, row_seeds(1, len(prompts), 4), SamplingConfig(1.0, 0.9, 20), STOP_IDS)
+    with pytest.raises(AssertionError, match="is used"):
+        fast_sampler.generate(*sampling)
+    fast_sampler.generate(*sampling, Options(without=frozenset([name])))
+
+
+def test_without_groups_all_prompts_are_prefilled_together(model, monkeypatch):
+    groups = []
+    monkeypatch.setattr(fast_sampler, "PREFILL_TOKENS", 1)
+    monkeypatch.setattr(fast_sampler, "extend", lambda model, ids, *rest, extend=fast_sampler.extend, **select:
+                        groups.append(len(ids)) or extend(model, ids, *rest, **select))
+    for without, expected in (((), [1, 1, 1]), (("prefill-groups",), [3])):
+        fast_sampler.prefill(model, [[1], [1, 2], [1, 2, 3]], 1, 4, Options(without=frozenset(without)))
+        assert groups == expected
+        groups.clear()
 
 
 SHAPES = [dict(n_kv_heads=1), dict(n_kv_heads=4), dict(n_layers=1), dict(tie_embeddings=True), dict(head_dim=6),

@@ -477,7 +477,7 @@ def test_a_wrong_setting_is_one_line_and_changes_nothing(change, named, at):
     (("pairs.length_control=0.5", "pairs.rejected_from=next"), "length_control has no effect"),
     (("dpo.positives_only=true", "dpo.consistency=true"), "positives_only = true trains without DPO"),
     (("dpo.positives_only=true", "dpo.reference=M1"), "positives_only = true trains without DPO")])
-def test_a_value_that_cannot_be_meant_is_one_line(changes, message, at):
+def test_settings_that_contradict_each_other_are_one_line(changes, message, at):
     one_line(*in_process(["run", at / "run.toml", "--out", at / "new", *settings(*changes)]), message)
     assert not (at / "new").exists()
 
