@@ -38,7 +38,8 @@ def judge_metrics(human_scores: list[list[float]], model_rewards: list[list[floa
     """The paper's five judge metrics (section 3.1.2), over the responses of each instruction.
 
     A reward is None where no judgement could be parsed. Instructions on which the annotator gave all responses the
-    same score rank nothing and are left out."""
+    same score rank nothing and are left out. In "pairwise" and "exact" a reward of None counts as wrong; "spearman" and
+    "kendall" are over the other responses (0 with fewer than two of them)."""
     pairwise, exact, five_best, spearman, kendall = [], [], [], [], []
     for human, model in zip(human_scores, model_rewards, strict=True):
         ordered = ordered_correctly(human, model)

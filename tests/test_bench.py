@@ -39,6 +39,12 @@ def test_sampling_is_counted_as_by_hand():
     assert cost.bytes == 3 * WEIGHT_BYTES + keys * 2 * 2 * 8 * 4  # k and v, layers, width of a head, float32
 
 
+def test_of_an_embedding_that_is_not_the_head_no_bytes_are_counted(random_decoder):
+    untied, tied = (random_decoder(tie_embeddings=tie) for tie in (False, True))
+    assert bench.weight_bytes(untied) == bench.weight_bytes(tied)
+    assert bench.weight_bytes(tied) == sum(4 * p.numel() for p in tied.parameters())
+
+
 def test_scoring_and_training_are_counted_as_by_hand():
     forward = bench.scoring_cost(tiny_model(), computed=10, predicted=4, batches=2, training=False)
     assert forward == (10, 2 * ((BLOCKS - LAST) * 10 + (LAST + HEAD) * 4), 2 * WEIGHT_BYTES)

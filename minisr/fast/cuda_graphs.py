@@ -128,7 +128,7 @@ class SamplingStep:
     def sample(self, logits: Tensor, batch: "StaticBatch") -> None:
         """Draw a token for each row of logits (rows, V) and record it."""
         numbers = uniforms(batch.seed, batch.n_columns * MAX_ATTEMPTS + self.attempts)  # (attempts, rows)
-        drawn = sample_top_p(logits, self.config.temperature, self.config.top_p, numbers)
+        drawn = sample_top_p(logits, self.config.temperature, self.config.top_p, numbers, batch.alive)
         batch.token.copy_(drawn)
         batch.tokens.view(-1).index_copy_(0, batch.n_columns * batch.tokens.shape[1] + batch.row, drawn)
         if self.config.options.record_logps:
@@ -145,11 +145,12 @@ def number_of_attempts(top_p: float) -> int:
     return MAX_ATTEMPTS if digits * MAX_ATTEMPTS < 6 else math.ceil(6 / digits)
 
 
-def sample_top_p(logits: Tensor, temperature: float, top_p: float, numbers: Tensor) -> Tensor:
+def sample_top_p(logits: Tensor, temperature: float, top_p: float, numbers: Tensor, alive: Tensor) -> Tensor:
     """sampler.sample_top_p with the uniform numbers (attempts, B) given, and without reading a value on the host.
 
     Only as many rows get a second attempt as can have missed the nucleus: 1 - top_p of them, and 8 standard deviations
-    more."""
+    more. This holds for rows with seeds of their own. Rows that are not alive (B,), such as dummies, which all draw
+    the same token, get no second attempt."""
     if temperature == 0:
         return logits.argmax(-1)
     divisor = torch.full((1,), max(temperature, 1e-30), dtype=upcast(logits[:0]).dtype, device=logits.device)
@@ -158,7 +159,7 @@ def sample_top_p(logits: Tensor, temperature: float, top_p: float, numbers: Tens
     drawn = inverse_cdf(cdf, numbers[0])
     if top_p >= 1:
         return drawn
-    outside = outside_nucleus(probs, drawn, top_p)
+    outside = outside_nucleus(probs, drawn, top_p) & alive
     mean = len(probs) * (1 - top_p)
     retried = min(len(probs), math.ceil(mean + 8 * math.sqrt(mean * top_p) + 8))
     rows = outside.int().topk(retried, sorted=False).indices  # all that are outside, and some that are not

@@ -15,6 +15,8 @@ SETTINGS = ("tokenizer_config.json", "special_tokens_map.json")  # both have the
 GGUF_KEYS = tuple(f"tokenizer.ggml.{kind}_token_id" for kind in ("eos", "eot", "eom"))
 # Used where files declare less than the model has: GGUF files, which often lack a key (llama.cpp searches for such
 # names too), folders that declare nothing, and model folders without generation_config.json.
+# The properties of a token in tokenizer.json, if nothing else is said.
+FLAGS = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": False}
 NAMES = {"</s>", "<|endoftext|>", "<|end_of_text|>", "<|im_end|>", "<|eot_id|>", "<|eom_id|>"}
 
 
@@ -83,11 +85,11 @@ def special_names(folder: Path) -> set[str]:
             more = settings.get(key) or []
             found += more.values() if isinstance(more, dict) else more
         names |= {token.get("content") if isinstance(token, dict) else token for token in found}
-    return names
+    return {name for name in names if isinstance(name, str) and name}
 
 
 def added_tokens(folder: Path, n_pieces: int) -> list[dict]:
-    """The tokens that a folder's settings add after the pieces of its tokenizer.model, as in a tokenizer.json.
+    """The tokens that a folder's settings add after the pieces of its tokenizer, as in a tokenizer.json.
 
     Raises InputError if their ids leave out one."""
     declared = read_settings(folder / SETTINGS[0]).get("added_tokens_decoder") or {}
@@ -95,11 +97,10 @@ def added_tokens(folder: Path, n_pieces: int) -> list[dict]:
     special = special_names(folder)
     for text, i in read_settings(folder / "added_tokens.json").items():
         found.setdefault(i, {"content": text, "special": text in special})
-    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": False}
-    added = [{"id": i, **flags, **found[i]} for i in sorted(found) if i >= n_pieces]
+    added = [{"id": i, **FLAGS, **found[i]} for i in sorted(found) if i >= n_pieces]
     if [token["id"] for token in added] != list(range(n_pieces, n_pieces + len(added))):
-        raise InputError(f"{folder}: the ids of added tokens do not follow the {n_pieces} pieces of tokenizer.model "
-                         "one by one; save the tokenizer as a tokenizer.json with transformers")
+        raise InputError(f"{folder}: the ids of added tokens do not follow the {n_pieces} pieces of its tokenizer "
+                         "one by one; save the tokenizer with transformers, which writes a complete tokenizer.json")
     return added
 
 

@@ -52,11 +52,12 @@ KEYS_WITHOUT_EFFECT = {  # on a Llama without experts whose RoPE scaling minisr 
 PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf", re.IGNORECASE)  # the name of a part of a split file
 CONTROL, USER_DEFINED = 3, 4  # token types: special tokens, and words that are never split
 BPE = 2  # TrainerSpec.ModelType of SentencePiece
+SENTENCEPIECE_IDS = {"bos": 1, "eos": 2}  # of a file that does not name them
 # Names of pre-tokenizers, by how they split a text before BPE.
 GPT2 = ("gpt-2",)
 GPT2_WITH_DIGITS = ("smollm",)  # as GPT-2, and every digit separately
-LLAMA3 = ("llama-bpe", "llama3", "llama-v3", "smaug-bpe")
-LLAMA3_WITH_BOS = LLAMA3[:3]  # a text begins with the BOS token, unless the metadata say otherwise
+LLAMA3 = ("llama-bpe", "llama3", "llama-v3")  # a word in the vocabulary needs no merges
+LLAMA3_WITH_MERGES = ("smaug-bpe",)  # splits a text as Llama 3, then merges as GPT-2
 LLAMA3_SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
                 r"|\s*[\r\n]+|\s+(?!\S)|\s+")
 
@@ -249,8 +250,9 @@ def lists_of_same_length(metadata: dict, *names: str) -> list[list]:
 def read_jinja(metadata: dict) -> JinjaTemplate:
     """The file's Jinja template, if it has one, and the special tokens that the template may name."""
     pieces, tokens = metadata["tokenizer.ggml.tokens"], {}
+    defaults = SENTENCEPIECE_IDS if metadata.get("tokenizer.ggml.model") == "llama" else {}
     for name in ("bos", "eos"):
-        i = metadata.get(f"tokenizer.ggml.{name}_token_id")
+        i = metadata.get(f"tokenizer.ggml.{name}_token_id", defaults.get(name))
         if i is not None and i < len(pieces):
             tokens[f"{name}_token"] = pieces[i]
     return JinjaTemplate(metadata.get("tokenizer.chat_template"), tokens)
@@ -270,7 +272,7 @@ def byte_level_vocabulary(metadata: dict) -> TokenizerJSON:
         chosen = [token for token, its_type in zip(tokens, types) if its_type == token_type]
         add([tokenizers.AddedToken(token, special=token_type == CONTROL, normalized=False)
              for token in chosen])
-    if metadata.get("tokenizer.ggml.add_bos_token", family in LLAMA3_WITH_BOS):
+    if metadata.get("tokenizer.ggml.add_bos_token", family in LLAMA3):
         bos_id = metadata["tokenizer.ggml.bos_token_id"]
         bos = tokens[bos_id]
         result.post_processor = tokenizers.processors.TemplateProcessing(
@@ -285,10 +287,10 @@ def pre_tokenizer(tokenizers, family: str | None):
         return split.Sequence([split.ByteLevel(add_prefix_space=False)])
     if family in GPT2_WITH_DIGITS:
         return split.Sequence([split.Digits(individual_digits=True), split.ByteLevel(add_prefix_space=False)])
-    if family in LLAMA3:
+    if family in LLAMA3 + LLAMA3_WITH_MERGES:
         return split.Sequence([split.Split(tokenizers.Regex(LLAMA3_SPLIT), "isolated"),
                                split.ByteLevel(add_prefix_space=False, use_regex=False)])
-    known = ", ".join(GPT2 + GPT2_WITH_DIGITS + LLAMA3)
+    known = ", ".join(GPT2 + GPT2_WITH_DIGITS + LLAMA3 + LLAMA3_WITH_MERGES)
     raise ValueError(f"minisr does not support the pre-tokenizer {family!r}; it knows {known}")
 
 
@@ -300,8 +302,8 @@ def sentencepiece_vocabulary(metadata: dict) -> SentencePiece:
         proto.pieces.add(piece=token, score=score, type=token_type)
     trainer = proto.trainer_spec
     trainer.model_type, trainer.byte_fallback, trainer.vocab_size = BPE, True, len(proto.pieces)
-    trainer.bos_id = metadata.get("tokenizer.ggml.bos_token_id", 1)
-    trainer.eos_id = metadata.get("tokenizer.ggml.eos_token_id", 2)
+    trainer.bos_id = metadata.get("tokenizer.ggml.bos_token_id", SENTENCEPIECE_IDS["bos"])
+    trainer.eos_id = metadata.get("tokenizer.ggml.eos_token_id", SENTENCEPIECE_IDS["eos"])
     trainer.unk_id = metadata.get("tokenizer.ggml.unknown_token_id", 0)
     # SentencePiece finds these tokens by their pieces. It has no BOS token if that piece is not a control symbol.
     bos_id = trainer.bos_id if metadata.get("tokenizer.ggml.add_bos_token", True) else trainer.unk_id

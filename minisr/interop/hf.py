@@ -18,6 +18,7 @@ from minisr.interop import names
 from minisr.interop.chat_templates import choose_chat_template, note, to_jinja
 from minisr.interop.end_tokens import (
     CONFIGS,
+    FLAGS,
     SETTINGS,
     added_tokens,
     ids_in_folder,
@@ -26,10 +27,10 @@ from minisr.interop.end_tokens import (
     special_tokens,
     stop_strings,
 )
-from minisr.interop.jinja_templates import JinjaTemplate
+from minisr.interop.jinja_templates import EXCHANGES, JinjaTemplate
 from minisr.interop.sentencepiece_json import has_dummy_prefix, to_tokenizer_json, without_bos
 from minisr.interop.shape import check_downloaded, check_links
-from minisr.interop.tokenizer_json import TokenizerJSON, with_special_tokens
+from minisr.interop.tokenizer_json import TokenizerJSON
 from minisr.model import Decoder, ModelConfig
 from minisr.runner.checkpoint import GENERATION_CONFIG, build_decoder, check_vocab_size, tokenizer_files
 from minisr.runner.files import import_extra, read_bytes, read_object, read_text, short_reason, write_bytes, write_json
@@ -175,16 +176,14 @@ def load_tokenizer(folder: Path, template: str = "") -> Tokenizer:
     path = folder / kind.FILE
     content = read_text(path, "tokenizer").encode() if kind is TokenizerJSON else read_bytes(path)
     try:
-        if kind is TokenizerJSON:
-            content = with_special_tokens(content, special_names(folder))
         vocabulary = kind(content)
-    except InputError:
-        raise
     except (RuntimeError, ValueError) as error:
         raise InputError(f"{path} cannot be read: {short_reason(error)}") from error
     if len(vocabulary) == 0:
         raise InputError(f"{path} holds no pieces; download it again")
-    if kind is SentencePiece and not exported_by_minisr:
+    if kind is TokenizerJSON:
+        vocabulary = with_declared_tokens(folder, vocabulary)
+    elif not exported_by_minisr:
         vocabulary = with_prefix_of_transformers(folder, vocabulary)
     stop_ids = ids_in_folder(folder, vocabulary.specials)
     if ignored := [text for text in stop_strings(folder) if text not in vocabulary.specials]:
@@ -192,7 +191,47 @@ def load_tokenizer(folder: Path, template: str = "") -> Tokenizer:
     if (folder / "chat.txt").exists() and not template:
         return Tokenizer(vocabulary, read_text(folder / "chat.txt", "chat template"), stop_ids)
     template = choose_chat_template(folder, vocabulary, read_jinja(folder), stop_ids, template)
+    if missing := sorted(name for name in special_names(folder) - vocabulary.specials.keys() if name in template):
+        raise InputError(f"{folder}: the chat template has {missing[0]!r}, which the tokenizer's settings call a "
+                         "special token, but no file gives its id; save the tokenizer with transformers, which writes "
+                         "a complete tokenizer.json")
+    if kind is TokenizerJSON and differs_from_llama_tokenizer(folder, vocabulary, template):
+        note(f"{folder}: LlamaTokenizer of transformers 5 does not follow {TokenizerJSON.FILE} where it adds a space "
+             "before a text; minisr does, so token ids differ")
     return Tokenizer(vocabulary, template, stop_ids)
+
+
+def with_declared_tokens(folder: Path, vocabulary: TokenizerJSON) -> TokenizerJSON:
+    """The vocabulary with all tokens that the folder's settings declare as added or special, as in transformers.
+
+    Without them, any text could spell a special token, and a chat template's tokens could be split into pieces."""
+    content, names = json.loads(vocabulary.content), special_names(folder)
+    before = content.get("added_tokens") or []
+    ids = {name: vocabulary.pieces.token_to_id(name) for name in names - {token["content"] for token in before}}
+    added = [*before, *({"id": i, "content": name, **FLAGS} for name, i in ids.items() if i is not None),
+             *added_tokens(folder, len(vocabulary))]
+    added = [{**token, "special": token.get("special", False) or token["content"] in names} for token in added]
+    if added == before:
+        return vocabulary
+    content["added_tokens"] = sorted(added, key=lambda token: token["id"])
+    return TokenizerJSON(json.dumps(content, ensure_ascii=False).encode())
+
+
+def differs_from_llama_tokenizer(folder: Path, vocabulary: TokenizerJSON, template: str) -> bool:
+    """Whether transformers 5 gives other ids: its LlamaTokenizer takes only the pieces from a tokenizer.json.
+
+    It adds a space before texts as its settings say: legacy, add_prefix_space."""
+    settings = read_settings(folder / "tokenizer_config.json")
+    if not is_llama_tokenizer(settings):
+        return False
+    scheme = "always" if settings.get("legacy") else "first"
+    if settings.get("add_prefix_space") is False:
+        scheme = "never"
+    metaspace = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": scheme, "split": False}
+    content = json.loads(vocabulary.content) | {"normalizer": None, "pre_tokenizer": metaspace}
+    theirs = Tokenizer(TokenizerJSON(json.dumps(content, ensure_ascii=False).encode()), template)
+    ours = Tokenizer(vocabulary, template)
+    return any(ours.encode_chat(*exchange) != theirs.encode_chat(*exchange) for exchange in EXCHANGES)
 
 
 def with_prefix_of_transformers(folder: Path, vocabulary: SentencePiece) -> SentencePiece | TokenizerJSON:

@@ -113,6 +113,8 @@ def compare(template: str, vocabulary, jinja: JinjaTemplate) -> str | None:
         found.append("it strips spaces and line breaks around messages; minisr keeps them")
     if "</think>" not in jinja.render(*THOUGHT, system=system):
         found.append("it removes thoughts (<think>) from responses; minisr keeps them")
+    if "strftime_now" in jinja.text:
+        found.append("it writes today's date; minisr writes what it has without one")
     return "; ".join(dict.fromkeys(filter(None, found))) or None
 
 

@@ -61,19 +61,6 @@ class TokenizerJSON:
         return self.pieces.decode([i], skip_special_tokens=False)
 
 
-def with_special_tokens(content: bytes, names: set[str]) -> bytes:
-    """The same tokenizer.json with these added tokens marked as special.
-
-    transformers treats tokens as special that only its settings name so; else any text could spell them."""
-    settings = json.loads(content)
-    added = [token for token in settings.get("added_tokens") or [] if token["content"] in names]
-    if all(token.get("special") for token in added):
-        return content
-    for token in added:
-        token["special"] = True
-    return json.dumps(settings, ensure_ascii=False).encode()
-
-
 def leading_special_ids(pieces) -> list[int]:
     """The ids that a tokenizer adds before a text; it may add others after it."""
     for text in chain("a", pieces.get_vocab()):  # a vocabulary without byte fallback drops a text that it lacks

@@ -25,6 +25,7 @@ from minisr.train import TrainConfig
 
 STOP = (3, 7)
 NEVER = (-1,)
+ALIVE = torch.ones(300, dtype=torch.bool)
 
 
 class GraphLM(FastLM):
@@ -84,6 +85,12 @@ def test_rows_move_into_smaller_buckets_and_their_prompts_with_them(model, monke
     prefix, prompt = lm.decoder.state.prefixes
     assert prefix.for_all and not prompt.for_all
     assert rows[-1] < prompt.k.shape[1] == 128  # so prompts have moved too
+
+
+def test_dummy_rows_do_not_take_the_attempts_of_others(random_decoder):
+    """300 rows and 84 dummies, which all draw the same tokens. Flat logits: a tenth of the draws misses the nucleus."""
+    model = random_decoder(std=0.01).double()
+    assert_same_samples(model, prompts_of(257), 1, ResponseConfig(1.0, 0.9, 40, rows=257), NEVER)
 
 
 @pytest.mark.parametrize("prompts, n, max_new", [([[5]], 1, 1), ([[5]], 1, 2), ([[5, 6, 9]], 4, 17),
@@ -274,12 +281,13 @@ def test_draws_are_those_of_the_sampler(rows, top_p, temperature):
     for step in range(5):
         numbers = uniforms(seeds, torch.arange(number_of_attempts(top_p)) + 64 * step)
         expected = fast_sampler.sample_top_p(logits, how, seeds, step, uniform(seeds, 64 * step))
-        assert torch.equal(sample_top_p(logits, temperature, top_p, numbers), expected)
+        assert torch.equal(sample_top_p(logits, temperature, top_p, numbers, ALIVE[:rows]), expected)
 
 
 def test_after_the_last_attempt_the_most_probable_token_is_taken():
     logits = torch.tensor([[0.0, 5.0, 1.0]])
-    assert sample_top_p(logits, 1.0, 0.5, torch.zeros(3, 1)) == 1  # every attempt draws token 0, outside the nucleus
+    zeros = torch.zeros(3, 1)  # every attempt draws token 0, outside the nucleus
+    assert sample_top_p(logits, 1.0, 0.5, zeros, ALIVE[:1]) == 1
 
 
 def test_uniforms_are_those_of_each_counter():

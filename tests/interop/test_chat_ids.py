@@ -90,12 +90,82 @@ def test_tokens_added_to_a_sentencepiece_model_have_their_ids(files, legacy, tmp
 def test_ids_of_added_tokens_must_follow_the_pieces(tmp_path):
     folder = as_folder(random_llama(vocab_size=512), tmp_path)
     (folder / "added_tokens.json").write_text(json.dumps({"<pad>": 505}))
-    with pytest.raises(InputError, match="added tokens do not follow the 500 pieces of tokenizer.model"):
+    with pytest.raises(InputError, match="added tokens do not follow the 500 pieces of its tokenizer"):
         load_source(str(folder))
 
 
 SP_CLASS = {"tokenizer_class": "LlamaTokenizer"}
 FAST = {"tokenizer_class": "PreTrainedTokenizerFast"}
+
+
+def json_folder(content, folder, settings):
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<s>", "eos_token": "</s>", **settings}))
+    (folder / "config.json").write_text(json.dumps({"model_type": "llama", "eos_token_id": None}))
+    return folder
+
+
+def exchanges_that_differ(tokenizer, folder):
+    """Those whose ids are not the ones of transformers."""
+    auto, differing = transformers.AutoTokenizer.from_pretrained(folder), []
+    for prompt, response in EXCHANGES:
+        ours, _ = tokenizer.encode_chat(prompt, response)
+        theirs = auto.apply_chat_template(asked(prompt) + answer(response), return_dict=False)
+        if ours != theirs[:len(ours)]:
+            differing.append(prompt)
+    return differing
+
+
+def declared(*names, first_id):
+    return {str(i): {"content": name, "special": True, "normalized": False, "lstrip": False, "rstrip": False,
+                     "single_word": False} for i, name in enumerate(names, first_id)}
+
+
+def without_added(content, *names):
+    return {**content, "added_tokens": [token for token in content["added_tokens"] if token["content"] not in names]}
+
+
+def test_special_tokens_that_only_the_settings_declare_have_their_ids(tmp_path):
+    content = json.loads(byte_level_json("<s>", "</s>"))
+    new = declared("<|user|>", "<|assistant|>", first_id=len(content["model"]["vocab"]))
+    settings = {**FAST, "chat_template": to_jinja(chat_template("tiny")), "added_tokens_decoder": new}
+    folder = json_folder(content, tmp_path, settings)
+    tokenizer = hf.load_tokenizer(folder)
+    assert exchanges_that_differ(tokenizer, folder) == []
+    assert set(map(int, new)) <= set(tokenizer.encode_prompt("News?")) and "<|user|>" in tokenizer.vocabulary.specials
+    assert not set(map(int, new)) & set(tokenizer.encode("<|user|>"))  # a text cannot spell it
+
+
+def test_a_special_token_may_be_an_ordinary_piece_of_tokenizer_json(tmp_path):
+    content = without_added(json.loads(byte_level_json(*SPECIALS)), "<s>")
+    folder = json_folder(content, tmp_path, {**FAST, "chat_template": to_jinja(chat_template("tiny"))})
+    tokenizer = hf.load_tokenizer(folder)
+    assert exchanges_that_differ(tokenizer, folder) == []
+    assert tokenizer.encode_prompt("News?")[0] == content["model"]["vocab"]["<s>"]
+
+
+def test_a_special_token_of_the_template_without_an_id_is_rejected(tmp_path):
+    settings = {**FAST, "additional_special_tokens": ["<|user|>", "[PAD]"], "bos_token": "<s>"}
+    content = json.loads(byte_level_json("<s>", "</s>"))
+    folder = json_folder(content, tmp_path, {**settings, "chat_template": to_jinja(chat_template("tiny"))})
+    with pytest.raises(InputError, match=r"template has '<\|user\|>'.* no file gives its id; save the tokenizer with"):
+        hf.load_tokenizer(folder)
+    hf.load_tokenizer(json_folder(content, tmp_path, {**settings, "chat_template": to_jinja(chat_template("plain"))}))
+
+
+@pytest.mark.parametrize("scheme, settings, differs", [
+    ("always", {}, True), ("first", {}, False), ("always", {"legacy": True}, False), ("first", {"legacy": True}, True),
+    ("never", {"add_prefix_space": False}, False), ("never", {"legacy": True}, True)])
+def test_where_transformers_does_not_follow_tokenizer_json_a_line_says_so(scheme, settings, differs, tmp_path, capsys):
+    content = json.loads(metaspace_json(scheme))
+    settings = {**SP_CLASS, "chat_template": to_jinja(chat_template("tiny")), **settings}
+    folder = json_folder(content, tmp_path, settings)
+    tokenizer = hf.load_tokenizer(folder)
+    err = capsys.readouterr().err
+    assert ("LlamaTokenizer of transformers 5 does not follow tokenizer.json" in err) == differs == bool(err)
+    assert bool(exchanges_that_differ(tokenizer, folder)) == differs
+    json_folder(content, tmp_path, {**settings, **FAST})
+    assert exchanges_that_differ(tokenizer, folder) == []  # the ids are those of the file
 
 
 @cache

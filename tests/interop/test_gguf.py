@@ -10,7 +10,7 @@ from tiny import assert_same_logits, byte_level_json, random_llama, tiny_tokeniz
 
 from minisr import InputError
 from minisr.interop import hf
-from minisr.interop.chat_templates import chat_template
+from minisr.interop.chat_templates import chat_template, to_jinja
 from minisr.interop.source import load_source, source_digest
 from minisr.runner.checkpoint import save_model
 
@@ -415,6 +415,15 @@ def test_a_llama3_tokenizer_takes_a_whole_word_that_no_merge_makes(tmp_path):
     assert tokenizer.encode("a zyzzyva!") == made.encode("a zyzzyva!").ids
 
 
+def test_smaug_splits_as_llama3_and_needs_merges(tmp_path):
+    whole_word = dict(more=["Ġzyzzyva"])
+    tokenizers = [load_source(str(byte_level(tmp_path, pre=pre, specials=LLAMA3_SPECIALS, **whole_word)))[1]
+                  for pre in ("llama-bpe", "smaug-bpe")]
+    assert [len(tokenizer.encode(" zyzzyva")) == 1 for tokenizer in tokenizers] == [True, False]
+    assert tokenizers[0].encode("12345 'LL\n") == tokenizers[1].encode("12345 'LL\n")
+    assert tokenizers[1].bos_ids == []
+
+
 @pytest.mark.parametrize("pre", ["gpt-2", "llama-bpe"])
 def test_a_user_defined_piece_is_not_split(pre, tmp_path):
     # Type 4 in the file: not a special token, but llama.cpp and transformers never split it.
@@ -467,6 +476,13 @@ def test_a_bos_token_is_added_if_the_file_says_so(tmp_path):
 
 CHATML_JINJA = ("{{ '<|im_start|>system\nYou are kind.<|im_end|>\n' }}{% for m in messages %}"
                 "{{'<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n'}}{% endfor %}")
+
+
+def test_a_template_may_name_the_bos_token_of_a_file_without_its_id(tmp_path):
+    jinja = to_jinja(chat_template("tiny")).replace("{{ '<s>", "{{ bos_token + '")
+    keys = {**sentencepiece_keys(), "tokenizer.chat_template": jinja, "tokenizer.ggml.bos_token_id": None}
+    tokenizer = load_source(str(whole(tmp_path / "x.gguf", random_llama(), keys)))[1]
+    assert "bos_token" in jinja and tokenizer.template == chat_template("tiny")
 
 
 def test_the_files_chat_template_is_recognized_and_another_can_be_named(tmp_path):

@@ -56,6 +56,10 @@ FAULTS = {
          "    return config"),
         ("a head that equals the embedding is untied", "if same_values(head, stored.setdefault(EMBEDDING, head)):",
          "if stored.setdefault(EMBEDDING, head) is head:")],
+    ("interop/hf", "chat_ids"): [
+        ("a special token that only the settings name is split", "if added == before:", "if True:"),
+        ("a token without an id is spelled", "if missing := sorted(", "if missing := set() and sorted("),
+        ("LlamaTokenizer adds no spaces of its own", "if not is_llama_tokenizer(settings):", "if True:")],
     ("interop/names", "interop"): [
         ("rope_parameters before rope_scaling", 'dict(get("rope_scaling") or get("rope_parameters") or {})',
          'dict(get("rope_parameters") or get("rope_scaling") or {})'),
@@ -67,7 +71,9 @@ FAULTS = {
         ("scaling of type none scales", 'keys.get("rope.scaling.type") == "none" or ', ""),
         ("unknown keys are ignored", "if keys[name])", "if False)"),
         ("a text has a BOS token although the file says no",
-         'if metadata.get("tokenizer.ggml.add_bos_token", True) else trainer.unk_id', "if True else trainer.unk_id")],
+         'if metadata.get("tokenizer.ggml.add_bos_token", True) else trainer.unk_id', "if True else trainer.unk_id"),
+        ("a template's bos_token is empty", "_token_id\", defaults.get(name))", "_token_id\")"),
+        ("smaug takes whole words", "ignore_merges=family in LLAMA3)", "ignore_merges=True)")],
     ("model", "dpo"): [
         ("tied head is a copy, without the embedding's gradient", "self.head.weight = self.embed.weight",
          "self.head.weight = nn.Parameter(self.embed.weight.detach().clone())")],
@@ -281,6 +287,7 @@ FAULTS = {
         ("a row takes another's room", "len(prompts[row // n])", "len(prompts[row % len(prompts)])")],
     ("fast/cuda_graphs", "cuda_graphs"): [
         ("log p goes on after the end", "logps.masked_fill(batch.alive.logical_not(), 0.0)", "logps"),
+        ("dummies take the attempts of others", "probs, drawn, top_p) & alive", "probs, drawn, top_p)"),
         ("no second attempt", "for number in numbers[1:]:", "for number in numbers[:0]:"),
         ("rows move without their keys", "layer[:fewer, :, :columns] = layer[order, :, :columns]", "pass"),
         ("rows move without their prefixes", "            prefix.compact(order)", "            pass"),
