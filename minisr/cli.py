@@ -327,7 +327,7 @@ def evaluate(options) -> None:
         _compare_models(run, models, options.judge)
         return
     check_judged(run.config, models)
-    with folder_lock(run.folder):
+    with folder_lock(run.folder, has_out=False):
         print(table(evaluate(run, models, keep)))
     print(f"\n{LEGEND}")
 
@@ -339,7 +339,7 @@ def _compare_models(run, models: list, command: str) -> None:
     from minisr.runner.steps import keep
     from minisr.runner.storage import folder_lock
     Stop.on_signals()
-    with folder_lock(run.folder):
+    with folder_lock(run.folder, has_out=False):
         print(head_to_head_table(head_to_head(run, models, keep, command)))
     print("Each prompt is judged in both orders; disagreement is a tie. In brackets: 95 % intervals. Files: "
           f"{run.folder}/head_to_head.json, head_to_head.jsonl")
@@ -488,6 +488,8 @@ def _check_no_model(folder: Path, file: str) -> None:
         raise InputError(f"{folder} is a file; choose a folder with --out")
     if (folder / file).exists():
         raise InputError(f"{folder} already holds a model; choose another folder with --out")
+    if (folder / "config.toml").exists():
+        raise InputError(f"{folder} holds a run; choose another folder with --out")
 
 
 def _add_import(commands) -> None:

@@ -19,7 +19,7 @@ from minisr.report.seed_statistics import over_seeds
 from minisr.report.table import LEGEND
 from minisr.report.transcripts import held_out_answers, iteration
 from minisr.runner.config import Config, differences, load_config
-from minisr.runner.files import write_bytes
+from minisr.runner.files import check_object, write_bytes
 
 # Metric, title and caption of the charts of an experiment's page.
 EXPERIMENT_CHARTS = (
@@ -50,7 +50,8 @@ def run_page(folder: Path) -> str:
     config = load_config(folder / "config.toml")
     names = ["SFT", *(f"M{t}" for t in range(1, config.iterations + 2))]
     evaluated = read_object_if_any(folder / "metrics.json").get("models", {})
-    metrics = {name: evaluated[name] for name in names if name in evaluated}
+    metrics = {name: check_object(evaluated[name], f"{folder}/metrics.json: {name}") for name in names
+               if name in evaluated and (folder / name / "answers.jsonl").exists()}
     missing = [name for name in names if name not in metrics]
     parts = _settings(config, read_object_if_any(folder / "SFT/meta.json"))
     if missing:
@@ -85,7 +86,8 @@ def experiment_page(folder: Path, out: Path) -> str:
     """The page of an experiment: means over seeds with intervals, and links to the pages of its runs."""
     results = read_object_if_any(folder / "results.json")
     parts = ["<h2>Variants</h2>"]
-    for variant in results:
+    for variant, models in results.items():
+        check_object(models, f"{folder}/results.json: {variant}")
         parts.append(_variant(folder, out, variant))
     parts += markup.section("Side by side", _experiment_charts(results))
     parts += ["<h2>Results</h2>", markup.experiment_table(results),

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from minisr.runner.files import check_object, read_json
-from minisr.runner.storage import read_step
+from minisr.runner.storage import read_step, verify_checksum
 
 
 def read_records(path: Path) -> list[dict]:
@@ -13,7 +13,10 @@ def read_records(path: Path) -> list[dict]:
 
 def read_object_if_any(path: Path) -> dict:
     """The content of a JSON file."""
-    return check_object(read_json(path, "report"), path) if path.exists() else {}
+    if not path.exists():
+        return {}
+    verify_checksum(path)
+    return check_object(read_json(path, "report"), path)
 
 
 def read_each(folder: Path, names: list[str], file: str) -> dict:

@@ -72,12 +72,18 @@ def _difference(first: dict, second: dict, metric: str, seed: int) -> float | No
 
 
 def is_copy_of_base(results: dict, variant: str, model: str) -> bool:
-    """Whether a variant's model is the base's: no metric differs on any seed."""
+    """Whether a variant's model is the base's: they have seeds in common, and no metric differs on any of them."""
     base = results.get("base", {})
     if variant == "base" or model not in base:
         return False
+    if not has_common_seeds(results[variant][model], base[model]):
+        return False
     differences = paired(results[variant][model], base[model])
     return not any(any(values) for values in differences.values())
+
+
+def has_common_seeds(first: dict, second: dict) -> bool:
+    return not set(first["seed"]).isdisjoint(second["seed"])
 
 
 def compare_with_base(results: dict) -> dict:
@@ -91,6 +97,8 @@ def compare_with_base(results: dict) -> dict:
         comparisons[f"base {model} - M1"] = paired(base[model], base["M1"])
     for variant, models in results.items():
         for model in models:
-            if variant != "base" and model in base and not is_copy_of_base(results, variant, model):
+            if variant == "base" or model not in base or not has_common_seeds(models[model], base[model]):
+                continue
+            if not is_copy_of_base(results, variant, model):
                 comparisons[f"{variant} {model} - base {model}"] = paired(models[model], base[model])
     return comparisons

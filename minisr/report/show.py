@@ -105,7 +105,7 @@ def _print_training(run: Path, name: str, pair: dict) -> None:
 def colorize_loss_mask(tokenizer, example: Example) -> str:
     """The tokens in terminal colors: green where the loss mask is True, else gray."""
     green, gray, reset = "\033[32m", "\033[90m", "\033[0m"
-    return "".join(f"{green if is_target else gray}{tokenizer.vocabulary.piece(i)}{reset}"
+    return "".join(f"{green if is_target else gray}{printable(tokenizer.vocabulary.piece(i))}{reset}"
                    for i, is_target in zip(example.ids, example.mask))
 
 

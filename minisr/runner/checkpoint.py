@@ -21,6 +21,7 @@ from minisr.interop.tokenizer_json import TokenizerJSON
 from minisr.model import Decoder, ModelConfig
 from minisr.runner import processes
 from minisr.runner.files import (
+    check_object,
     file_digest,
     json_bytes,
     parse_json,
@@ -82,7 +83,7 @@ def check_model_files(folder: Path) -> None:
     """Raise InputError if a file of a model folder is missing or not what meta.json describes."""
     check_file(folder / "model.pt", model_hash(folder))
     meta = read_meta(folder)
-    for name, expected in meta.get("files", {}).items():
+    for name, expected in check_object(meta.get("files", {}), f"{folder}/meta.json: files").items():
         check_file(folder / name, expected)
 
 

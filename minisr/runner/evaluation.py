@@ -50,11 +50,12 @@ def has_more_models(path: Path, metrics: dict) -> bool:
 
 
 def evaluated_models(path: Path) -> set[str]:
-    """The models in a metrics.json; none if there is no such file or it is damaged."""
+    """The models of a run that are in its metrics.json; none if there is no such file or it is damaged."""
     try:
-        return set(read_json(path, "metrics")["models"])
+        names = set(read_json(path, "metrics")["models"])
     except (InputError, LookupError, TypeError):
         return set()
+    return {name for name in names if (path.parent / name / "meta.json").exists()}
 
 
 def sample_answers(lm, prompts: list[str], config: SamplingConfig, seed: int) -> list[tuple[str, bool]]:
@@ -257,7 +258,7 @@ def own_responses(folder: Path) -> list[dict]:
 def _seconds(folder: Path, *names: str) -> float:
     """The sum of these entries of timing.json; a missing clock counts as 0."""
     path = folder / "timing.json"
-    timing = read_json(path, "timing") if path.exists() else {}
+    timing = check_object(read_json(path, "timing"), path) if path.exists() else {}
     return sum(timing.get(name, 0.0) for name in names)
 
 

@@ -9,14 +9,18 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 from tqdm import tqdm
 
 from minisr import InputError
+from minisr.runner.config import Config, load_stored_config
 from minisr.runner.experiment_plan import Plan, read_plan
-from minisr.runner.files import read_json, write_json
+from minisr.runner.files import check_object, read_json, write_json
 from minisr.runner.reuse import copy_unaffected
+from minisr.runner.run import check_resumable
+from minisr.runner.sources import keep_stored_paths
 from minisr.runner.stop import Stop
 
 # The metrics of a model that results.json holds, as paths in metrics.json; criteria.4 is correct form.
@@ -96,13 +100,22 @@ def _run_process(command: list[str], log: Path) -> int:
 
 
 def gather(plan: Plan, out: Path) -> dict:
-    """Write and return the results of all variants whose runs are finished on all their seeds."""
+    """Write and return the results of all variants whose runs are finished on all their seeds.
+
+    A variant whose runs were made with another config is left out, and a line on stderr says so."""
     results = {}
     for variant, seeds in plan.seeds.items():
         last_model = f"M{plan.config(variant).iterations + 1}"
-        folders = [out / f"{variant}-{seed}" for seed in seeds]
-        if all(is_finished(folder, last_model) for folder in folders):
-            results[variant] = collect(folders, last_model)
+        folders = {seed: out / f"{variant}-{seed}" for seed in seeds}
+        if not all(is_finished(folder, last_model) for folder in folders.values()):
+            continue
+        try:
+            for seed, folder in folders.items():
+                check_made_with(plan.config(variant, seed), folder)
+        except InputError as error:
+            print(f"minisr: results.json leaves out {variant}: {error}", file=sys.stderr)
+            continue
+        results[variant] = collect(list(folders.values()), last_model)
     write_json(out / "results.json", results)
     return results
 
@@ -110,7 +123,14 @@ def gather(plan: Plan, out: Path) -> dict:
 def is_finished(run: Path, last_model: str) -> bool:
     """Whether a run has the metrics of its last model."""
     path = run / "metrics.json"
-    return path.exists() and last_model in read_json(path, "metrics")["models"]
+    return path.exists() and last_model in check_object(read_json(path, "metrics"), path).get("models", {})
+
+
+def check_made_with(config: Config, run: Path) -> None:
+    """Raise InputError if a run was made with another config; it may have more iterations."""
+    stored = load_stored_config(run / "config.toml")
+    config = replace(config, iterations=max(config.iterations, stored.iterations))
+    check_resumable(stored, keep_stored_paths(stored, config, run), run)
 
 
 def collect(folders: list[Path], last_model: str) -> dict:

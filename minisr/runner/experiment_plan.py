@@ -80,6 +80,9 @@ def _read_sections(path: Path) -> dict:
         sections += sections[1].values()
     if not isinstance(content["base"], str) or not all(isinstance(table, dict) for table in sections):
         raise InputError(f"experiment {path}: base must be a file name, common and each variant a section")
+    if any("seed" in table for table in (sections[0], *sections[2:])):
+        raise InputError(f"experiment {path}: the key seed would give all runs of a variant the same seed; name a list "
+                         "under seeds, such as [0, 1, 2]")
     check_path(content["base"], "base", f"experiment {path}")
     return content
 

@@ -196,10 +196,10 @@ def read_object(path: Path) -> dict:
     return check_object(parse_json(read_text(path, "file"), f"file {path}"), path)
 
 
-def check_object(value, path: Path) -> dict:
-    """The value that was read from a JSON file, if it is an object."""
+def check_object(value, where) -> dict:
+    """The value that was read from a JSON file or a part of it, if it is an object."""
     if not isinstance(value, dict):
-        raise InputError(f"{path} is not a JSON object {{...}}")
+        raise InputError(f"{where} is not a JSON object {{...}}")
     return value
 
 

@@ -37,6 +37,8 @@ USER, ASSISTANT = "<|user|>", "<|assistant|>"  # the special tokens of the chat 
 def pretrain(config: PretrainConfig, folder: Path) -> None:
     """Train the tokenizer and the decoder on the world's text and save them as a model folder."""
     check_learning_rate("train", config.train)
+    if config.engine == "plain" and config.train.gradient_checkpointing:
+        raise InputError('train.gradient_checkpointing needs engine = "fast"')
     torch.set_num_threads(config.threads)
     tokenizer = make_tokenizer(config)
     documents = make_documents(tokenizer, config)

@@ -46,7 +46,10 @@ def is_main() -> bool:
 
 def planned_size() -> int:
     """The number of processes that torchrun or the launcher has started."""
-    return int(os.environ.get("WORLD_SIZE", 1))
+    text = os.environ.get("WORLD_SIZE", "1")
+    if not text.isdecimal() or int(text) < 1:
+        raise InputError(f"the environment has WORLD_SIZE={text!r}; unset it, or start the processes with torchrun")
+    return int(text)
 
 
 def start(device: str = "cpu") -> None:
@@ -54,6 +57,7 @@ def start(device: str = "cpu") -> None:
     global _rank, _size
     if planned_size() == 1:
         return
+    check_environment()
     import torch
     import torch.distributed as dist
 
@@ -76,6 +80,14 @@ def start(device: str = "cpu") -> None:
     if not is_main():
         sys.stdout = open(os.devnull, "w")
         sys.stderr = NoTerminal(open(2, "wb", closefd=False), errors="backslashreplace", line_buffering=True)
+
+
+def check_environment() -> None:
+    """Raise InputError for a WORLD_SIZE that neither torchrun nor the launcher has set."""
+    names = ("RANK",) if "MINISR_RENDEZVOUS" in os.environ else ("RANK", "MASTER_ADDR", "MASTER_PORT")
+    if missing := [name for name in names if name not in os.environ]:
+        raise InputError(f"the environment has WORLD_SIZE={planned_size()}, but no {missing[0]}; unset WORLD_SIZE, or "
+                         "start the processes with torchrun")
 
 
 def check_gpus(gpus: int) -> None:

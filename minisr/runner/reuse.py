@@ -11,7 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from minisr.runner.config import Config, differences, load_stored_config, to_toml
-from minisr.runner.files import write_bytes
+from minisr.runner.files import check_object, read_json, write_bytes, write_json
 from minisr.worlds.catalog import WORLDS
 
 STAGES = (
@@ -68,8 +68,18 @@ def copy_unaffected(base: Path, folder: Path, config: Config) -> None:
                 shutil.rmtree(path)
             else:
                 path.unlink()
+                forget_time(path)
     write_bytes(unfinished / "config.toml", to_toml(config).encode())
     unfinished.rename(folder)
+
+
+def forget_time(path: Path) -> None:
+    """Remove the seconds of a removed file's step from timing.json: the run's own are added up there."""
+    timing = path.with_name("timing.json")
+    if timing.exists():
+        seconds = check_object(read_json(timing, "timing"), timing)
+        seconds.pop(path.name.partition(".")[0], None)
+        write_json(timing, seconds)
 
 
 def affected_stages(base: Config, config: Config) -> tuple[str, ...] | None:

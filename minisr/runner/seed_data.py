@@ -145,7 +145,7 @@ def world_sets(world_data: dict[str, list[dict]], context: Context | None,
 
 def source_path(config) -> Path:
     """The file or folder of the seed data."""
-    return ENGLISH if config.source == "english" else Path(config.source).expanduser()
+    return ENGLISH if config.source == "english" else Path(os.path.expanduser(config.source))
 
 
 def user_sets(source: Path, config, context: Context | None) -> tuple[dict[str, list[dict]], dict[str, DataSet]]:

@@ -17,7 +17,7 @@ from minisr.loop import SelfRewardingModel, self_rewarding_training
 from minisr.runner import processes, variants
 from minisr.runner.checkpoint import SEED_MODEL, check_model_files, model_hash, read_meta, save_model
 from minisr.runner.evaluation import answer_held_out, evaluate, histogram, judge_held_out
-from minisr.runner.files import json_bytes, jsonl_bytes, read_json, write_json
+from minisr.runner.files import check_object, json_bytes, jsonl_bytes, read_json, write_json
 from minisr.runner.journal import Journal, TrainingState, fingerprint, remove_journals
 from minisr.runner.run import Run
 from minisr.runner.stop import Stop
@@ -82,7 +82,7 @@ class StoredModel(SelfRewardingModel):
             yield
         finally:
             path = self.folder / "timing.json"
-            timing = read_json(path, "timing") if path.exists() else {}
+            timing = check_object(read_json(path, "timing"), path) if path.exists() else {}
             seconds = timing.get(name, 0) + time.perf_counter() - start
             write_json(path, timing | {name: round(seconds, 2)})
 

@@ -1,8 +1,9 @@
-"""On Ctrl-C or SIGTERM, finish and save the current batch or optimizer step, then stop.
+"""On Ctrl-C, SIGTERM, or SIGHUP (a closed terminal), finish and save the current batch or optimizer step, then stop.
 
 Imported before anything heavy, so that a signal during start-up is handled too.
 """
 
+import contextlib
 import math
 import signal
 import sys
@@ -22,6 +23,8 @@ class Stop:
     def on_signals(cls) -> None:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, cls._request)
+        if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup ignores it
+            signal.signal(signal.SIGHUP, cls._request)
 
     @classmethod
     def _request(cls, *_) -> None:
@@ -34,7 +37,8 @@ class Stop:
         if is_repeated:
             return
         if processes.is_main():
-            print("\nminisr: stopping after this step; send the signal again to stop at once", file=sys.stderr)
+            with contextlib.suppress(OSError):  # the terminal may be gone
+                print("\nminisr: stopping after this step; send the signal again to stop at once", file=sys.stderr)
 
     @classmethod
     def check(cls) -> None:

@@ -7,7 +7,16 @@ from pathlib import Path
 
 from minisr import InputError
 from minisr.runner import processes
-from minisr.runner.files import RESTORE, file_digest, read_json, read_jsonl, write_bytes, write_failure, write_json
+from minisr.runner.files import (
+    RESTORE,
+    check_object,
+    file_digest,
+    read_json,
+    read_jsonl,
+    write_bytes,
+    write_failure,
+    write_json,
+)
 from minisr.runner.journal import fingerprint
 
 # What the records of each step have, by the name of its file. Files of any version of minisr have these keys.
@@ -37,8 +46,10 @@ def check_run(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def folder_lock(folder: Path):
-    """Only one run at a time works in a folder. Process 0 holds the lock, which ends with it, however it ends."""
+def folder_lock(folder: Path, has_out: bool = True):
+    """Only one run at a time works in a folder. Process 0 holds the lock, which ends with it, however it ends.
+
+    has_out: whether the command has an option --out, with which its errors advise to choose another folder."""
     if not processes.is_main():
         yield
         return
@@ -51,13 +62,14 @@ def folder_lock(folder: Path):
         folder.mkdir(parents=True, exist_ok=True)
         file = open(folder / ".lock", "w")
     except OSError as error:
-        raise InputError(f"cannot write into {folder}: {write_failure(error)} with --out") from error
+        advice = f"{write_failure(error)} with --out" if has_out else f"{error.strerror}; make it writable, or copy it"
+        raise InputError(f"cannot write into {folder}: {advice}") from error
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            raise InputError(f"another minisr process works in {folder}; wait until it ends, or choose another "
-                             "folder with --out") from error
+            advice = ", or choose another folder with --out" if has_out else ""
+            raise InputError(f"another minisr process works in {folder}; wait until it ends{advice}") from error
         yield
 
 
@@ -85,7 +97,8 @@ def read_step(path: Path) -> list[dict]:
 
 def check_inputs(path: Path, inputs: tuple) -> None:
     """Raise InputError if the file of a step was made from other inputs. A file without a record of them passes."""
-    recorded = read_checksums(path.parent).get("made_from", {}).get(path.name)
+    made_from = read_checksums(path.parent).get("made_from", {})
+    recorded = check_object(made_from, f"{path.parent}/hashes.json: made_from").get(path.name)
     if recorded not in (None, fingerprint(inputs)):
         raise InputError(f"{path} was made from other results of the steps before it than the present ones; move it "
                          "away, and it is made again")
@@ -104,6 +117,9 @@ def verify_checksum(path: Path) -> None:
     if not index.exists():
         return
     known = read_json(index, "hashes")
-    recorded = known.get(path.name) if isinstance(known, dict) else ""
+    if not isinstance(known, dict):
+        raise InputError(f"{index} is not what minisr wrote there (damaged or edited); restore it from a copy, or move "
+                         "it away: then the files beside it are used unchecked")
+    recorded = known.get(path.name)
     if recorded is not None and recorded != file_digest(path):
         raise InputError(f"{path} is not the file that minisr wrote there (damaged or edited); {RESTORE}")

@@ -175,10 +175,10 @@ def add_agreement(pairs: list[dict], y: list[dict], r: list[dict]) -> list[dict]
     """Record in each pair how consistently the single judgements prefer the chosen response, see agreement()."""
     scores = {}
     for record, judged in zip(y, r):
-        for response, of_response in zip(record["responses"], judged["scores"]):
-            scores[record["prompt"], response] = of_response
+        for response, reward, of_response in zip(record["responses"], judged["rewards"], judged["scores"]):
+            scores.setdefault((record["prompt"], response, reward), of_response)  # a text may come twice
     for pair in pairs:
-        chosen, rejected = ((pair["prompt"], pair[side]) for side in ("chosen", "rejected"))
+        chosen, rejected = ((pair["prompt"], pair[side], pair[f"{side}_reward"]) for side in ("chosen", "rejected"))
         if chosen in scores and rejected in scores:
             pair["agreement"] = agreement(scores[chosen], scores[rejected])
     return pairs

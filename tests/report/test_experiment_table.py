@@ -70,6 +70,12 @@ def test_models_are_compared_on_the_seeds_that_both_have():
     assert compare_with_base({}) == {}
 
 
+def test_without_a_common_seed_a_model_is_shown_and_not_compared():
+    results = {"base": {"M2": metrics_of([0], [0.5])}, "other": {"M2": metrics_of([1], [0.5])}}
+    assert "| other | M2 | 50.0 |" in results_table(results)
+    assert compare_with_base(results) == {}
+
+
 def test_the_table_of_differences_has_signs_and_the_interval_of_paired_values():
     head, rule, first, last = differences_table(COMPARED).split("\n")
     assert head.startswith("| difference | flawless % |") and head.count("|") == rule.count("|")

@@ -261,6 +261,30 @@ def test_an_unfinished_run_shows_what_is_there(models, kept, no_drawing, tmp_pat
     assert "flawless" not in read(write_page(folder)).text.lower()
 
 
+@pytest.mark.parametrize("name", ["SFT", "M2"])
+def test_a_model_without_answers_counts_as_not_evaluated(name, no_drawing, tmp_path):
+    folder = make_run(tmp_path / "run")
+    (folder / name / "answers.jsonl").unlink()
+    assert f"Unfinished: {name} not evaluated yet." in read(write_page(folder)).text
+
+
+def test_damaged_counts_are_named(no_drawing, tmp_path):
+    folder = make_run(tmp_path / "run")
+    write_json(folder / "M1/hashes.json", {"rewards.counts.json": "0" * 64})
+    with pytest.raises(InputError, match=r"rewards\.counts\.json is not the file that minisr wrote"):
+        write_page(folder)
+
+
+def test_a_part_of_another_kind_is_named(experiment, no_drawing, tmp_path):
+    folder = make_run(tmp_path / "run")
+    write_json(folder / "metrics.json", {"seed": 0, "models": {"SFT": 1}})
+    with pytest.raises(InputError, match=r"metrics\.json: SFT is not a JSON object"):
+        write_page(folder)
+    write_json(tmp_path / "results.json", {"base": []})
+    with pytest.raises(InputError, match=r"results\.json: base is not a JSON object"):
+        write_page(tmp_path)
+
+
 def test_a_file_of_another_kind_is_named(no_drawing, tmp_path):
     folder = make_run(tmp_path / "run")
     (folder / "metrics.json").write_text("[]")

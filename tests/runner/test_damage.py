@@ -49,6 +49,10 @@ def of_another_kind(content, rng):
     return b'{"version": 9, "models": []}\n'
 
 
+def a_list(content, rng):
+    return b"[]\n"
+
+
 def no_utf8(content, rng):
     return content[:len(content) // 2] + b"\xff\xfe" + content[len(content) // 2:]
 
@@ -58,7 +62,7 @@ def removed(content, rng):
 
 
 DAMAGES = [truncated, flipped, empty, zeros, doubled, without_its_first_line, with_a_line_changed,
-           of_another_kind, no_utf8, removed]
+           of_another_kind, a_list, no_utf8, removed]
 # A shorter run than that of kills.py, with the same files.
 SHORT = ("seed_data.ift=16", "seed_data.ranked=12", "seed_data.judge_evaluation=2", "seed_data.evaluation=6",
          "prompts.count=12", "prompts.round_size=8", "judge.judgements=1", "evaluate.max_new_tokens=24")

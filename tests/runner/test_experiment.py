@@ -70,7 +70,7 @@ def test_a_plan_has_the_base_and_its_variants_with_their_seeds(plan):
     assert read.variants == {"base": (), "random": ("judge.by=random",)}
     assert read.seeds == {"base": [0, 1, 2], "random": [0, 1]}
     assert read.common == ("threads=1",)
-    every = read_plan(plan('base = "base.toml"\nseeds = [4, 5]\n[variants.a]\nseed = 1\n'))
+    every = read_plan(plan('base = "base.toml"\nseeds = [4, 5]\n[variants.a]\nthreads = 1\n'))
     assert every.seeds["a"] == [4, 5]
     own = read_plan(plan('base = "base.toml"\nseeds = [4, 5]\n[variants.base]\niterations = 3\n'
                          '[variants.a]\nseeds = [5]\ndpo.positives_only = true\n'))
@@ -88,7 +88,7 @@ def test_a_plan_has_the_base_and_its_variants_with_their_seeds(plan):
     ('base = "base.toml"\nseeds = [0]\n[variants.a]\njudge.by = "nobody"', "nobody"),
     ('base = "base.toml"\nseeds = [0]\ncommon.thread = 1', "unknown key 'thread'"),
     ('base = "base.toml"\nseeds = 3', "seeds"),
-    ('base = "base.toml"\nseeds = [0]\nvariant_seeds = [1]\n[variants.a]\nseed = 1', "variant_seeds"),
+    ('base = "base.toml"\nseeds = [0]\nvariant_seeds = [1]\n[variants.a]\nthreads = 1', "variant_seeds"),
     ('base = "base.toml"\nseeds = [0]\n[variants.a]\nseeds = [1]', "seeds of a variant"),
     ('base = "base.toml"\nseeds = [0]\n[variants.a]\nseeds = 0', "seeds of a variant"),
     ('base = "base.toml"\nseeds = ["a"]', "seeds must be a list"),
@@ -103,6 +103,8 @@ def test_a_plan_has_the_base_and_its_variants_with_their_seeds(plan):
     ('base = "base.toml"\nseeds = [0]\n[variants.a]\nlora.rank = 4\nengine = "plain"', "lora.rank needs engine"),
     ('base = "base.toml"\nseeds = [0]\n[variants.a]\ndtype = "bfloat16"\nengine = "plain"', "bfloat16"),
     ('base = "base.toml"\nseeds = [0]\nvariants.a = 3', "each variant a section"),
+    ('base = "base.toml"\nseeds = [0]\n[variants.a]\nseed = 1', "the key seed would give all runs of a variant"),
+    ('base = "base.toml"\nseeds = [0]\ncommon.seed = 1', "the key seed would give all runs of a variant"),
 ])
 def test_a_wrong_plan_is_an_error_before_anything_runs(text, named, plan):
     with pytest.raises(InputError) as error:
@@ -166,6 +168,14 @@ def test_a_variant_copies_from_the_base_what_its_changes_do_not_affect(changes, 
     if copied:  # otherwise the run would refuse this folder
         assert load_config(tmp_path / "a-0/config.toml") == load_config(toml, overrides=changes)
     assert not list(tmp_path.glob("*.part"))
+
+
+def test_the_seconds_of_steps_that_a_variant_makes_again_are_not_copied(plan, tmp_path):
+    toml = plan("").with_name("base.toml")
+    base_run(tmp_path / "base-0", toml)
+    write_json(tmp_path / "base-0/M1/timing.json", {"training": 9.5, "responses": 2.0, "rewards": 3.0, "pairs": 0.5})
+    copy_unaffected(tmp_path / "base-0", tmp_path / "a-0", load_config(toml, overrides=("judge.by=random",)))
+    assert read_json(tmp_path / "a-0/M1/timing.json", "timing") == {"training": 9.5, "responses": 2.0}
 
 
 @pytest.mark.parametrize("change", ["judge.template=x.txt", "seed_data.reasons=false", "seed_data.eft_by=none"])
@@ -248,6 +258,18 @@ def test_a_run_that_fails_and_an_unknown_variant_are_named(started, plan, tmp_pa
     assert list(read_json(tmp_path / "out/results.json", "results")) == ["base", "a"]  # not half of b
     with pytest.raises(InputError, match="has no variant c; it has base, a, b"):
         experiment(plan(PLAN), tmp_path / "out", 1, ["a", "c"])
+
+
+def test_runs_of_another_config_are_left_out_and_named(started, plan, tmp_path, capsys):
+    path = plan(PLAN.replace("judge.by = \"random\"", "judge.by = \"random\", iterations = 2"))
+    assert list(experiment(path, tmp_path / "out", 1, ["a"])) == ["base"]  # M3 is missing
+    results = experiment(plan(PLAN), tmp_path / "out", 1, ["base"])
+    assert list(results) == ["base", "a"]  # more iterations change no other model
+    assert capsys.readouterr().err == ""
+    results = experiment(plan(PLAN.replace("random", "oracle")), tmp_path / "out", 1, ["base"])
+    assert list(results) == ["base"]
+    message = capsys.readouterr().err
+    assert "results.json leaves out a: " in message and "judge.by: 'random' -> 'oracle'" in message
 
 
 def test_no_variant_runs_if_the_base_failed(started, plan, tmp_path):

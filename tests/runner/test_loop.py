@@ -24,7 +24,7 @@ from minisr.report.table import line, table
 from minisr.runner import run as run_module
 from minisr.runner.checkpoint import SEED_MODEL, load_model
 from minisr.runner.config import Config, load_config
-from minisr.runner.evaluation import export_answers, training_summary
+from minisr.runner.evaluation import evaluated_models, export_answers, training_summary
 from minisr.runner.files import jsonl_bytes, read_json, write_jsonl
 from minisr.runner.reuse import copy_unaffected
 from minisr.runner.run import WORLD_TEMPLATE, Run
@@ -515,6 +515,13 @@ def test_a_finished_run_says_so_and_prints_its_table(session_run, config, copy):
     assert code == 0 and first == f"{copy} is finished already; checking its files"
     assert "finished already" not in session_run[1] and "done in" in session_run[1] and "done in" not in out
     assert rest.split("\n\n")[0].strip() in session_run[1]
+
+
+def test_a_model_that_was_moved_away_is_not_finished(config, copy, monkeypatch):
+    (copy / "M3/meta.json").rename(copy / "moved.json")
+    assert evaluated_models(copy / "metrics.json") == {"SFT", "M1", "M2"}
+    code, out, _ = minisr("eval", copy)
+    assert code == 0 and list(read_json(copy / "metrics.json", "metrics")["models"]) == ["SFT", "M1", "M2"]
 
 
 def test_a_path_may_be_a_number(config):

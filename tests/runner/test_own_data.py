@@ -349,6 +349,11 @@ def test_a_source_in_the_home_folder(folder, monkeypatch):
     assert load(f"~/{folder.name}", judge_evaluation=1)[0] == load(folder, judge_evaluation=1)[0]
 
 
+def test_a_source_in_the_home_folder_of_nobody_is_one_line():
+    with pytest.raises(InputError, match="there is no file or folder ~nobody-here/data"):
+        load("~nobody-here/data")
+
+
 def test_both_halves_of_a_character_are_one(tmp_path):
     (tmp_path / "ift.jsonl").write_text('{"prompt": "\\ud83d\\ude42?", "response": "Yes."}\n')
     assert read_instructions(tmp_path / "ift.jsonl") == [{"prompt": "\U0001f642?", "response": "Yes."}]

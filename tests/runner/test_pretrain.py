@@ -134,3 +134,16 @@ def test_a_learning_rate_that_would_rise_is_refused(tmp_path, capsys):
     error = capsys.readouterr().err
     assert "train.min_learning_rate = 0.1 is larger than train.learning_rate" in error and error.count("\n") == 1
     assert not (tmp_path / "M0").exists()
+
+
+def test_the_plain_engine_has_no_gradient_checkpointing(tmp_path, capsys):
+    (tmp_path / "pretrain.toml").write_text('engine = "plain"\ntrain = {gradient_checkpointing = true}\n')
+    assert main(["pretrain", str(tmp_path / "pretrain.toml"), "--out", str(tmp_path / "M0")]) == 2
+    assert capsys.readouterr().err == 'minisr: train.gradient_checkpointing needs engine = "fast"\n'
+
+
+def test_a_runs_folder_is_no_place_for_a_model(tmp_path, capsys):
+    (tmp_path / "config.toml").write_text("")
+    (tmp_path / "pretrain.toml").write_text("")
+    assert main(["pretrain", str(tmp_path / "pretrain.toml"), "--out", str(tmp_path)]) == 2
+    assert capsys.readouterr().err == f"minisr: {tmp_path} holds a run; choose another folder with --out\n"

@@ -236,6 +236,19 @@ def test_torchrun_and_processes_do_not_go_together(config, tmp_path, monkeypatch
                                        "--processes\n")
 
 
+@pytest.mark.parametrize("variables, named", [
+    ({"WORLD_SIZE": "2"}, "WORLD_SIZE=2, but no RANK"), ({"WORLD_SIZE": "x"}, "WORLD_SIZE='x'"),
+    ({"WORLD_SIZE": "2", "RANK": "0"}, "WORLD_SIZE=2, but no MASTER_ADDR")])
+def test_a_world_size_that_torchrun_did_not_set_is_one_line(variables, named, config, tmp_path, monkeypatch, capsys):
+    for name in ("WORLD_SIZE", "RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert cli.main(["run", str(config), "--out", str(tmp_path / "run")]) == 2
+    error = capsys.readouterr().err
+    assert named in error and "unset" in error and error.count("\n") == 1
+
+
 def test_a_launcher_of_a_given_number_does_not_import_pytorch(config, tmp_path):
     code = ("import sys; from minisr.cli import main; from minisr.runner import launcher\n"
             "launcher.launch = lambda arguments, n: print(n, 'torch' in sys.modules) or 0\n"

@@ -373,7 +373,7 @@ def test_damaged_checksums_trust_nothing_and_do_not_stop_a_file_from_being_made_
     path = tmp_path / "a.jsonl"
     write_with_checksum(path, b"{}\n")
     (tmp_path / "hashes.json").write_text("[]")
-    with pytest.raises(InputError, match="a.jsonl is not the file that minisr wrote there"):
+    with pytest.raises(InputError, match="hashes.json is not what minisr wrote there"):
         verify_checksum(path)
     path.unlink()
     write_with_checksum(path, b"{}\n")
@@ -397,7 +397,7 @@ def test_a_system_without_locks_works_without(tmp_path, monkeypatch):
 @pytest.fixture
 def handlers():
     """Restores the signal handlers."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
@@ -414,6 +414,28 @@ def test_a_first_signal_waits_for_the_next_check_and_a_second_does_not(first, se
         Stop.check()
     with pytest.raises(KeyboardInterrupt):
         signal.raise_signal(second)
+
+
+def test_a_closed_terminal_stops_a_run_unless_nohup_said_otherwise(handlers, monkeypatch):
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    Stop.on_signals()
+    assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    Stop.on_signals()
+    monkeypatch.setattr("sys.stderr", open("/dev/full", "w", buffering=1))  # nothing can be written to it
+    signal.raise_signal(signal.SIGHUP)
+    with pytest.raises(KeyboardInterrupt):
+        Stop.check()
+
+
+def test_a_command_without_out_does_not_advise_it(tmp_path):
+    with folder_lock(tmp_path), pytest.raises(InputError, match="works in .*; wait until it ends$"):
+        with folder_lock(tmp_path, has_out=False):
+            pass
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="Not a directory; make it writable, or copy it$"):
+        with folder_lock(tmp_path / "file" / "run", has_out=False):
+            pass
 
 
 def test_a_second_process_in_a_folder_is_an_error(tmp_path):

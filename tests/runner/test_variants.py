@@ -21,6 +21,7 @@ from minisr.runner.files import read_json, read_jsonl
 from minisr.runner.run import Run
 from minisr.runner.steps import run_loop
 from minisr.runner.variants import (
+    add_agreement,
     agreement,
     best_and_next,
     dpo_variant,
@@ -247,6 +248,13 @@ def test_only_the_tiny_world_has_people_who_write_prompts():
     object.__setattr__(config.seed_data, "source", "english")
     with pytest.raises(InputError, match='prompts.source = "people" needs seed_data.source = "world"'):
         Run("nowhere", config)
+
+
+def test_the_agreement_of_a_text_that_was_sampled_twice_is_that_of_the_chosen_one():
+    y = [{"prompt": "x", "responses": ["good", "good", "bad"]}]
+    r = [{"rewards": [4.5, 2.0, 3.0], "scores": [[5, 4], [2, 2], [3, 3]]}]
+    pair = {"prompt": "x", "chosen": "good", "rejected": "bad", "chosen_reward": 4.5, "rejected_reward": 3.0}
+    assert add_agreement([pair], y, r)[0]["agreement"] == 1.0
 
 
 def test_without_reasons_a_judgement_is_the_score_alone(tmp_path):
