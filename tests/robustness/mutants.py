@@ -450,6 +450,7 @@ FAULTS = {
         ("a recorded log p belongs to another response", 'zip(record["responses"], record["logps"])',
          'zip(record["responses"], record["logps"][::-1])')],
     ("runner/evaluation", "loop"): [
+        ("a model that was moved away is finished", 'if (path.parent / name / "meta.json").exists()', "if True"),
         ("win rates are the other model's", "win_rates(_scores(own), _scores(answers[others[0]]))",
          "win_rates(_scores(answers[others[0]]), _scores(own))")],
     ("runner/evaluation", "command"): [
@@ -487,7 +488,11 @@ FAULTS = {
          "reject_held_out(prompts,"),
         ("the judgements of training are held out", "judge_evaluation = fitting[n_train:]",
          "judge_evaluation = fitting[:n_train]")],
+    ("runner/experiment", "experiment"): [
+        ("runs of another config are reported", "check_resumable(stored, keep_stored_paths(stored, config, run), run)",
+         "pass")],
     ("runner/reuse", "experiment"): [
+        ("the base's seconds are counted for a step made again", "                forget_time(path)\n", ""),
         ("another judge keeps the rewards", '"judge.by": "rewards"', '"judge.by": "pairs"'),
         ("other judgements leave out the same records of a file",
          'return base.seed_data.source not in WORLDS and', "return False and")],
