@@ -12,11 +12,11 @@ from minisr.runner.files import read_object
 
 CONFIGS = ("config.json", "generation_config.json")  # both have the key eos_token_id
 SETTINGS = ("tokenizer_config.json", "special_tokens_map.json")  # both have the keys bos_token, eos_token, ...
+# The properties of an added token in tokenizer.json, where a file declares none.
+FLAGS = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": False}
 GGUF_KEYS = tuple(f"tokenizer.ggml.{kind}_token_id" for kind in ("eos", "eot", "eom"))
 # Used where files declare less than the model has: GGUF files, which often lack a key (llama.cpp searches for such
 # names too), folders that declare nothing, and model folders without generation_config.json.
-# The properties of a token in tokenizer.json, if nothing else is said.
-FLAGS = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": False}
 NAMES = {"</s>", "<|endoftext|>", "<|end_of_text|>", "<|im_end|>", "<|eot_id|>", "<|eom_id|>"}
 
 

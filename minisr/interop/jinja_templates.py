@@ -114,7 +114,7 @@ def compare(template: str, vocabulary, jinja: JinjaTemplate) -> str | None:
     if "</think>" not in jinja.render(*THOUGHT, system=system):
         found.append("it removes thoughts (<think>) from responses; minisr keeps them")
     if "strftime_now" in jinja.text:
-        found.append("it writes today's date; minisr writes what it has without one")
+        found.append("it writes today's date; minisr always writes the template's default")
     return "; ".join(dict.fromkeys(filter(None, found))) or None
 
 

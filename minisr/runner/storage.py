@@ -62,7 +62,8 @@ def folder_lock(folder: Path, has_out: bool = True):
         folder.mkdir(parents=True, exist_ok=True)
         file = open(folder / ".lock", "w")
     except OSError as error:
-        advice = f"{write_failure(error)} with --out" if has_out else f"{error.strerror}; make it writable, or copy it"
+        in_place = f"{error.strerror}; make it writable, or copy the run"
+        advice = f"{write_failure(error)} with --out" if has_out else in_place
         raise InputError(f"cannot write into {folder}: {advice}") from error
     with file:
         try:

@@ -145,7 +145,7 @@ def test_a_special_token_may_be_an_ordinary_piece_of_tokenizer_json(tmp_path):
 
 
 def test_a_special_token_of_the_template_without_an_id_is_rejected(tmp_path):
-    settings = {**FAST, "additional_special_tokens": ["<|user|>", "[PAD]"], "bos_token": "<s>"}
+    settings = {**FAST, "additional_special_tokens": ["<|user|>", "[PAD]"]}
     content = json.loads(byte_level_json("<s>", "</s>"))
     folder = json_folder(content, tmp_path, {**settings, "chat_template": to_jinja(chat_template("tiny"))})
     with pytest.raises(InputError, match=r"template has '<\|user\|>'.* no file gives its id; save the tokenizer with"):

@@ -307,7 +307,7 @@ READ = {  # name: (Jinja, special tokens, template, a part of the line on stderr
         "{%- if add_generation_prompt %}{{ head('assistant') }}{% endif %}", IM, chat_template("chatml"), ""),
     "today's date if it is known": (
         chatml("{% if strftime_now is defined %}{{ strftime_now('%d') }}{% else %}26 Jul 2024{% endif %}"), IM,
-        "26 Jul 2024" + chat_template("chatml"), "it writes today's date; minisr writes what it has without one"),
+        "26 Jul 2024" + chat_template("chatml"), "it writes today's date; minisr always writes the template's default"),
     "a language model's three": (None, ("<|endoftext|>",), chat_template("plain").replace("<s>", "").replace(
         "</s>", "<|endoftext|>"), "model/ has no chat template; minisr uses its template 'plain'"),
 }

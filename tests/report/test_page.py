@@ -275,7 +275,7 @@ def test_damaged_counts_are_named(no_drawing, tmp_path):
         write_page(folder)
 
 
-def test_a_part_of_another_kind_is_named(experiment, no_drawing, tmp_path):
+def test_a_part_of_another_kind_is_named(no_drawing, tmp_path):
     folder = make_run(tmp_path / "run")
     write_json(folder / "metrics.json", {"seed": 0, "models": {"SFT": 1}})
     with pytest.raises(InputError, match=r"metrics\.json: SFT is not a JSON object"):

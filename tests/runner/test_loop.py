@@ -517,10 +517,10 @@ def test_a_finished_run_says_so_and_prints_its_table(session_run, config, copy):
     assert rest.split("\n\n")[0].strip() in session_run[1]
 
 
-def test_a_model_that_was_moved_away_is_not_finished(config, copy, monkeypatch):
+def test_a_model_that_was_moved_away_is_not_finished(copy):
     (copy / "M3/meta.json").rename(copy / "moved.json")
     assert evaluated_models(copy / "metrics.json") == {"SFT", "M1", "M2"}
-    code, out, _ = minisr("eval", copy)
+    code, _, _ = minisr("eval", copy)
     assert code == 0 and list(read_json(copy / "metrics.json", "metrics")["models"]) == ["SFT", "M1", "M2"]
 
 

@@ -416,13 +416,17 @@ def test_a_first_signal_waits_for_the_next_check_and_a_second_does_not(first, se
         signal.raise_signal(second)
 
 
+def fail_to_write(*_, **__):
+    raise OSError("Input/output error")
+
+
 def test_a_closed_terminal_stops_a_run_unless_nohup_said_otherwise(handlers, monkeypatch):
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     Stop.on_signals()
     assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
     Stop.on_signals()
-    monkeypatch.setattr("sys.stderr", open("/dev/full", "w", buffering=1))  # nothing can be written to it
+    monkeypatch.setattr("builtins.print", fail_to_write)  # the terminal is gone
     signal.raise_signal(signal.SIGHUP)
     with pytest.raises(KeyboardInterrupt):
         Stop.check()
@@ -433,7 +437,7 @@ def test_a_command_without_out_does_not_advise_it(tmp_path):
         with folder_lock(tmp_path, has_out=False):
             pass
     (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match="Not a directory; make it writable, or copy it$"):
+    with pytest.raises(InputError, match="Not a directory; make it writable, or copy the run$"):
         with folder_lock(tmp_path / "file" / "run", has_out=False):
             pass
 
